@@ -1,0 +1,189 @@
+"""Which image at which iteration: a batch is a pure function of the seed and the iteration.
+
+A *position* counts the samples of a whole run: iteration `i` holds the positions `i * batch_size` up to, not including,
+`(i + 1) * batch_size`. The image at a position comes from the epoch's permutation, its augmentation from
+`sample_rng(seed, position)`. So neither the number of workers nor prefetching nor the moment at which a run was stopped
+changes what the network sees, and the one integer to keep for an exact resume is the iteration.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+# Batches of one group (say, of one orientation) are put together inside windows of this many batches.
+GROUP_WINDOW = 64
+
+# First word of each random stream's key, so that the streams of one seed are independent of each other.
+_PERMUTATION, _SAMPLE, _WINDOW = 1, 2, 3
+
+
+def _rng(stream: int, seed: int, number: int) -> np.random.Generator:
+    if seed < 0 or number < 0:
+        raise ValueError(f"a random stream's seed and position must not be negative; got {seed} and {number}")
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((stream, seed, number))))
+
+
+def sample_rng(seed: int, position: int) -> np.random.Generator:
+    """The random generator for everything drawn at one position of a run."""
+    return _rng(_SAMPLE, seed, position)
+
+
+@contextmanager
+def seeded_globals(seed: int, position: int) -> Iterator[None]:
+    """Seed `random`, `numpy.random` and torch's CPU generator from (seed, position) inside the block.
+
+    For augmentations that draw from the global generators (Detectron2's do). The generators' former states are
+    restored on exit, whatever happens inside.
+    """
+    words = [int(word) for word in _rng(_SAMPLE, seed, position).integers(0, 2**32, size=3, dtype=np.uint64)]
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        random.seed(words[0])
+        np.random.seed(words[1])
+        # torch.manual_seed would seed the GPUs too, which a forked worker must not touch.
+        torch.default_generator.manual_seed(words[2])
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+class BatchSampler:
+    """Batches of `(position, index)` for `DataLoader(batch_sampler=...)`.
+
+    Arguments:
+        size: number of images in the data set.
+        batch_size: images in a batch of all ranks together.
+        seed: of the order; not negative.
+        start_iteration: the first iteration to give.
+        iterations: how many batches to give; None: without end.
+        rank, world_size: this process gets the `rank`-th of `world_size` equal, contiguous slices of each batch.
+        shuffle: without it every epoch runs through the images in order.
+        groups: a group number for each image, for instance 0 for portrait and 1 for landscape. Batches then hold one
+            group wherever possible. Inside a window of `GROUP_WINDOW` batches each position is used exactly once;
+            what is left over after cutting each group into full batches forms mixed ones.
+
+    Raises ValueError if the sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        start_iteration: int = 0,
+        iterations: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        groups: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"the data set holds {size} images; at least one is needed")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"a batch of {batch_size} images cannot be shared equally by {world_size} processes; "
+                f"choose a positive multiple of {world_size}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} lies outside 0...{world_size - 1}")
+        if seed < 0 or start_iteration < 0:
+            raise ValueError(f"seed and first iteration must not be negative; got {seed} and {start_iteration}")
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_iteration = start_iteration
+        self.iterations = iterations
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = shuffle
+        self.groups = None if groups is None else np.asarray(groups)
+        if self.groups is not None and self.groups.shape != (size,):
+            raise ValueError(f"groups has the shape {self.groups.shape}; expected one number for each of {size} images")
+        self._epochs: dict[int, np.ndarray] = {}
+        self._window: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        if self.iterations is None:
+            raise TypeError("this sampler gives batches without end, so it has no length")
+        return self.iterations
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        iteration = self.start_iteration
+        while self.iterations is None or iteration < self.start_iteration + self.iterations:
+            yield self.batch(iteration)
+            iteration += 1
+
+    def batch(self, iteration: int) -> list[tuple[int, int]]:
+        """This rank's `(position, index)` pairs of one iteration; the same whenever it is asked for."""
+        if self.groups is None:
+            positions = np.arange(iteration * self.batch_size, (iteration + 1) * self.batch_size)
+        else:
+            positions = self._grouped(iteration // GROUP_WINDOW)[iteration % GROUP_WINDOW]
+        share = self.batch_size // self.world_size
+        positions = positions[self.rank * share : (self.rank + 1) * share]
+        return list(zip(positions.tolist(), self._indices(positions).tolist(), strict=True))
+
+    def _indices(self, positions: np.ndarray) -> np.ndarray:
+        """The image at each position, `(n,)` int64."""
+        indices = positions % self.size
+        if self.shuffle:
+            epochs = positions // self.size
+            for epoch in np.unique(epochs).tolist():
+                here = epochs == epoch
+                indices[here] = self._permutation(epoch)[indices[here]]
+        return indices
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            # A batch may lie across the border of two epochs, so the one before is kept.
+            self._epochs = {kept: order for kept, order in self._epochs.items() if kept == epoch - 1}
+            self._epochs[epoch] = _rng(_PERMUTATION, self.seed, epoch).permutation(self.size)
+        return self._epochs[epoch]
+
+    def _grouped(self, window: int) -> np.ndarray:
+        """The positions of all batches of one window, `(GROUP_WINDOW, batch_size)` int64."""
+        if self._window is None or self._window[0] != window:
+            count = GROUP_WINDOW * self.batch_size
+            positions = np.arange(window * count, (window + 1) * count)
+            group = self.groups[self._indices(positions)]
+            full, rest = [], []
+            for value in np.unique(self.groups):
+                members = positions[group == value]
+                cut = len(members) - len(members) % self.batch_size
+                full.append(members[:cut])
+                rest.append(members[cut:])
+            batches = np.concatenate(full + rest).reshape(GROUP_WINDOW, self.batch_size)
+            if self.shuffle:
+                batches = batches[_rng(_WINDOW, self.seed, window).permutation(GROUP_WINDOW)]
+            self._window = window, batches
+        return self._window[1]
+
+
+class EvaluationSampler:
+    """Batches of `(position, index)` that hold every image exactly once over all ranks, in order.
+
+    Rank `r` gets a contiguous shard; shards differ by at most one image, the last batch of a shard may be smaller, and
+    with more ranks than images some ranks get no batch. `position` equals `index`.
+    """
+
+    def __init__(self, size: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1:
+            raise ValueError(f"a batch of {batch_size} images was asked for; at least one is needed")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} lies outside 0...{world_size - 1}")
+        self.batch_size = batch_size
+        self.begin = size * rank // world_size
+        self.end = size * (rank + 1) // world_size
+
+    def __len__(self) -> int:
+        return -(-(self.end - self.begin) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for first in range(self.begin, self.end, self.batch_size):
+            yield [(index, index) for index in range(first, min(first + self.batch_size, self.end))]

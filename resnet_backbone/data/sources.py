@@ -1,0 +1,59 @@
+"""Where classification images come from: registered names, folders of class folders, tar shards.
+
+A source knows the encoded bytes, the label and the name of each image; it decodes nothing. `open_source` finds out what
+an entry of a config's data set list means.
+"""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.folders import FolderSource
+from resnet_backbone.data.interface import ClassificationSource
+from resnet_backbone.data.shards import ShardSource
+
+__all__ = ["ClassificationSource", "DatasetError", "open_source", "register_source"]
+
+
+_REGISTRY: dict[str, Callable[[Path], ClassificationSource]] = {}
+
+
+def register_source(name: str, opener: Callable[[Path], ClassificationSource]) -> None:
+    """Make `open_source(name)` call `opener(root)`, where `root` is the folder of all data sets."""
+    _REGISTRY[name] = opener
+
+
+register_source("imagenet_train", lambda root: FolderSource(root / "imagenet" / "train"))
+register_source("imagenet_val", lambda root: FolderSource(root / "imagenet" / "val"))
+
+
+def open_source(entry: str | Path, *, root: str | Path | None = None) -> ClassificationSource:
+    """Open a data set by a registered name, a tar-shard pattern or the path of a folder of class folders.
+
+    Arguments:
+        entry: `imagenet_train`, `imagenet_val` or another registered name; `'.../train-{000000..000007}.tar'` or one
+            `.tar`; or a folder.
+        root: folder of all data sets, used by registered names only; by default the environment's
+            DETECTRON2_DATASETS, else `./datasets`.
+
+    Raises DatasetError, in one sentence, for everything that is wrong with the data set as a whole.
+    """
+    entry = os.path.expanduser(os.fspath(entry))
+    if entry in _REGISTRY:
+        root = Path(root or os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
+        try:
+            return _REGISTRY[entry](root)
+        except DatasetError as error:
+            raise DatasetError(f"{entry}: {error} (DETECTRON2_DATASETS names the folder of all data sets)") from None
+    if entry.endswith(".tar") or "{" in entry:
+        return ShardSource(entry)
+    if not os.path.exists(entry) and os.path.basename(entry) == entry:
+        near = difflib.get_close_matches(entry, _REGISTRY, n=1)
+        raise DatasetError(
+            f"there is no data set {entry!r}: it is no registered name ({', '.join(sorted(_REGISTRY))})"
+            + (f", of which {near[0]!r} is the nearest," if near else "")
+            + f" and {os.getcwd()} holds no folder of that name; give a name, a folder or a shard pattern"
+        )
+    return FolderSource(entry)

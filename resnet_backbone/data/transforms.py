@@ -1,0 +1,184 @@
+"""Image augmentation for classification: a decoded image and a random generator to a uint8 tensor.
+
+Images stay uint8 until the batch is on the device. Every random number comes from the generator that is passed in, so
+the result is a function of the image and of that generator's state.
+"""
+
+import math
+
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional
+
+CHANNEL_ORDERS = ("RGB", "BGR")
+CROP_TYPES = ("absolute", "random_resized")
+
+# Principal components of the RGB values of ImageNet's training images, in 0...255: standard deviations along the
+# components, and the components as columns (rows: red, green, blue). The AlexNet paper describes the augmentation
+# (Krizhevsky et al. 2012, section 4.1) but prints no numbers; these are those of fb.resnet.torch, the reimplementation
+# from which the published "PCA lighting" constants come (there in 0...1).
+PCA_VALUES = 255 * np.array([0.2175, 0.0188, 0.0045])
+PCA_VECTORS = np.array(
+    [
+        [-0.5675, 0.7192, 0.4009],
+        [-0.5808, -0.0045, -0.8140],
+        [-0.5836, -0.6948, 0.4203],
+    ]
+)
+
+
+class TrainTransform:
+    """The paper's training augmentation (section 3.4), or the random-area crop of later recipes.
+
+    Called as `transform(image, rng)` with `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8.
+
+    Arguments:
+        short_side: smallest and largest length in pixels, both inclusive, of the resized image's shorter side (crop
+            type "absolute" only).
+        crop: height and width of the result in pixels.
+        crop_type: "absolute": resize the shorter side, then cut out a window of the size `crop`. "random_resized": cut
+            out a window of random area and aspect ratio (3/4 to 4/3), then resize it to `crop`.
+        area: smallest and largest share of the image's area in that window ("random_resized" only).
+        flip: probability of mirroring left and right.
+        pca_std: standard deviation of the PCA colour shift's weights; 0: no shift.
+        channel_order: "RGB" or "BGR", of the result.
+
+    For "absolute" the window is found in the unresized image and only its pixels are resized, which spares most of the
+    work; its edges are rounded to whole source pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        short_side: tuple[int, int] = (256, 480),
+        crop: tuple[int, int] = (224, 224),
+        crop_type: str = "absolute",
+        area: tuple[float, float] = (0.08, 1.0),
+        flip: float = 0.5,
+        pca_std: float = 0.1,
+        channel_order: str = "RGB",
+    ) -> None:
+        if crop_type not in CROP_TYPES:
+            raise ValueError(f"unknown crop type {crop_type!r}; expected one of {', '.join(CROP_TYPES)}")
+        if short_side[0] > short_side[1]:
+            raise ValueError(f"the shorter side's range {tuple(short_side)} is empty; expected (smallest, largest)")
+        if not 0 < area[0] <= area[1] <= 1:
+            raise ValueError(f"the crop's share of the area is {tuple(area)}; expected 0 < smallest <= largest <= 1")
+        if not 0 <= flip <= 1 or pca_std < 0:
+            raise ValueError(f"flip is {flip} and pca_std {pca_std}; expected a probability and a number >= 0")
+        if crop_type == "absolute":
+            _check_crop(crop, short_side[0])
+        _check_channel_order(channel_order)
+        self.short_side = tuple(short_side)
+        self.crop = tuple(crop)
+        self.crop_type = crop_type
+        self.area = tuple(area)
+        self.flip = flip
+        self.pca_std = pca_std
+        self.channel_order = channel_order
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        window = self._absolute_window if self.crop_type == "absolute" else self._random_resized_window
+        top, left, height, width = window(*image.shape[:2], rng)
+        flip = rng.random() < self.flip
+        weights = rng.normal(0.0, self.pca_std, size=3) if self.pca_std else None
+        image = resize(image[top : top + height, left : left + width], self.crop)
+        if flip:
+            image = cv2.flip(image, 1)
+        if weights is not None:
+            image = shift_colour(image, weights)
+        return to_tensor(image, self.channel_order)
+
+    def _absolute_window(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Top, left, height and width, in source pixels, of a window of the size `crop` in the resized image."""
+        short = int(rng.integers(self.short_side[0], self.short_side[1], endpoint=True))
+        resized = resized_size(height, width, short)
+        edges = []
+        for source, target, length in zip((height, width), resized, self.crop, strict=True):
+            first = int(rng.integers(0, target - length, endpoint=True))
+            scale = source / target
+            size = min(max(round(length * scale), 1), source)
+            edges.append((min(round(first * scale), source - size), size))
+        (top, rows), (left, columns) = edges
+        return top, left, rows, columns
+
+    def _random_resized_window(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a window of random area and aspect ratio; torchvision's procedure."""
+        for _ in range(10):
+            target = height * width * rng.uniform(*self.area)
+            ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            columns, rows = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+            if 0 < rows <= height and 0 < columns <= width:
+                top = int(rng.integers(0, height - rows, endpoint=True))
+                return top, int(rng.integers(0, width - columns, endpoint=True)), rows, columns
+        # Very long images: the largest window in the middle whose aspect ratio is allowed.
+        rows, columns = min(height, round(width / (3 / 4))), min(width, round(height * 4 / 3))
+        return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+class EvalTransform:
+    """Resize the shorter side, then take the middle: the one-crop test.
+
+    Called as `transform(image, rng)` with `(H, W, 3)` uint8 RGB (nothing is drawn from `rng`); gives `(3, *crop)`
+    uint8. `short_side` and `crop` in pixels; the latter is height and width.
+    """
+
+    def __init__(
+        self, *, short_side: int = 256, crop: tuple[int, int] = (224, 224), channel_order: str = "RGB"
+    ) -> None:
+        _check_crop(crop, short_side)
+        _check_channel_order(channel_order)
+        self.short_side = short_side
+        self.crop = tuple(crop)
+        self.channel_order = channel_order
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
+        image = resize(image, resized_size(*image.shape[:2], self.short_side))
+        top, left = (round((size - length) / 2) for size, length in zip(image.shape[:2], self.crop, strict=True))
+        image = image[top : top + self.crop[0], left : left + self.crop[1]]
+        return to_tensor(image, self.channel_order)
+
+
+def resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width after the shorter side is resized, the longer rounded down as in torchvision."""
+    if height <= width:
+        return short_side, short_side * width // height
+    return short_side * height // width, short_side
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize `(H, W, 3)` uint8 to height and width `size`, bilinear with antialiasing: Pillow's filter, within 1."""
+    if image.shape[:2] == tuple(size):
+        return image
+    # OpenCV's filters differ from Pillow's (and so from what published weights were tested with) where they shrink;
+    # torch has Pillow's algorithm in vectorized form for uint8 pixels stored together.
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    return functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def shift_colour(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Add `PCA_VECTORS @ (weights * PCA_VALUES)` to every pixel of `(H, W, 3)` uint8 RGB, rounded and clipped."""
+    shift = np.rint(PCA_VECTORS @ (weights * PCA_VALUES))
+    return cv2.add(np.ascontiguousarray(image), (*shift.tolist(), 0.0))
+
+
+def to_tensor(image: np.ndarray, channel_order: str) -> torch.Tensor:
+    """`(H, W, 3)` RGB to a contiguous `(3, H, W)` tensor of the given channel order."""
+    planes = cv2.split(image)
+    return torch.from_numpy(np.stack(planes if channel_order == "RGB" else planes[::-1]))
+
+
+def _check_crop(crop: tuple[int, int], short_side: int) -> None:
+    if min(crop) < 1:
+        raise ValueError(f"a crop of {crop[0]}x{crop[1]} pixels is empty; expected a height and width of at least 1")
+    if max(crop) > short_side:
+        raise ValueError(
+            f"a crop of {crop[0]}x{crop[1]} pixels does not fit into an image whose shorter side is resized to "
+            f"{short_side}; make the crop smaller or the shorter side at least {max(crop)}"
+        )
+
+
+def _check_channel_order(channel_order: str) -> None:
+    if channel_order not in CHANNEL_ORDERS:
+        raise ValueError(f"unknown channel order {channel_order!r}; expected one of {', '.join(CHANNEL_ORDERS)}")

@@ -1,0 +1,26 @@
+"""The networks in Detectron2: importing this registers backbones and heads by name.
+
+A script of your own needs two lines: import `add_network_config` from here, and call it on the config before merging.
+"""
+
+from resnet_backbone.detection.backbone import (
+    NetworkBackbone,
+    build_network_backbone,
+    build_network_fpn_backbone,
+    build_network_retinanet_fpn_backbone,
+)
+from resnet_backbone.detection.config import add_network_config, get_config
+from resnet_backbone.detection.roi_heads import NetworkRes5ROIHeads, VGGBoxHead
+from resnet_backbone.detection.run import run
+
+__all__ = [
+    "NetworkBackbone",
+    "NetworkRes5ROIHeads",
+    "VGGBoxHead",
+    "add_network_config",
+    "build_network_backbone",
+    "build_network_fpn_backbone",
+    "build_network_retinanet_fpn_backbone",
+    "get_config",
+    "run",
+]

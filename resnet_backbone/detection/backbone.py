@@ -1,0 +1,96 @@
+"""The catalogue's networks as Detectron2 backbones."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import nn
+
+from resnet_backbone.detection.pretrained import load_pretrained
+from resnet_backbone.engine.config import ConfigError, network_arguments
+from resnet_backbone.networks import build_network
+from resnet_backbone.networks import network_arguments as arguments_of
+
+
+class NetworkBackbone(Backbone):
+    """A network of the catalogue, cut after its last output feature, behind Detectron2's backbone interface.
+
+    Args:
+        network: built with the stages up to the last of `out_features`.
+        out_features: names of the features to return, e.g. ("res4",) or ("conv5",).
+        freeze_at: number of stages to freeze, the stem being the first (Detectron2's MODEL.BACKBONE.FREEZE_AT).
+    """
+
+    def __init__(self, network: nn.Module, *, out_features: Sequence[str], freeze_at: int = 0):
+        super().__init__()
+        self.network = network.freeze(min(freeze_at, len(network.stage_names)))
+        self._out_features = list(out_features)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features by name, each `(N, C, H / stride, W / stride)`, of normalised images `(N, 3, H, W)`."""
+        return self.network.forward_features(images, self._out_features)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each output feature."""
+        info = self.network.feature_info
+        return {name: ShapeSpec(channels=info[name].channels, stride=info[name].stride) for name in self._out_features}
+
+
+@BACKBONE_REGISTRY.register()
+def build_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NetworkBackbone:
+    """The network MODEL.NETWORK.NAME up to the last of MODEL.RESNETS.OUT_FEATURES, initialised from MODEL.WEIGHTS."""
+    out_features = cfg.MODEL.RESNETS.OUT_FEATURES
+    network = build_part(cfg, out_features=out_features)
+    load_pretrained(network, cfg, part="backbone")
+    return NetworkBackbone(network, out_features=out_features, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+
+
+@BACKBONE_REGISTRY.register()
+def build_network_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The network with a feature pyramid and a max-pooled last level, as in Detectron2's Faster R-CNN FPN."""
+    return _pyramid(cfg, build_network_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_network_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The network with a feature pyramid and levels 6 and 7 by convolution, as in Detectron2's RetinaNet."""
+    bottom_up = build_network_backbone(cfg, input_shape)
+    last = cfg.MODEL.FPN.IN_FEATURES[-1]
+    top = LastLevelP6P7(bottom_up.output_shape()[last].channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last)
+    return _pyramid(cfg, bottom_up, top)
+
+
+def build_part(
+    cfg: CfgNode, *, out_features: Sequence[str] | None = None, stages: Sequence[str] | None = None
+) -> nn.Module:
+    """A run of the stages of MODEL.NETWORK.NAME: those up to the last of `out_features`, or `stages`.
+
+    Raises:
+        ConfigError: the network is unknown or has no feature of that name.
+    """
+    name = cfg.MODEL.NETWORK.NAME
+    arguments = network_arguments(cfg, arguments_of(name))
+    if stages is None:
+        with torch.device("meta"):
+            whole = build_network(name, **arguments)
+        if unknown := [feature for feature in out_features if feature not in whole.feature_info]:
+            raise ConfigError(
+                f"MODEL.RESNETS.OUT_FEATURES has {', '.join(unknown)}, but {name} has the features "
+                f"{', '.join(whole.feature_info)}."
+            )
+        stages = whole.stage_names[: max(whole.stage_names.index(feature) for feature in out_features) + 1]
+    return build_network(name, stages=stages, **arguments)
+
+
+def _pyramid(cfg: CfgNode, bottom_up: NetworkBackbone, top_block: nn.Module) -> FPN:
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

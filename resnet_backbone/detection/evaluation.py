@@ -1,0 +1,85 @@
+"""Evaluation of detectors by the type of the data set."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data.build import get_detection_dataset_dicts
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    inference_on_dataset,
+)
+from torch import nn
+
+from resnet_backbone.engine.config import ConfigError
+
+
+def build_evaluator(name: str, folder: Path | None) -> DatasetEvaluator:
+    """The evaluator that belongs to the data set's type.
+
+    Args:
+        name: of a registered data set.
+        folder: for the detections as JSON; None keeps them in memory.
+    """
+    output_dir = None if folder is None else str(folder)
+    kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
+    if kind == "coco":
+        return COCOEvaluator(name, output_dir=output_dir, use_fast_impl=False)
+    if kind == "pascal_voc":
+        return PascalVOCDetectionEvaluator(name)
+    if kind == "lvis":
+        return LVISEvaluator(name, output_dir=output_dir)
+    raise ConfigError(
+        f"DATASETS.TEST {name} is evaluated as {kind!r}, which tools/train_net.py does not have; it has coco, pascal_voc and "
+        "lvis. Set DATASETS.TEST to a data set of these types."
+    )
+
+
+def evaluate(cfg: CfgNode, model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Metrics of `model` on DATASETS.TEST, as Detectron2 gives them: `{"bbox": {"AP": …, "AP50": …}}`.
+
+    With several data sets the metrics come by data set name.
+    """
+    results = {}
+    for name in cfg.DATASETS.TEST:
+        out = folder / "inference" / Path(name.partition(".json:")[0]).stem
+        results[name] = inference_on_dataset(model, build_detection_test_loader(cfg, name), build_evaluator(name, out))
+        logging.getLogger(__name__).info("%s: %s", name, _summary(results[name]))
+    return results if len(results) != 1 else next(iter(results.values()))
+
+
+def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
+    """Run inference and evaluation on two images of each data set in DATASETS.TEST, quietly, to fail early if at all."""
+    for name in cfg.DATASETS.TEST:
+        dicts = get_detection_dataset_dicts(name, filter_empty=False)[:2]
+        loader = build_detection_test_loader(dicts, mapper=DatasetMapper(cfg, is_train=False))
+        with _quiet():
+            evaluator = build_evaluator(name, None)
+            inference_on_dataset(model, loader, evaluator)
+
+
+def _summary(results: dict[str, dict[str, float]]) -> str:
+    return "; ".join(
+        f"{task} " + ", ".join(f"{key} {value:.2f}" for key, value in metrics.items() if not key.startswith("AP-"))
+        for task, metrics in results.items()
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The accuracy of two images says nothing: keep it from the log and pycocotools' tables from the terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)

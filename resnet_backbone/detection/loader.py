@@ -1,0 +1,94 @@
+"""Training images for Detectron2's models, where a batch is a function of seed and iteration."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.common import DatasetFromList
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.sampler import BatchSampler, seeded_globals
+from resnet_backbone.engine.config import ConfigError
+
+
+class PositionDataset(Dataset):
+    """Detectron2's data set dicts through its mapper, with augmentation drawn from the seed and the position.
+
+    Detectron2's augmentations draw from numpy's global generator; it is seeded for each image.
+    """
+
+    def __init__(self, dicts: list[dict[str, Any]], mapper: DatasetMapper, *, seed: int):
+        self._dicts = DatasetFromList(dicts)  # serialised: workers share the memory
+        self._mapper = mapper
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._dicts)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        position, index = key
+        record = self._dicts[index]
+        with seeded_globals(self._seed, position):
+            try:
+                return self._mapper(record)
+            except (OSError, SizeMismatchError) as error:
+                raise DatasetError(
+                    f"the image {record['file_name']} cannot be read ({' '.join(str(error).split())}). "
+                    "Replace it or remove it from the annotations."
+                ) from error
+
+
+class TrainBatches:
+    """Batches of this process from any iteration on: lists of Detectron2's input dicts."""
+
+    def __init__(self, cfg: CfgNode):
+        if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+            raise ConfigError(
+                f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, but only TrainingSampler resumes exactly so far."
+            )
+        dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        )
+        self.num_images = len(dicts)
+        self._cfg = cfg
+        self._dataset = PositionDataset(dicts, DatasetMapper(cfg, is_train=True), seed=cfg.SEED)
+        self._groups = None
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            self._groups = np.array([record["width"] > record["height"] for record in dicts], dtype=np.int8)
+
+    def __call__(self, start_iteration: int) -> Iterator[list[dict[str, Any]]]:
+        sampler = BatchSampler(
+            self.num_images,
+            self._cfg.SOLVER.IMS_PER_BATCH,
+            seed=self._cfg.SEED,
+            start_iteration=start_iteration,
+            rank=comm.get_rank(),
+            world_size=comm.get_world_size(),
+            groups=self._groups,
+        )
+        workers = self._cfg.DATALOADER.NUM_WORKERS
+        return iter(
+            DataLoader(
+                self._dataset,
+                batch_sampler=sampler,
+                num_workers=workers,
+                collate_fn=_as_list,
+                worker_init_fn=_one_thread if workers else None,
+            )
+        )
+
+
+def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,108 @@
+"""Initialise parts of a detector from a classifier's checkpoint, while they are built.
+
+The builders call this, not the training tool alone, so that a network named in anybody's Detectron2 script gets its
+weights whole and fed as they were trained, or an error. `DetectionCheckpointer`, which such a script calls afterwards,
+finds no name of its own in the classifier's file and changes nothing.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
+from torch import nn
+
+from resnet_backbone.engine.config import ConfigError, get_key, preprocessing_keys, same_value
+from resnet_backbone.networks import FrozenBatchNorm2d
+from resnet_backbone.weights import Checkpoint, CheckpointError, Route, load_state, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def load_pretrained(
+    module: nn.Module, cfg: CfgNode, *, part: str, routes: Iterable[Route] = (Route("", ""),)
+) -> None:
+    """Fill `module` from MODEL.WEIGHTS, where that is a classifier, and log the coverage.
+
+    A detector's checkpoint is loaded after the whole model is built; here it is only checked to fit the configuration.
+
+    Args:
+        module: a part of the detector.
+        part: its name in messages.
+        routes: from the file's names to the module's.
+
+    Raises:
+        ConfigError: the preprocessing or the network differs from the weights', the stock C4 heads would leave conv5_x
+            untrained, or batch normalisation would be frozen without statistics.
+        CheckpointError: the file cannot be read or does not cover the module.
+    """
+    checkpoint = _read(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+    if checkpoint is not None:
+        _check_configuration(cfg, checkpoint)
+        if checkpoint.metadata.kind == "classifier":
+            coverage = load_state(
+                module,
+                checkpoint.model,
+                part=part,
+                source=cfg.MODEL.WEIGHTS,
+                routes=routes,
+                may_miss=cfg.MODEL.NETWORK.ALLOW_MISSING,
+            )
+            logger.info("%s from %s", coverage, cfg.MODEL.WEIGHTS)
+    check_frozen_norms(cfg, module, checkpoint, part=part)
+
+
+def read_pretrained(cfg: CfgNode) -> Checkpoint | None:
+    """The project's checkpoint in MODEL.WEIGHTS; None if it is empty."""
+    return _read(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+
+
+def check_frozen_norms(cfg: CfgNode, module: nn.Module, checkpoint: Checkpoint | None, *, part: str) -> None:
+    """Raise ConfigError if `module` has frozen batch normalisation whose statistics nobody ever estimated."""
+    frozen = sum(isinstance(m, (FrozenBatchNorm2d, Detectron2FrozenBatchNorm2d)) for m in module.modules())
+    estimated = checkpoint is not None and checkpoint.metadata.norm_statistics != "never"
+    if frozen and not estimated and not cfg.MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN:
+        weights = f"{cfg.MODEL.WEIGHTS} never estimated them" if cfg.MODEL.WEIGHTS else "MODEL.WEIGHTS is empty"
+        raise ConfigError(
+            f"{part} has {frozen} frozen batch normalisations without statistics ({weights}): they would be the identity, "
+            "and activations would grow without bound. Give pretrained weights in MODEL.WEIGHTS, set MODEL.RESNETS.NORM to "
+            "BN and MODEL.BACKBONE.FREEZE_AT to 0, or set MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN True to do it anyway."
+        )
+
+
+def _check_configuration(cfg: CfgNode, checkpoint: Checkpoint) -> None:
+    for key, value in preprocessing_keys(checkpoint.metadata).items():
+        if not same_value(get_key(cfg, key), value):
+            raise ConfigError(
+                f"{key} is {get_key(cfg, key)} in the configuration, but {cfg.MODEL.WEIGHTS} was trained with {value}. "
+                f"Set {key} to {value}, or give weights that were trained with {get_key(cfg, key)}."
+            )
+    if checkpoint.metadata.kind == "classifier" and cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads" and _has_roi_heads(cfg):
+        raise ConfigError(
+            "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which builds a res5 of its own that no tensor of "
+            f"{cfg.MODEL.WEIGHTS} would cover. Set MODEL.ROI_HEADS.NAME to NetworkRes5ROIHeads."
+        )
+
+
+def _has_roi_heads(cfg: CfgNode) -> bool:
+    return cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
+
+
+def _read(path: str) -> Checkpoint:
+    """The builders of backbone and heads read the same file in turn: keep the last one, while it is unchanged."""
+    if not Path(path).is_file():
+        if "://" in path:
+            raise CheckpointError(
+                f"MODEL.WEIGHTS is {path}, a download of a format that is not supported yet. Give a file written by "
+                "tools/pretrain.py or tools/train_net.py."
+            )
+        return read_checkpoint(path)  # raises, naming what is near
+    return _read_unchanged(path, os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_unchanged(path: str, modified: int) -> Checkpoint:
+    return read_checkpoint(path)

@@ -1,0 +1,73 @@
+"""What a classifier does after its shared features, as Detectron2 RoI heads: ResNet's conv5_x, VGG's fc6 and fc7."""
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import Res5ROIHeads
+from torch import Tensor, nn
+
+from resnet_backbone.detection.backbone import build_part
+from resnet_backbone.detection.pretrained import load_pretrained
+from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.weights import Route
+
+RES5_ROUTES = (Route("layer4.", ""),)
+VGG_ROUTES = (Route("classifier.0.", "fc6."), Route("classifier.3.", "fc7."))
+
+
+@ROI_HEADS_REGISTRY.register()
+class NetworkRes5ROIHeads(Res5ROIHeads):
+    """Detectron2's C4 heads with conv5_x of the same network as the backbone (ResNet paper, appendix A).
+
+    Detectron2's `Res5ROIHeads` builds a conv5_x of its own from MODEL.RESNETS; this takes the network's last stage, of
+    the same name, width, stride placement and norm, and its weights from the same file.
+    """
+
+    @classmethod
+    def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Module, int]:
+        network = build_part(cfg, stages=("res5",))
+        load_pretrained(network.layer4, cfg, part="roi_heads.res5", routes=RES5_ROUTES)
+        return network.layer4, network.feature_info["res5"].channels
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class VGGBoxHead(nn.Module):
+    """VGG's fc6 and fc7 with ReLU and dropout on RoI features (Fast R-CNN, arXiv 1504.08083, section 2.2).
+
+    Args:
+        fc6: from the flattened RoI features.
+        fc7: from fc6's outputs.
+        dropout: the share of outputs dropped after each in training.
+    """
+
+    @configurable
+    def __init__(self, *, fc6: nn.Linear, fc7: nn.Linear, dropout: float):
+        super().__init__()
+        self.fc6 = fc6
+        self.fc7 = fc7
+        self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict:
+        network = build_part(cfg, stages=("fc6", "fc7"))
+        fc6, _, dropout, fc7, *_ = network.classifier
+        found = input_shape.channels * input_shape.height * input_shape.width
+        if found != fc6.in_features:
+            raise ConfigError(
+                f"VGGBoxHead gets RoI features of {input_shape.channels}×{input_shape.height}×{input_shape.width}, but "
+                f"fc6 of {cfg.MODEL.NETWORK.NAME} takes {fc6.in_features} values ({fc6.in_features // 49}×7×7). Set "
+                "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION to 7 and MODEL.ROI_HEADS.IN_FEATURES to ('conv5',)."
+            )
+        head = nn.ModuleDict({"fc6": fc6, "fc7": fc7})
+        load_pretrained(head, cfg, part="roi_heads.box_head", routes=VGG_ROUTES)
+        return {"fc6": fc6, "fc7": fc7, "dropout": dropout.p}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """From RoI features `(R, C, 7, 7)` to `(R, fc7 outputs)`."""
+        x = self.dropout(self.fc6(features.flatten(1)).relu())
+        return self.dropout(self.fc7(x).relu())
+
+    @property
+    def output_shape(self) -> ShapeSpec:
+        """Number of outputs of fc7."""
+        return ShapeSpec(channels=self.fc7.out_features)

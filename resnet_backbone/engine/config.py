@@ -1,0 +1,254 @@
+"""Configuration: the keys that both training tools share, and a loader that remembers who set what.
+
+Every key that a YAML file or the command line sets has an origin. A key without one holds a default, which the weights'
+metadata may replace; a key with one is the user's word, which a contradiction never overrides (`fill_from_metadata`).
+"""
+
+import ast
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import torch
+import yaml
+from detectron2.config import CfgNode
+
+from resnet_backbone.errors import InputError
+from resnet_backbone.weights import Metadata
+
+COMMAND_LINE = "command line"
+_ORIGINS = "_resnet_backbone_origins"
+
+
+class ConfigError(InputError):
+    """A configuration key, file or value cannot be used."""
+
+
+def add_engine_config(cfg: CfgNode) -> None:
+    """Add what Detectron2 has no key for and both training tools read."""
+    # Mixed precision is switched on by Detectron2's SOLVER.AMP.ENABLED; this names the type. "bf16" needs no loss scaling.
+    cfg.SOLVER.AMP.PRECISION = "bf16"
+    # Metrics are averaged on the device and read, printed and written every so many iterations.
+    cfg.SOLVER.LOG_PERIOD = 20
+    # The batch that BASE_LR, MAX_ITER, STEPS and the periods were written for. Where IMS_PER_BATCH differs, they are
+    # rescaled linearly. 0: they are meant as they stand.
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+
+    cfg.MODEL.NETWORK = CfgNode()
+    # A name of resnet_backbone.list_networks().
+    cfg.MODEL.NETWORK.NAME = "resnet101"
+    # Multiplies the number of channels, of VGG's fully connected layers too.
+    cfg.MODEL.NETWORK.WIDTH = 1.0
+    # VGG as a classifier: False leaves out the last max pooling, for crops of about 112 pixels and smaller.
+    cfg.MODEL.NETWORK.POOL5 = True
+    # Prefixes of parameter names that may be missing in MODEL.WEIGHTS.
+    cfg.MODEL.NETWORK.ALLOW_MISSING = ()
+    # Frozen batch normalisation on weights whose statistics were never estimated stops the run unless this is True.
+    cfg.MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN = False
+
+
+def network_arguments(cfg: CfgNode, accepted: Sequence[str]) -> dict[str, Any]:
+    """The constructor arguments of a network that the configuration decides, as far as the network takes them.
+
+    Args:
+        accepted: the argument names of this row of the catalogue (`networks.network_arguments(name)`).
+    """
+    values = {
+        "width": float(cfg.MODEL.NETWORK.WIDTH),
+        "stride_in_1x1": cfg.MODEL.RESNETS.STRIDE_IN_1X1,
+        "norm": cfg.MODEL.RESNETS.NORM,
+        "pool5": cfg.MODEL.NETWORK.POOL5,
+    }
+    return {name: value for name, value in values.items() if name in accepted}
+
+
+def load_config(cfg: CfgNode, config_file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
+    """Merge a YAML file with its `_BASE_` chain, then `KEY VALUE …` of the command line, into `cfg` and return it.
+
+    Raises:
+        ConfigError: a file is missing or not YAML, a key is unknown (the nearest is offered), a value has another type.
+    """
+    cfg.__dict__.setdefault(_ORIGINS, {})
+    if config_file:
+        for file in _yaml_chain(_find_file(config_file)):
+            for key, value in _flatten(_read_yaml(file)):
+                if key not in ("_BASE_", "VERSION"):
+                    set_key(cfg, key, value, str(file))
+    if len(overrides) % 2:
+        raise ConfigError(
+            f"the command line ends in {overrides[-1]!r}: keys and values come in pairs (KEY VALUE KEY VALUE …)."
+        )
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        set_key(cfg, key, _literal(value), COMMAND_LINE)
+    _settle_device(cfg)
+    return cfg
+
+
+def set_key(cfg: CfgNode, key: str, value: Any, origin: str) -> None:
+    """Set one dotted key, checked against the type of its default, and remember its origin."""
+    *path, last = key.split(".")
+    node = cfg
+    for part in path:
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    if not isinstance(node, CfgNode) or last not in node:
+        known = [name for name, _ in _flatten(cfg)]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        raise ConfigError(f"there is no configuration key {key} ({origin}); the nearest is {near[0]}.")
+    if isinstance(node[last], CfgNode):
+        raise ConfigError(f"{key} ({origin}) is a group of keys: {', '.join(node[last])}. Set one of them.")
+    node[last] = _coerce(node[last], value, key, origin)
+    cfg.__dict__.setdefault(_ORIGINS, {})[key] = origin
+
+
+def get_key(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def origin(cfg: CfgNode, key: str) -> str | None:
+    """Who set `key`: a YAML file's path, "command line", "metadata of …", "rescaled …"; None if it holds its default."""
+    return cfg.__dict__.get(_ORIGINS, {}).get(key)
+
+
+def fill_from_metadata(cfg: CfgNode, metadata: Metadata, file: str) -> None:
+    """Take the preprocessing and the network's arguments from the weights; stop where the user said otherwise.
+
+    Raises:
+        ConfigError: a key that the user set differs from the metadata; both values are named.
+    """
+    for key, value in preprocessing_keys(metadata).items():
+        current = get_key(cfg, key)
+        if same_value(current, value):
+            continue
+        if (by := origin(cfg, key)) is not None:
+            raise ConfigError(
+                f"{key} is {_plain(current)} ({by}), but the weights in {file} were trained with {_plain(value)}. "
+                f"Remove {key} from the configuration, or give weights that were trained with {_plain(current)}."
+            )
+        set_key(cfg, key, value, f"metadata of {file}")
+
+
+def preprocessing_keys(metadata: Metadata) -> dict[str, Any]:
+    """The configuration that `metadata` implies, by key: what must agree for the weights to mean what they meant."""
+    keys = {
+        "INPUT.FORMAT": metadata.channel_order,
+        "MODEL.PIXEL_MEAN": list(metadata.pixel_mean),
+        "MODEL.PIXEL_STD": list(metadata.pixel_std),
+        "MODEL.NETWORK.NAME": metadata.architecture,
+        "MODEL.NETWORK.WIDTH": metadata.arguments.get("width", 1.0),
+    }
+    if "stride_in_1x1" in metadata.arguments:
+        keys["MODEL.RESNETS.STRIDE_IN_1X1"] = metadata.arguments["stride_in_1x1"]
+    return keys
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Equality that takes 123.675 and a float32's 123.67500305 for the same and lists and tuples alike."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(same_value(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, float) or isinstance(other, float):
+        return abs(one - other) <= 1e-5 * max(abs(one), abs(other))
+    return one == other
+
+
+def _settle_device(cfg: CfgNode) -> None:
+    """Detectron2's default device is a GPU; where there is none and nobody asked for one, use the CPU."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+        return
+    if (by := origin(cfg, "MODEL.DEVICE")) is not None:
+        raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE} ({by}), but torch finds no GPU here. Set it to cpu.")
+    set_key(cfg, "MODEL.DEVICE", "cpu", "no GPU here")
+
+
+def _find_file(config_file: str | Path) -> Path:
+    path = Path(config_file).expanduser()
+    if path.is_file():
+        return path
+    from detectron2 import model_zoo  # only for names such as COCO-Detection/faster_rcnn_R_50_C4_1x.yaml
+
+    try:
+        return Path(model_zoo.get_config_file(str(config_file)))
+    except RuntimeError:
+        folder = path.parent
+        near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1, cutoff=0.0)
+        hint = f"the nearest in {folder} is {near[0]}" if near else f"{folder} has no .yaml file"
+        raise ConfigError(f"there is no config file {path}, nor one of that name in Detectron2's zoo; {hint}.") from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except yaml.constructor.ConstructorError as error:
+        if not _is_part_of_detectron2(file):
+            raise ConfigError(
+                f"{file} has a tag that executes code ({error.problem}); write the value itself instead."
+            ) from error
+        content = yaml.unsafe_load(file.read_text())  # Detectron2's RetinaNet configs compute their anchors
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not a YAML file: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds {type(content).__name__}, expected a mapping of configuration keys.")
+    return content
+
+
+def _is_part_of_detectron2(file: Path) -> bool:
+    return file.resolve().is_relative_to(Path(detectron2.__file__).resolve().parent)
+
+
+def _yaml_chain(file: Path) -> list[Path]:
+    """The file behind the files that it is based on."""
+    chain = [file]
+    while base := _read_yaml(chain[0]).get("_BASE_"):
+        path = Path(base).expanduser()
+        path = path if path.is_absolute() else chain[0].parent / path
+        if not path.is_file():
+            raise ConfigError(f"{chain[0]} is based on {base}, but there is no file {path}.")
+        if path in chain:
+            raise ConfigError(f"{chain[0]} is based on itself through {base}.")
+        chain.insert(0, path)
+    return chain
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _literal(text: str) -> Any:
+    """What a word of the command line means: a Python literal where it is one, else the text."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _coerce(current: Any, value: Any, key: str, origin: str) -> Any:
+    if isinstance(value, str) and not isinstance(current, str) and current is not None:
+        value = _literal(value)
+    if isinstance(current, (tuple, list)):
+        # A single word for a tuple key means a tuple of one: `DATASETS.TRAIN my_set`.
+        items = value if isinstance(value, (tuple, list)) else [value]
+        return type(current)(items)
+    if isinstance(current, bool) == isinstance(value, bool):
+        if isinstance(current, float) and isinstance(value, int):
+            return float(value)
+        if current is None or value is None or isinstance(value, type(current)):
+            return value
+        if isinstance(current, str):
+            return str(value)  # a folder called 2024, say
+    raise ConfigError(
+        f"{key} is {value!r} ({origin}), expected {type(current).__name__} as in its default {current!r}."
+    )
+
+
+def _plain(value: Any) -> str:
+    return f"[{', '.join(f'{v:g}' for v in value)}]" if isinstance(value, (list, tuple)) else str(value)

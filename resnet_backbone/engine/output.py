@@ -1,0 +1,117 @@
+"""The output folder: checked before anything runs, log and configuration in it, the last checkpoint found again."""
+
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import detectron2
+import torch
+import torchvision
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.weights import Checkpoint, CheckpointError, atomic_write, read_checkpoint, write_checkpoint
+
+logger = logging.getLogger(__name__)
+
+FINAL = "model_final.pth"
+LAST = "last_checkpoint"
+LOWEST_FREE_SPACE = 2**28  # bytes; below it not even a small network's checkpoints fit
+
+
+def open_output(cfg: CfgNode, *, resume: bool) -> Path:
+    """Create OUTPUT_DIR, prove that it can be written to, and start logging there and to the terminal.
+
+    Raises:
+        ConfigError: the folder cannot be written, its disk is full, or it holds another run and `resume` is off.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {folder} cannot be written: {error.strerror}. Choose another folder.") from error
+    if (free := shutil.disk_usage(folder).free) < LOWEST_FREE_SPACE:
+        raise ConfigError(f"the disk of OUTPUT_DIR {folder} has {free / 2**20:.0f} MiB left, too little for checkpoints.")
+    if not resume and (held := next((n for n in (LAST, FINAL) if (folder / n).exists()), None)):
+        raise ConfigError(
+            f"OUTPUT_DIR {folder} holds a run already ({held}). Add --resume to go on with it, choose another OUTPUT_DIR, "
+            "or delete the folder."
+        )
+    start_logging(folder)
+    return folder
+
+
+def start_logging(folder: Path) -> None:
+    """Log Detectron2, fvcore and this package to `log.txt` in `folder`, from the main process to the terminal too.
+
+    A second call in the same process, for another folder, replaces the first.
+    """
+    formatter = logging.Formatter("[%(asctime)s %(name)s] %(message)s", "%m-%d %H:%M:%S")
+    rank = comm.get_rank()
+    handlers = [logging.FileHandler(folder / (f"log.txt.rank{rank}" if rank else "log.txt"))]
+    if rank == 0:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    for name in ("detectron2", "fvcore", "resnet_backbone"):
+        named = logging.getLogger(name)
+        for old in named.handlers:
+            old.close()
+        named.handlers = list(handlers)
+        named.setLevel(logging.INFO)
+        named.propagate = False
+    # torch announces the end of TorchScript, which Detectron2 0.6 uses at import, once per function.
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*", category=DeprecationWarning)
+    logger.info(versions())
+
+
+def versions() -> str:
+    """Versions and machine, as one line."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return (
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"Detectron2 {detectron2.__version__}, {device}"
+    )
+
+
+def write_config(cfg: CfgNode, folder: Path) -> None:
+    """Write the resolved configuration to `config.yaml`: what Detectron2 needs to use the result."""
+    if comm.is_main_process():
+        with atomic_write(folder / "config.yaml") as file:
+            file.write(cfg.dump().encode())
+
+
+def save_training_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `model_0001234.pth` and note its name in `last_checkpoint`, each atomically, in this order."""
+    path = folder / f"model_{checkpoint.iteration:07d}.pth"
+    write_checkpoint(path, checkpoint)
+    with atomic_write(folder / LAST) as file:
+        file.write(path.name.encode())
+    logger.info("saved %s", path)
+    return path
+
+
+def read_last_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint to resume from; None if the run wrote none.
+
+    Raises:
+        CheckpointError: `last_checkpoint` names a file that is missing or damaged; an earlier one is named if there is one.
+    """
+    tag = folder / LAST
+    if not tag.is_file():
+        return None
+    path = folder / tag.read_text().strip()
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        earlier = [p for p in sorted(folder.glob("model_*.pth")) if re.fullmatch(r"model_\d+\.pth", p.name) and p != path]
+        hint = f" An earlier one is {earlier[-1].name}: write its name into {tag} to go on from there." if earlier else ""
+        raise CheckpointError(f"cannot resume: {error}{hint}") from error

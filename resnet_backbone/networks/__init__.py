@@ -1,0 +1,17 @@
+"""The networks, in plain torch: the same modules classify in pretraining and extract features in detection."""
+
+from resnet_backbone.networks.catalogue import build_network, list_networks, network_arguments
+from resnet_backbone.networks.norms import FrozenBatchNorm2d
+from resnet_backbone.networks.resnet import ResNet
+from resnet_backbone.networks.stages import FeatureInfo
+from resnet_backbone.networks.vgg import VGG
+
+__all__ = [
+    "VGG",
+    "FeatureInfo",
+    "FrozenBatchNorm2d",
+    "ResNet",
+    "build_network",
+    "list_networks",
+    "network_arguments",
+]

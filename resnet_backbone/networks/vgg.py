@@ -1,0 +1,127 @@
+"""VGG networks (Simonyan, Zisserman 2014, arXiv 1409.1556, Table 1), with torchvision's parameter names."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from resnet_backbone.networks.norms import norm_factory
+from resnet_backbone.networks.stages import FeatureInfo, StagedNetwork, scale_channels
+
+# Table 1: channels of the five blocks of 3×3 convolutions, and of the two hidden fully connected layers.
+CONV_CHANNELS = {"conv1": 64, "conv2": 128, "conv3": 256, "conv4": 512, "conv5": 512}
+FC_CHANNELS = 4096
+# fc6 sees this many pixels, in the classifier (224 / 32) and as a detector's RoI features alike.
+FC_RESOLUTION = 7
+
+
+class VGG(StagedNetwork):
+    """Blocks of 3×3 convolutions between max poolings, then fc6, fc7 and the classifier.
+
+    Stages: "conv1" to "conv5" (strides 1, 2, 4, 8, 16; each ends with its last ReLU, before the pooling, so that conv5
+    is VGG-16's conv5_3), "pool5" (stride 32), "fc6" and "fc7" (each with its ReLU and dropout; vectors, so not among
+    the features). Parameters are named as torchvision's: features.N, classifier.{0,3,6}.
+
+    A run that begins at fc6 takes RoI features `(N, C, 7, 7)`, or the same flattened to `(N, 49 C)`.
+
+    Args:
+        plan: convolutions per block, conv1 to conv5.
+        num_classes: outputs of the classifier; without effect where `stages` leaves that out.
+        width: factor on the channels of the convolutions and of fc6 and fc7, rounded to multiples of 8, at least 8.
+        pool5: whether there is the last max pooling, between conv5 and fc6. For crops of about 112 pixels and below
+            leave it out: at 112 pixels conv5 is 7×7, so that fc6 sees the resolution that it will see as a detector's
+            head on 7×7 RoI features from conv5_3. With it, a 64-pixel crop leaves 2×2, and fc6 learns from copies of
+            four values a channel. No parameter's name or shape depends on it.
+        dropout: probability after fc6 and fc7.
+        norm: a name of `norms.NORMS`, after every convolution and before its ReLU; None for the published network.
+        stages: None for the whole network with its classifier, or a contiguous run of stage names to build alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Sequence[int],
+        num_classes: int = 1000,
+        width: float = 1.0,
+        pool5: bool = True,
+        dropout: float = 0.5,
+        norm: str | None = "BN",
+        stages: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__((*CONV_CHANNELS, *(("pool5",) if pool5 else ()), "fc6", "fc7"), stages)
+        norm_layer = None if norm is None else norm_factory(norm)
+
+        features: OrderedDict[str, nn.Module] = OrderedDict()
+        index, channels, stride = 0, 3, 1
+        for name, depth in zip(CONV_CHANNELS, plan, strict=True):
+            # The pooling between two blocks belongs to the later one: a stage's output is taken before it.
+            pool_first = name != "conv1"
+            in_channels, channels = channels, scale_channels(CONV_CHANNELS[name], width)
+            stride *= 2 if pool_first else 1
+            # Numbered as in the whole network also where only some stages are built, for the parameters' names.
+            numbers = range(index, index + pool_first + depth * (2 if norm_layer is None else 3))
+            index = numbers.stop
+            if name in self.stage_names:
+                layers = _conv_block(in_channels, channels, depth, norm_layer, pool_first)
+                features.update(zip(map(str, numbers), layers, strict=True))
+                self._add_stage(name, [f"features.{n}" for n in numbers], FeatureInfo(channels, stride))
+        if "pool5" in self.stage_names:
+            features[str(index)] = nn.MaxPool2d(kernel_size=2, stride=2)
+            self._add_stage("pool5", (f"features.{index}",), FeatureInfo(channels, stride * 2))
+        if features:
+            self.features = nn.Sequential(features)
+
+        fc_channels = scale_channels(FC_CHANNELS, width)
+        classifier: OrderedDict[str, nn.Module] = OrderedDict()
+        if "fc6" in self.stage_names:
+            self.avgpool = nn.AdaptiveAvgPool2d(FC_RESOLUTION)
+            classifier["0"] = nn.Linear(channels * FC_RESOLUTION**2, fc_channels)
+            classifier["1"] = nn.ReLU(inplace=True)
+            classifier["2"] = nn.Dropout(dropout)
+            self._add_stage("fc6", ("classifier.0", "classifier.1", "classifier.2"))
+        if "fc7" in self.stage_names:
+            classifier["3"] = nn.Linear(fc_channels, fc_channels)
+            classifier["4"] = nn.ReLU(inplace=True)
+            classifier["5"] = nn.Dropout(dropout)
+            self._add_stage("fc7", ("classifier.3", "classifier.4", "classifier.5"))
+        if self.has_classifier:
+            classifier["6"] = nn.Linear(fc_channels, num_classes)
+        if classifier:
+            self.classifier = nn.Sequential(classifier)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Draw the initial weights: He et al. (arXiv 1502.01852, equation 10) for all layers that a ReLU follows.
+
+        It keeps the activations' variance (fan_in), so that the network trains from random weights as a whole without
+        batch norm; the VGG paper's own draw of 0.01 everywhere needed a shallower trained network to start from
+        (section 3.1). The classifier keeps that 0.01. Biases are zero.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        if self.has_classifier:
+            nn.init.normal_(self.classifier.get_submodule("6").weight, std=0.01)
+
+    def run_stage(self, name: str, x: Tensor) -> Tensor:
+        """Apply one stage; fc6 takes feature maps `(N, C, H, W)`, brought to 7×7, or vectors `(N, 49 C)`."""
+        if name == "fc6" and x.dim() == 4:
+            x = self.avgpool(x).flatten(1)
+        return super().run_stage(name, x)
+
+    def run_classifier(self, x: Tensor) -> Tensor:
+        """Turn fc7's output `(N, C)` into logits `(N, num_classes)`."""
+        return self.classifier.get_submodule("6")(x)
+
+
+def _conv_block(in_channels: int, channels: int, depth: int, norm_layer, pool_first: bool) -> list[nn.Module]:
+    """Return one block's layers: max pooling (if any), then `depth` 3×3 convolutions, each with norm and ReLU."""
+    layers: list[nn.Module] = [nn.MaxPool2d(kernel_size=2, stride=2)] if pool_first else []
+    for i in range(depth):
+        # With a bias also before a batch norm, where it has no effect, because torchvision's vgg16_bn has it.
+        layers.append(nn.Conv2d(in_channels if i == 0 else channels, channels, kernel_size=3, padding=1))
+        if norm_layer is not None:
+            layers.append(norm_layer(channels))
+        layers.append(nn.ReLU(inplace=True))
+    return layers

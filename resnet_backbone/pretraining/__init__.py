@@ -1,0 +1,6 @@
+"""From random weights to a classifier whose checkpoint says how to feed it."""
+
+from resnet_backbone.pretraining.config import get_config
+from resnet_backbone.pretraining.run import run
+
+__all__ = ["get_config", "run"]

@@ -1,0 +1,53 @@
+"""Packaging of resnet_backbone. It runs before torch is installed, so it imports nothing of the project."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Take __version__ from the package's source; importing the package would need torch."""
+    source = HERE / "resnet_backbone" / "__init__.py"
+    match = re.search(r'^__version__ = "([^"]+)"$', source.read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f'{source} has no line of the form __version__ = "1.2.3".')
+    return match.group(1)
+
+
+def read_description() -> str:
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="resnet_backbone",
+    version=read_version(),
+    description="Residual and VGG networks, from random weights to a Detectron2 detector",
+    long_description=read_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["resnet_backbone", "resnet_backbone.*"]),
+    # Ranges; requirements.txt holds the versions that the tests ran with. Detectron2 0.6 is not on the package index
+    # under its own name: tools/install_detectron2.py installs it after these.
+    install_requires=[
+        # Below 2.13: CPU-only builds of 2.13.0 are about with which torchvision's wheel cannot load its operators.
+        "torch>=2.6,<2.13",
+        "torchvision>=0.21,<0.28",
+        "numpy>=2.0,<3",
+        "Pillow>=11.0",
+        "opencv-python-headless>=4.10",
+        "safetensors>=0.4.3",
+        "fvcore>=0.1.5,<0.1.6",
+        "iopath>=0.1.9,<0.2",
+        "yacs>=0.1.8",
+        "pycocotools>=2.0.8",
+        "faster-coco-eval>=1.6.5",
+        "matplotlib>=3.9",
+        "tensorboard>=2.17",
+    ],
+    extras_require={"test": ["pytest>=8.2", "pytest-timeout>=2.3"]},
+)

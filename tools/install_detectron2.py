@@ -1,0 +1,376 @@
+#!/usr/bin/env python3
+"""Install Detectron2 0.6 into the Python environment that runs this script.
+
+    python tools/install_detectron2.py [--sdist FILE]
+
+Detectron2 is not published under its own name on the package index, and release 0.6 does not import with today's
+NumPy, Pillow, setuptools and torch. This script
+
+1. leaves a Detectron2 that can already be imported as it is: your own build with compiled operators stays in use;
+2. fetches the sdist ``pb1-detectron2==0.6``, whose Python files are those of the 0.6 release, and checks its SHA-256;
+3. mends the lines that no longer work (the table `MENDS`, each with its reason; a line not found stops the script);
+4. builds a pure-Python wheel named ``detectron2`` and installs it with pip, so that ``pip list``, ``pip check`` and
+   ``pip uninstall detectron2`` work.
+
+The wheel holds no compiled operators. RoIAlign, NMS and deformable convolution come from torchvision; rotated boxes
+and Detectron2's own ``COCOeval_opt`` are not available and say so. Only the standard library is used; torch, setuptools
+and wheel must be installed first, because pip runs the sdist's setup.py for its metadata.
+"""
+
+import argparse
+import base64
+import hashlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+SDIST = "pb1-detectron2==0.6"
+SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
+VERSION = "0.6"
+DIST_INFO = f"detectron2-{VERSION}.dist-info"
+MENDS_FILE = "MENDS.txt"
+
+# As in Detectron2's setup.py, without what only caffe2 used (future, pydot), the formatter that only LazyConfig.to_py
+# calls (black==21.4b2) and iopath's upper bound (0.1.10 was tested). torch, torchvision and OpenCV are not required,
+# as upstream: the user chooses their builds.
+REQUIRES = (
+    "numpy",
+    "PyYAML",
+    "packaging",
+    "Pillow>=7.1",
+    "matplotlib",
+    "pycocotools>=2.0.2",
+    "termcolor>=1.1",
+    "yacs>=0.1.8",
+    "tabulate",
+    "cloudpickle",
+    "tqdm>4.29.0",
+    "tensorboard",
+    "fvcore>=0.1.5,<0.1.6",
+    "iopath>=0.1.7",
+    "omegaconf>=2.1",
+    "hydra-core>=1.1",
+)
+
+# Installed under detectron2.projects, as Detectron2's setup.py does. Its top-level package `tools` is left out: the
+# name is too general to claim in site-packages.
+PROJECTS = {
+    "projects/PointRend/point_rend": "detectron2/projects/point_rend",
+    "projects/DeepLab/deeplab": "detectron2/projects/deeplab",
+    "projects/Panoptic-DeepLab/panoptic_deeplab": "detectron2/projects/panoptic_deeplab",
+}
+
+
+class Mend(NamedTuple):
+    """Replace `old` by `new` in `file`, where `old` must occur exactly `count` times."""
+
+    file: str
+    old: str
+    new: str
+    count: int
+    why: str
+
+
+NO_C = "the wheel holds no compiled operators (_C)"
+NO_ALIAS = "NumPy 1.24 removed np.int, np.float and np.str, and np.bool until NumPy 2"
+NO_PKG_RESOURCES = "setuptools 82 removed pkg_resources"
+MESHGRID = "torch warns that the default order of meshgrid will change"
+ARRAY = "NumPy 2 warns about np.array(tensor): torch's __array__ takes no copy argument"
+
+# fmt: off
+MENDS = (
+    # What stops an import.
+    Mend("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", 1,
+         "Pillow 10 removed Image.LINEAR, another name of BILINEAR"),
+    *(Mend(f"detectron2/layers/{name}.py", "from detectron2 import _C", "from detectron2._no_ops import _C", 1, NO_C)
+      for name in ("deform_conv", "rotated_boxes", "roi_align_rotated")),
+    Mend("detectron2/evaluation/coco_evaluation.py",
+         "from detectron2.evaluation.fast_eval_api import COCOeval_opt\n", "", 1, NO_C),
+    Mend("detectron2/evaluation/coco_evaluation.py", "\n\nclass COCOEvaluator(DatasetEvaluator):",
+         "\nCOCOeval_opt = COCOeval  # no compiled operators: use_fast_impl=True is pycocotools as well\n"
+         "\n\nclass COCOEvaluator(DatasetEvaluator):", 1, NO_C + ", which the evaluator uses by default"),
+    Mend("detectron2/evaluation/fast_eval_api.py", "from detectron2 import _C\n",
+         "from detectron2 import _no_ops\n\n"
+         "# An ImportError, so that code with a fallback to pycocotools takes it.\n"
+         '_C = _no_ops.refuse("COCOeval_opt")\n', 1, NO_C),
+    Mend("detectron2/export/__init__.py", "from .api import *\n",
+         "try:\n    from .api import *\nexcept ImportError:  # needs caffe2, which torch 2 does not have\n    pass\n",
+         1, "torch 2 has no caffe2; without this, detectron2.utils.analysis (FLOP counts) does not import"),
+    Mend("detectron2/model_zoo/model_zoo.py", "import pkg_resources\n", "", 1, NO_PKG_RESOURCES),
+    Mend("detectron2/model_zoo/model_zoo.py",
+         'pkg_resources.resource_filename(\n'
+         '        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
+         'os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", config_path)', 1, NO_PKG_RESOURCES),
+
+    # What fails, or silently does nothing, when it is used.
+    Mend("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", 1,
+         NO_ALIAS + "; an `except AttributeError` hid it, and the table of instances per class was never printed"),
+    Mend("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n", 1, NO_ALIAS),
+    Mend("detectron2/data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", 1, NO_ALIAS),
+    Mend("detectron2/evaluation/sem_seg_evaluation.py", "np.array(output, dtype=np.int)", "output.numpy().astype(int)",
+         1, NO_ALIAS + "; " + ARRAY),
+    Mend("detectron2/evaluation/sem_seg_evaluation.py", "dtype=np.int)", "dtype=int)", 1, NO_ALIAS),
+    Mend("detectron2/evaluation/sem_seg_evaluation.py", "np.float)", "float)", 5, NO_ALIAS),
+    Mend("detectron2/evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", 2, NO_ALIAS),
+    Mend("detectron2/structures/masks.py", "np.bool)", "bool)", 3, NO_ALIAS),
+    Mend("detectron2/utils/visualizer.py", "np.bool)", "bool)", 3, NO_ALIAS),
+    Mend("detectron2/utils/video_visualizer.py", "np.bool)", "bool)", 1, NO_ALIAS),
+    Mend("detectron2/engine/hooks.py", "lr_scheduler._LRScheduler)", "lr_scheduler.LRScheduler)", 2,
+         "in torch 2 _LRScheduler is a subclass of LRScheduler: torch's own schedulers were silently not saved"),
+    Mend("detectron2/engine/defaults.py", 'kwargs["device_ids"] = [comm.get_local_rank()]',
+         'on_cpu = next(model.parameters()).device.type == "cpu"\n'
+         '        kwargs["device_ids"] = None if on_cpu else [comm.get_local_rank()]', 1,
+         "DistributedDataParallel takes no device_ids for a model on the CPU"),
+    Mend("detectron2/modeling/meta_arch/retinanet.py", "get_norm(norm, 1)", "get_norm(norm, 32)", 1,
+         "only the type of this layer is read, and torch 2 refuses a GroupNorm of 32 groups and 1 channel"),
+    Mend("detectron2/layers/deform_conv.py", "deform_conv = _DeformConv.apply\n",
+         "def deform_conv(\n"
+         "    input, offset, weight, stride=1, padding=0, dilation=1, groups=1, deformable_groups=1, im2col_step=64\n"
+         "):\n"
+         "    # Without _C: torchvision's operator, which reads both group counts from the shapes.\n"
+         "    return deform_conv2d(\n"
+         "        input, offset, weight, stride=stride, padding=padding, dilation=dilation\n"
+         "    )\n\n\n", 1, NO_C),
+    Mend("detectron2/layers/deform_conv.py", "modulated_deform_conv = _ModulatedDeformConv.apply\n",
+         "def modulated_deform_conv(\n"
+         "    input, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, deformable_groups=1\n"
+         "):\n"
+         "    return deform_conv2d(\n"
+         "        input, offset, weight, bias, stride=stride, padding=padding, dilation=dilation, mask=mask\n"
+         "    )\n", 1, NO_C),
+    Mend("detectron2/layers/nms.py", "return torch.ops.detectron2.nms_rotated(",
+         "from detectron2._no_ops import _C\n\n    return _C.nms_rotated(", 1, NO_C),
+
+    # What only warns.
+    Mend("detectron2/modeling/anchor_generator.py", "meshgrid(shifts_y, shifts_x)",
+         'meshgrid(shifts_y, shifts_x, indexing="ij")', 1, MESHGRID),
+    Mend("projects/Panoptic-DeepLab/panoptic_deeplab/post_processing.py",
+         "torch.arange(width, dtype=offsets.dtype, device=offsets.device),\n",
+         'torch.arange(width, dtype=offsets.dtype, device=offsets.device),\n        indexing="ij",\n', 1, MESHGRID),
+    Mend("detectron2/engine/train_loop.py", "torch.cuda.amp import", "torch.amp import", 2,
+         "torch.cuda.amp is deprecated"),
+    Mend("detectron2/engine/train_loop.py", "with autocast():", 'with autocast("cuda"):', 1,
+         "torch.amp.autocast has no default device"),
+    Mend("detectron2/evaluation/coco_evaluation.py", "np.array(mask[:, :, None],", "np.array(mask[:, :, None].numpy(),",
+         1, ARRAY),
+    *(Mend(f"detectron2/{name}.py", "logger.warn(", "logger.warning(", count, "logger.warn is deprecated")
+      for name, count in (("data/datasets/coco", 2), ("engine/defaults", 1), ("evaluation/coco_evaluation", 2),
+                          ("evaluation/lvis_evaluation", 2), ("evaluation/sem_seg_evaluation", 2))),
+)
+# fmt: on
+
+# Added beside the mended files. It is not called _C, so that `import detectron2._C` still fails for code that asks.
+NEW_FILES = {
+    "detectron2/_no_ops.py": '''\
+"""Stands where the compiled operators (detectron2._C) would be and says that they are missing."""
+
+
+def refuse(name):
+    raise ImportError(
+        f"{name} needs Detectron2's compiled operators, and this installation has none (it was made by "
+        "tools/install_detectron2.py). Uninstall it (pip uninstall detectron2) and build Detectron2 from source."
+    )
+
+
+class _MissingOperators:
+    def __getattr__(self, name):
+        if name.startswith("__"):  # inspection by copy, pickle or a debugger is no use of an operator
+            raise AttributeError(name)
+        refuse(name)
+
+
+_C = _MissingOperators()
+'''
+}
+
+
+class InstallError(Exception):
+    """What went wrong, in one or two sentences for the user."""
+
+
+def apply_mends(root: Path, mends=MENDS) -> None:
+    """Change the source tree at `root` by the table; stop where a text is not there as often as the table says."""
+    for mend in mends:
+        path = root / mend.file
+        if not path.is_file():
+            raise InstallError(f"{mend.file} is not in the source tree; it was to be mended because {mend.why}.")
+        text = path.read_text(encoding="utf-8")
+        lines = [text.count("\n", 0, match.start()) + 1 for match in re.finditer(re.escape(mend.old), text)]
+        if len(lines) != mend.count:
+            where = f" (lines {', '.join(map(str, lines))})" if lines else ""
+            raise InstallError(
+                f"{mend.file}: expected {mend.old!r} {mend.count} time(s), found it {len(lines)} time(s){where}. "
+                f"It was to be mended because {mend.why}. The sources are not those of {SDIST}."
+            )
+        path.write_text(text.replace(mend.old, mend.new), encoding="utf-8")
+
+
+def describe_mends(mends=MENDS) -> str:
+    """The table as text. It goes into the wheel: the licence asks to state changes, and a later run compares it."""
+    head = f"Changes to the files of {SDIST} (sha256 {SHA256}) by tools/install_detectron2.py.\n"
+    rows = [f"\n{m.file} ({m.count}x): {m.why}\n-{m.old!r}\n+{m.new!r}\n" for m in mends]
+    return head + "".join(rows) + "".join(f"\n{name}: added\n{text!r}\n" for name, text in NEW_FILES.items())
+
+
+def build_wheel(root: Path, folder: Path) -> Path:
+    """Write the wheel of the mended source tree `root` into `folder`; the same tree gives the same bytes."""
+    files = {name: text.encode() for name, text in NEW_FILES.items()}
+    for source, target in {"detectron2": "detectron2", **PROJECTS}.items():
+        if not (root / source / "__init__.py").is_file():
+            raise InstallError(f"{source}/__init__.py is not in the source tree of {SDIST}.")
+        for path in (root / source).rglob("*"):
+            if path.suffix in (".py", ".yaml") and path.is_file():
+                files[f"{target}/{path.relative_to(root / source).as_posix()}"] = path.read_bytes()
+
+    metadata = (
+        f"Metadata-Version: 2.1\nName: detectron2\nVersion: {VERSION}\n"
+        "Summary: Detectron2 0.6 without compiled operators, mended for current libraries\n"
+        "Home-page: https://github.com/facebookresearch/detectron2\nAuthor: FAIR\nLicense: Apache-2.0\n"
+        "Requires-Python: >=3.6\n" + "".join(f"Requires-Dist: {name}\n" for name in REQUIRES)
+    )
+    wheel = "Wheel-Version: 1.0\nGenerator: tools/install_detectron2.py\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{DIST_INFO}/LICENSE"] = (root / "LICENSE").read_bytes()
+    files[f"{DIST_INFO}/METADATA"] = metadata.encode()
+    files[f"{DIST_INFO}/WHEEL"] = wheel.encode()
+    files[f"{DIST_INFO}/{MENDS_FILE}"] = describe_mends().encode()
+    files[f"{DIST_INFO}/top_level.txt"] = b"detectron2\n"
+
+    record = []
+    for name, content in sorted(files.items()):
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        record.append(f"{name},sha256={digest},{len(content)}\n")
+    files[f"{DIST_INFO}/RECORD"] = ("".join(record) + f"{DIST_INFO}/RECORD,,\n").encode()
+
+    path = folder / f"detectron2-{VERSION}-py3-none-any.whl"
+    # Stored, not deflated: the bytes then do not depend on the zlib of the machine.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in sorted(files.items()):
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, content)
+    return path
+
+
+def check_sdist(path: Path) -> Path:
+    """Return `path` if it is the sdist that the mends were written for."""
+    if not path.is_file():
+        raise InstallError(f"{path} is not a file; expected the sdist of {SDIST}.")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise InstallError(f"{path} has SHA-256 {found}; expected {SHA256}. Delete it and fetch {SDIST} again.")
+    return path
+
+
+def download_sdist(folder: Path) -> Path:
+    """Fetch the sdist through pip, which refuses a wrong hash before anything of the archive runs."""
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{SDIST} --hash=sha256:{SHA256}\n", encoding="utf-8")
+    options = ["--require-hashes", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--quiet"]
+    pip("download", *options, "--dest", str(folder), "--requirement", str(requirement))
+    (path,) = folder.glob("*.tar.gz")
+    return check_sdist(path)
+
+
+def unpack(sdist: Path, folder: Path) -> Path:
+    """Unpack the sdist and return its top folder."""
+    # Python before 3.11.4 has no extraction filters; there the checked hash alone vouches for the archive.
+    safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, **safe)
+    (setup,) = folder.glob("*/setup.py")
+    return setup.parent
+
+
+def pip(*arguments: str) -> None:
+    """Run pip in this environment; its own output goes to the user."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    if subprocess.run(command).returncode:
+        raise InstallError(
+            f"`pip {' '.join(arguments)}` failed; the reason is above. Without a network, fetch {SDIST} elsewhere and "
+            "give it with --sdist."
+        )
+
+
+def check_tools() -> None:
+    """Stop early where pip would fail on the sdist with a message about something else."""
+    missing = [name for name in ("torch", "setuptools", "wheel") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InstallError(
+            f"{', '.join(missing)} not found in {sys.prefix}; Detectron2 needs torch, setuptools and wheel installed "
+            f"first: {sys.executable} -m pip install -r requirements.txt"
+        )
+
+
+def find_installed() -> str | None:
+    """Say which Detectron2 this environment has, or None; raise where there is one that does not work."""
+    # -P: a folder `detectron2` in the working directory is not an installation.
+    probe = "import detectron2, os; print(detectron2.__version__, 'at', os.path.dirname(detectron2.__file__))"
+    run = [sys.executable, "-P", "-c"]
+    shallow = subprocess.run([*run, probe], capture_output=True, text=True)
+    if shallow.returncode:
+        if "No module named 'detectron2'" in shallow.stderr:
+            return None
+        reason = shallow.stderr
+    else:
+        # `import detectron2` alone says nothing about the operators or about the libraries around it.
+        deep = subprocess.run([*run, "import detectron2.layers"], capture_output=True, text=True)
+        if deep.returncode == 0:
+            return shallow.stdout.strip()
+        reason = deep.stderr
+    last_line = (reason.strip().splitlines() or ["no reason given"])[-1]
+    raise InstallError(
+        f"A Detectron2 is installed but cannot be imported: {last_line}. Nothing was changed; repair it, or remove it "
+        f"({sys.executable} -m pip uninstall detectron2) and run this script again."
+    )
+
+
+def is_outdated() -> bool:
+    """Whether the installed Detectron2 came from this script with another table of mends."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        mends = distribution("detectron2").read_text(MENDS_FILE)
+    except PackageNotFoundError:
+        return False
+    return mends is not None and mends != describe_mends()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sdist", type=Path, metavar="FILE", help=f"the sdist of {SDIST}, where pip has no network")
+    sdist = parser.parse_args(arguments).sdist
+    try:
+        outdated = is_outdated()
+        if not outdated and (found := find_installed()):
+            print(f"Detectron2 {found} is installed already and was left alone.")
+            return 0
+        check_tools()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            sdist = check_sdist(sdist) if sdist else download_sdist(folder)
+            root = unpack(sdist, folder)
+            apply_mends(root)
+            wheel = build_wheel(root, folder)
+            if outdated:
+                print("The installed Detectron2 was made by this script from another table of mends; it is replaced.")
+                pip("uninstall", "--yes", "--quiet", "detectron2")
+            pip("install", "--quiet", str(wheel))
+        found = find_installed()
+        if not found:
+            raise InstallError(f"pip installed the wheel, but {sys.executable} does not find detectron2.")
+    except InstallError as error:
+        print(f"install_detectron2: {error}", file=sys.stderr)
+        return 1
+    files = len({mend.file for mend in MENDS})
+    print(f"Installed Detectron2 {found}: sdist SHA-256 checked, {len(MENDS)} mends in {files} files, no compiled _C.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
