@@ -32,6 +32,9 @@ from typing import NamedTuple
 
 SDIST = "pb1-detectron2==0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
+# The sdist is fetched with this pip: 26.3 refuses its metadata, because the optional extra "all" names a URL.
+PIP = "pip==25.3"
+PIP_SHA256 = "9655943313a94722b7774661c21049070f6bbb0a1516bf02f7c8d5d9201514cd"
 VERSION = "0.6"
 DIST_INFO = f"detectron2-{VERSION}.dist-info"
 MENDS_FILE = "MENDS.txt"
@@ -269,10 +272,13 @@ def check_sdist(path: Path) -> Path:
 
 def download_sdist(folder: Path) -> Path:
     """Fetch the sdist through pip, which refuses a wrong hash before anything of the archive runs."""
-    requirement = folder / "requirement.txt"
-    requirement.write_text(f"{SDIST} --hash=sha256:{SHA256}\n", encoding="utf-8")
-    options = ["--require-hashes", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--quiet"]
-    pip("download", *options, "--dest", str(folder), "--requirement", str(requirement))
+    for name, requirement, digest in (("pip.txt", PIP, PIP_SHA256), ("sdist.txt", SDIST, SHA256)):
+        (folder / name).write_text(f"{requirement} --hash=sha256:{digest}\n", encoding="utf-8")
+    quiet = ["--quiet", "--require-hashes", "--no-deps"]
+    pip("install", *quiet, "--target", str(folder / "pip"), "--requirement", str(folder / "pip.txt"))
+    options = ["--no-build-isolation", "--no-binary", ":all:", "--dest", str(folder)]
+    older_pip = str(folder / "pip" / "pip")
+    pip("download", *quiet, *options, "--requirement", str(folder / "sdist.txt"), program=(older_pip,))
     (path,) = folder.glob("*.tar.gz")
     return check_sdist(path)
 
@@ -287,13 +293,13 @@ def unpack(sdist: Path, folder: Path) -> Path:
     return setup.parent
 
 
-def pip(*arguments: str) -> None:
-    """Run pip in this environment; its own output goes to the user."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+def pip(*arguments: str, program: tuple[str, ...] = ("-m", "pip")) -> None:
+    """Run pip, this environment's or `program`, in this environment; its own output goes to the user."""
+    command = [sys.executable, *program, "--disable-pip-version-check", *arguments]
     if subprocess.run(command).returncode:
         raise InstallError(
-            f"`pip {' '.join(arguments)}` failed; the reason is above. Without a network, fetch {SDIST} elsewhere and "
-            "give it with --sdist."
+            f"`pip {' '.join(arguments)}` failed; the reason is above. Without a network, fetch the sdist of {SDIST} "
+            "elsewhere and give it with --sdist."
         )
 
 

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 _FRACTION_BITS = 4  # of the fixed-point coordinates in which OpenCV takes corners between pixels
+_ENLARGED = 4  # times in each direction, while a polygon is filled
 
 
 def _circle(radius: float, count: int = 40) -> np.ndarray:
@@ -130,9 +131,14 @@ def stamp(outline: Outline, height: int, width: int) -> Stamp | None:
     right, bottom = np.minimum(np.ceil(corners.max(0)).astype(int) + 2, (width, height)).tolist()
     if left >= right or top >= bottom:
         return None
-    coverage = np.zeros((bottom - top, right - left), np.uint8)
-    fixed = [np.rint((contour - (left, top)) * 2**_FRACTION_BITS).astype(np.int32) for contour in outline.contours]
-    cv2.fillPoly(coverage, fixed, 255, cv2.LINE_AA, _FRACTION_BITS)
+    # Drawn enlarged and averaged: OpenCV's own antialiasing makes a filled polygon half a pixel larger all around.
+    large = np.zeros(((bottom - top) * _ENLARGED, (right - left) * _ENLARGED), np.uint8)
+    fixed = [
+        np.rint(((contour - (left, top) + 0.5) * _ENLARGED - 0.5) * 2**_FRACTION_BITS).astype(np.int32)
+        for contour in outline.contours
+    ]
+    cv2.fillPoly(large, fixed, 255, cv2.LINE_8, _FRACTION_BITS)
+    coverage = cv2.resize(large, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
     return Stamp(top, left, coverage)
 
 
@@ -142,8 +148,8 @@ def paint(image: np.ndarray, place: Stamp, rng: np.random.Generator) -> None:
     beneath = target.reshape(-1, 3).mean(0)
     for _ in range(8):
         first = rng.uniform(10, 245, 3)
-        second = np.clip(first + rng.normal(0, 55, 3), 0, 255)
-        if np.linalg.norm((first + second) / 2 - beneath) > 75:
+        second = np.clip(first + rng.normal(0, 40, 3), 0, 255)
+        if np.linalg.norm((first + second) / 2 - beneath) > 95:
             break
     pattern = texture(*place.coverage.shape, rng)[:, :, None]
     filling = first.astype(np.float32) + pattern * (second - first).astype(np.float32)

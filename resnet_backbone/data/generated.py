@@ -114,12 +114,12 @@ def classification_image(seed: int, index: int, size: int) -> tuple[np.ndarray, 
     image = background(size, size, rng)
     if rng.random() < 0.3:
         _paint_at_border(image, rng)
-    radius = rng.uniform(0.2, 0.4) * size
+    radius = rng.uniform(0.24, 0.42) * size
     reach = max(size / 2 - 0.9 * radius, 0)
     shape = place_shape(CLASS_NAMES[label], size / 2 + rng.uniform(-reach, reach, 2), radius, rng)
     place = stamp(shape, size, size)
     paint(image, place, rng)
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         _occlude(image, shape, place.coverage, rng)
     return add_noise(image, rng), label
 
@@ -139,7 +139,7 @@ def detection_image(
     for _ in range(rng.integers(objects[0], objects[1], endpoint=True)):
         for _attempt in range(10):
             category = int(rng.integers(len(CLASS_NAMES)))
-            radius = np.exp(rng.uniform(np.log(0.075), np.log(0.25))) * size
+            radius = np.exp(rng.uniform(np.log(0.085), np.log(0.26))) * size
             shape = place_shape(CLASS_NAMES[category], rng.uniform(0.6 * radius, size - 0.6 * radius, 2), radius, rng)
             place = stamp(shape, size, size)
             inside = place.coverage > 127

@@ -4,6 +4,7 @@ import inspect
 from difflib import get_close_matches
 from typing import Any
 
+from resnet_backbone.errors import InputError
 from resnet_backbone.networks.blocks import BasicBlock, Bottleneck
 from resnet_backbone.networks.resnet import ResNet
 from resnet_backbone.networks.stages import StagedNetwork
@@ -44,7 +45,7 @@ def build_network(name: str, num_classes: int = 1000, **arguments: Any) -> Stage
     accepted = network_arguments(name)
     for argument in arguments:
         if argument not in accepted:
-            raise ValueError(
+            raise InputError(
                 f"{name} takes no argument {argument!r}{_nearest(argument, accepted)}; it takes num_classes, "
                 f"{', '.join(accepted)}"
             )
@@ -53,7 +54,7 @@ def build_network(name: str, num_classes: int = 1000, **arguments: Any) -> Stage
 
 def _find_row(name: str) -> tuple[type[StagedNetwork], dict[str, Any]]:
     if name not in CATALOGUE:
-        raise ValueError(f"no network is named {name!r}{_nearest(name, CATALOGUE)}; list_networks() gives all names")
+        raise InputError(f"no network is named {name!r}{_nearest(name, CATALOGUE)}; list_networks() gives all names")
     return CATALOGUE[name]
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from resnet_backbone.errors import InputError
 from resnet_backbone.networks.norms import freeze_batch_norm
 
 
@@ -18,7 +19,7 @@ class FeatureInfo(NamedTuple):
 def scale_channels(channels: int, width: float) -> int:
     """Return `channels * width` rounded to the nearest multiple of 8 (halves up), at least 8."""
     if width <= 0:
-        raise ValueError(f"width is {width}, expected a positive factor such as 1.0 or 0.25")
+        raise InputError(f"width is {width}, expected a positive factor such as 1.0 or 0.25")
     return max(8, int(channels * width / 8 + 0.5) * 8)
 
 
@@ -50,7 +51,7 @@ class StagedNetwork(nn.Module):
     def stage_modules(self, name: str) -> list[nn.Module]:
         """Return the submodules that hold the parameters and statistics of the stage `name`."""
         if name not in self.stage_names:
-            raise ValueError(f"no stage {name!r} was built, expected one of {', '.join(self.stage_names)}")
+            raise InputError(f"no stage {name!r} was built, expected one of {', '.join(self.stage_names)}")
         modules = [self.get_submodule(path) for path in self._stage_paths[name]]
         return [module for module in modules if module.state_dict()]
 
@@ -85,10 +86,10 @@ class StagedNetwork(nn.Module):
         `x` holds images `(N, 3, H, W)`, or, where the first stage was not built, the output of the stage before.
         """
         if isinstance(out_features, str):
-            raise ValueError(f"out_features is the string {out_features!r}, expected a sequence of names")
+            raise InputError(f"out_features is the string {out_features!r}, expected a sequence of names")
         unknown = [name for name in out_features if name not in self.feature_info]
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"this network has no feature {', '.join(map(repr, unknown))}, "
                 f"expected some of {', '.join(self.feature_info)}"
             )
@@ -108,7 +109,7 @@ class StagedNetwork(nn.Module):
         Parameters stop requiring gradients; batch normalization becomes FrozenBatchNorm2d under the same names.
         """
         if not 0 <= count <= len(self.all_stages):
-            raise ValueError(
+            raise InputError(
                 f"cannot freeze {count} stages: expected 0 to {len(self.all_stages)} ({', '.join(self.all_stages)})"
             )
         for name in self.all_stages[:count]:
@@ -122,9 +123,9 @@ class StagedNetwork(nn.Module):
 def _contiguous_run(all_stages: tuple[str, ...], stages: Sequence[str]) -> tuple[str, ...]:
     """Return `stages` as a tuple after checking that they follow one another in `all_stages`."""
     if isinstance(stages, str):
-        raise ValueError(f"stages is the string {stages!r}, expected a sequence of names such as ({stages!r},)")
+        raise InputError(f"stages is the string {stages!r}, expected a sequence of names such as ({stages!r},)")
     run = tuple(stages)
     start = all_stages.index(run[0]) if run and run[0] in all_stages else 0
     if not run or run != all_stages[start : start + len(run)]:
-        raise ValueError(f"stages is {run}, expected one or more names that follow one another in {all_stages}")
+        raise InputError(f"stages is {run}, expected one or more names that follow one another in {all_stages}")
     return run
