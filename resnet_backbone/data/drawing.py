@@ -142,15 +142,19 @@ def stamp(outline: Outline, height: int, width: int) -> Stamp | None:
     return Stamp(top, left, coverage)
 
 
-def paint(image: np.ndarray, place: Stamp, rng: np.random.Generator) -> None:
-    """Fill a stamp with a random texture in two random colours that stand out from what lies beneath."""
+def paint(image: np.ndarray, place: Stamp, rng: np.random.Generator, *, vivid: bool) -> None:
+    """Fill a stamp with a random texture in two random colours.
+
+    Shapes are vivid, whatever their class, clutter is as dim as the background: what belongs together can be told at a
+    glance, as in photographs, while colour says nothing about the class.
+    """
+    if vivid:
+        first = rng.uniform(60, 255, 3)
+        first *= rng.uniform(190, 235) / first.max()
+    else:
+        first = _dim_colour(rng)
+    second = np.clip(first + rng.normal(0, 60, 3), 0, 255)
     target = place.window(image)
-    beneath = target.reshape(-1, 3).mean(0)
-    for _ in range(8):
-        first = rng.uniform(10, 245, 3)
-        second = np.clip(first + rng.normal(0, 40, 3), 0, 255)
-        if np.linalg.norm((first + second) / 2 - beneath) > 95:
-            break
     pattern = texture(*place.coverage.shape, rng)[:, :, None]
     filling = first.astype(np.float32) + pattern * (second - first).astype(np.float32)
     share = (place.coverage * np.float32(1 / 255))[:, :, None]
@@ -183,17 +187,21 @@ def texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 def background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Smooth colour noise with lines and blobs."""
     cells = tuple(rng.integers(2, 7, 2))
-    colours = np.clip(rng.uniform(40, 215, 3) + rng.normal(0, 38, (*cells, 3)), 0, 255).astype(np.uint8)
+    colours = np.clip(_dim_colour(rng) + rng.normal(0, 18, (*cells, 3)), 0, 255).astype(np.uint8)
     image = cv2.resize(colours, (width, height), interpolation=cv2.INTER_CUBIC)
     scale = min(height, width)
     for _ in range(rng.integers(1, 4)):
         centre = rng.uniform(0, (width, height))
         place = stamp(place_blob(centre, rng.uniform(0.03, 0.09) * scale, rng), height, width)
         if place is not None:
-            paint(image, place, rng)
-    for _ in range(rng.integers(2, 6)):
+            paint(image, place, rng, vivid=False)
+    for _ in range(rng.integers(1, 5)):
         line(image, rng.uniform(-0.1, 1.1, (2, 2)) * (width, height), rng)
     return image
+
+
+def _dim_colour(rng: np.random.Generator) -> np.ndarray:
+    return np.clip(rng.uniform(40, 120) + rng.uniform(-25, 25, 3), 0, 255)
 
 
 def line(image: np.ndarray, ends: np.ndarray, rng: np.random.Generator) -> None:

@@ -32,7 +32,7 @@ from resnet_backbone.data.errors import DatasetError
 PARAMETERS_FILE = "parameters.json"
 
 # Raised whenever the same seed begins to give other images, so that an older folder is not taken for the new data.
-_VERSION = 1
+_VERSION = 2
 _CLASSIFICATION, _DETECTION = 11, 12  # first words of the random streams' keys
 _LEAST_VISIBLE = 1 / 3  # share of an object's area; with less of it in sight an object is placed anew
 
@@ -118,7 +118,7 @@ def classification_image(seed: int, index: int, size: int) -> tuple[np.ndarray, 
     reach = max(size / 2 - 0.9 * radius, 0)
     shape = place_shape(CLASS_NAMES[label], size / 2 + rng.uniform(-reach, reach, 2), radius, rng)
     place = stamp(shape, size, size)
-    paint(image, place, rng)
+    paint(image, place, rng, vivid=True)
     if rng.random() < 0.25:
         _occlude(image, shape, place.coverage, rng)
     return add_noise(image, rng), label
@@ -151,7 +151,7 @@ def detection_image(
                 categories.append(category)
                 full.append(shape.area)
                 visible = left
-                paint(image, place, rng)
+                paint(image, place, rng, vivid=True)
                 break
     found = []
     for number, category in enumerate(categories):
@@ -171,7 +171,7 @@ def _paint_at_border(image: np.ndarray, rng: np.random.Generator) -> None:
     shape = place_shape(CLASS_NAMES[rng.integers(len(CLASS_NAMES))], centre[:: rng.choice((-1, 1))], radius, rng)
     place = stamp(shape, size, size)
     if place is not None:
-        paint(image, place, rng)
+        paint(image, place, rng, vivid=True)
 
 
 def _occlude(image: np.ndarray, shape: Outline, coverage: np.ndarray, rng: np.random.Generator) -> None:
@@ -184,7 +184,7 @@ def _occlude(image: np.ndarray, shape: Outline, coverage: np.ndarray, rng: np.ra
     radius = rng.uniform(0.15, 0.3) * np.sqrt(shape.area)
     place = stamp(place_blob(corners[rng.integers(len(corners))], radius, rng), *image.shape[:2])
     if place is not None:
-        paint(image, place, rng)
+        paint(image, place, rng, vivid=False)
 
 
 def _jpeg(image: np.ndarray) -> bytes:

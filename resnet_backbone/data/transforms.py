@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from resnet_backbone.errors import InputError
+
 CHANNEL_ORDERS = ("RGB", "BGR")
 CROP_TYPES = ("absolute", "random_resized")
 
@@ -60,13 +62,13 @@ class TrainTransform:
         channel_order: str = "RGB",
     ) -> None:
         if crop_type not in CROP_TYPES:
-            raise ValueError(f"unknown crop type {crop_type!r}; expected one of {', '.join(CROP_TYPES)}")
+            raise InputError(f"unknown crop type {crop_type!r}; expected one of {', '.join(CROP_TYPES)}")
         if short_side[0] > short_side[1]:
-            raise ValueError(f"the shorter side's range {tuple(short_side)} is empty; expected (smallest, largest)")
+            raise InputError(f"the shorter side's range {tuple(short_side)} is empty; expected (smallest, largest)")
         if not 0 < area[0] <= area[1] <= 1:
-            raise ValueError(f"the crop's share of the area is {tuple(area)}; expected 0 < smallest <= largest <= 1")
+            raise InputError(f"the crop's share of the area is {tuple(area)}; expected 0 < smallest <= largest <= 1")
         if not 0 <= flip <= 1 or pca_std < 0:
-            raise ValueError(f"flip is {flip} and pca_std {pca_std}; expected a probability and a number >= 0")
+            raise InputError(f"flip is {flip} and pca_std {pca_std}; expected a probability and a number >= 0")
         if crop_type == "absolute":
             _check_crop(crop, short_side[0])
         _check_channel_order(channel_order)
@@ -171,9 +173,9 @@ def to_tensor(image: np.ndarray, channel_order: str) -> torch.Tensor:
 
 def _check_crop(crop: tuple[int, int], short_side: int) -> None:
     if min(crop) < 1:
-        raise ValueError(f"a crop of {crop[0]}x{crop[1]} pixels is empty; expected a height and width of at least 1")
+        raise InputError(f"a crop of {crop[0]}x{crop[1]} pixels is empty; expected a height and width of at least 1")
     if max(crop) > short_side:
-        raise ValueError(
+        raise InputError(
             f"a crop of {crop[0]}x{crop[1]} pixels does not fit into an image whose shorter side is resized to "
             f"{short_side}; make the crop smaller or the shorter side at least {max(crop)}"
         )
@@ -181,4 +183,4 @@ def _check_crop(crop: tuple[int, int], short_side: int) -> None:
 
 def _check_channel_order(channel_order: str) -> None:
     if channel_order not in CHANNEL_ORDERS:
-        raise ValueError(f"unknown channel order {channel_order!r}; expected one of {', '.join(CHANNEL_ORDERS)}")
+        raise InputError(f"unknown channel order {channel_order!r}; expected one of {', '.join(CHANNEL_ORDERS)}")

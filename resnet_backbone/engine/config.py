@@ -28,7 +28,7 @@ class ConfigError(InputError):
 
 def add_engine_config(cfg: CfgNode) -> None:
     """Add what Detectron2 has no key for and both training tools read."""
-    # Mixed precision is switched on by Detectron2's SOLVER.AMP.ENABLED; this names the type. "bf16" needs no loss scaling.
+    # Mixed precision is switched on by Detectron2's SOLVER.AMP.ENABLED; this names the type, bf16 or fp32.
     cfg.SOLVER.AMP.PRECISION = "bf16"
     # Metrics are averaged on the device and read, printed and written every so many iterations.
     cfg.SOLVER.LOG_PERIOD = 20
@@ -70,10 +70,9 @@ def load_config(cfg: CfgNode, config_file: str | Path | None, overrides: Sequenc
     Raises:
         ConfigError: a file is missing or not YAML, a key is unknown (the nearest is offered), a value has another type.
     """
-    cfg.__dict__.setdefault(_ORIGINS, {})
     if config_file:
-        for file in _yaml_chain(_find_file(config_file)):
-            for key, value in _flatten(_read_yaml(file)):
+        for file, content in _yaml_chain(_find_file(config_file)):
+            for key, value in _flatten(content):
                 if key not in ("_BASE_", "VERSION"):
                     set_key(cfg, key, value, str(file))
     if len(overrides) % 2:
@@ -81,13 +80,17 @@ def load_config(cfg: CfgNode, config_file: str | Path | None, overrides: Sequenc
             f"the command line ends in {overrides[-1]!r}: keys and values come in pairs (KEY VALUE KEY VALUE …)."
         )
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        set_key(cfg, key, _literal(value), COMMAND_LINE)
+        set_key(cfg, key, value, COMMAND_LINE)
     _settle_device(cfg)
     return cfg
 
 
 def set_key(cfg: CfgNode, key: str, value: Any, origin: str) -> None:
-    """Set one dotted key, checked against the type of its default, and remember its origin."""
+    """Set one dotted key, checked against the type of its default, and remember its origin.
+
+    Text stands for the Python literal that it spells (`"(480, 512)"`, `"1e-3"`, `"true"`), except for a key that holds
+    text. An integer may stand for a float, and a single value for a tuple or list of one.
+    """
     *path, last = key.split(".")
     node = cfg
     for part in path:
@@ -110,7 +113,7 @@ def get_key(cfg: CfgNode, key: str) -> Any:
 
 
 def origin(cfg: CfgNode, key: str) -> str | None:
-    """Who set `key`: a YAML file's path, "command line", "metadata of …", "rescaled …"; None if it holds its default."""
+    """Who set `key`: a YAML file's path, "command line", "metadata of …", "rescaled …"; None for a default."""
     return cfg.__dict__.get(_ORIGINS, {}).get(key)
 
 
@@ -157,9 +160,14 @@ def same_value(one: Any, other: Any) -> bool:
 
 def _settle_device(cfg: CfgNode) -> None:
     """Detectron2's default device is a GPU; where there is none and nobody asked for one, use the CPU."""
-    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+    by = origin(cfg, "MODEL.DEVICE")
+    try:
+        kind = torch.device(cfg.MODEL.DEVICE).type
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} ({by}), expected cuda or cpu.") from error
+    if kind != "cuda" or torch.cuda.is_available():
         return
-    if (by := origin(cfg, "MODEL.DEVICE")) is not None:
+    if by is not None:
         raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE} ({by}), but torch finds no GPU here. Set it to cpu.")
     set_key(cfg, "MODEL.DEVICE", "cpu", "no GPU here")
 
@@ -176,7 +184,9 @@ def _find_file(config_file: str | Path) -> Path:
         folder = path.parent
         near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1, cutoff=0.0)
         hint = f"the nearest in {folder} is {near[0]}" if near else f"{folder} has no .yaml file"
-        raise ConfigError(f"there is no config file {path}, nor one of that name in Detectron2's zoo; {hint}.") from None
+        raise ConfigError(
+            f"there is no config file {path}, nor one of that name in Detectron2's zoo; {hint}."
+        ) from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -185,11 +195,14 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except yaml.constructor.ConstructorError as error:
         if not _is_part_of_detectron2(file):
             raise ConfigError(
-                f"{file} has a tag that executes code ({error.problem}); write the value itself instead."
+                f"{file} has something that plain YAML does not ({error.problem}), which was not executed; write the "
+                "value itself instead."
             ) from error
         content = yaml.unsafe_load(file.read_text())  # Detectron2's RetinaNet configs compute their anchors
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not a YAML file: {' '.join(str(error).split())}.") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds {type(content).__name__}, expected a mapping of configuration keys.")
     return content
@@ -199,17 +212,19 @@ def _is_part_of_detectron2(file: Path) -> bool:
     return file.resolve().is_relative_to(Path(detectron2.__file__).resolve().parent)
 
 
-def _yaml_chain(file: Path) -> list[Path]:
-    """The file behind the files that it is based on."""
-    chain = [file]
-    while base := _read_yaml(chain[0]).get("_BASE_"):
-        path = Path(base).expanduser()
-        path = path if path.is_absolute() else chain[0].parent / path
+def _yaml_chain(file: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The file, with its content, behind the files that it is based on."""
+    chain = [(file, _read_yaml(file))]
+    while base := chain[0][1].get("_BASE_"):
+        file = chain[0][0]
+        if not isinstance(base, str):
+            raise ConfigError(f"{file}: _BASE_ is {base!r}, expected the name of one YAML file.")
+        path = file.parent / Path(base).expanduser()  # an absolute path replaces the folder
         if not path.is_file():
-            raise ConfigError(f"{chain[0]} is based on {base}, but there is no file {path}.")
-        if path in chain:
-            raise ConfigError(f"{chain[0]} is based on itself through {base}.")
-        chain.insert(0, path)
+            raise ConfigError(f"{file} is based on {base}, but there is no file {path}.")
+        if any(path.samefile(other) for other, _ in chain):
+            raise ConfigError(f"{file} is based on itself through {base}.")
+        chain.insert(0, (path, _read_yaml(path)))
     return chain
 
 
@@ -222,32 +237,56 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _literal(text: str) -> Any:
-    """What a word of the command line means: a Python literal where it is one, else the text."""
-    if not isinstance(text, str):
-        return text
+    """What text stands for: a Python literal, true or false, a list of bare words (`(coco_2014_train,)`), or itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return {"true": True, "false": False}.get(text.lower(), text)
+        pass
+    inner = text.strip()[1:-1]
+    if text.strip() in (f"({inner})", f"[{inner}]") and not set(inner) & set("()[]{}"):
+        return tuple(_literal(word.strip()) for word in inner.split(",") if word.strip())
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _coerce(current: Any, value: Any, key: str, origin: str) -> Any:
-    if isinstance(value, str) and not isinstance(current, str) and current is not None:
-        value = _literal(value)
-    if isinstance(current, (tuple, list)):
-        # A single word for a tuple key means a tuple of one: `DATASETS.TRAIN my_set`.
-        items = value if isinstance(value, (tuple, list)) else [value]
-        return type(current)(items)
-    if isinstance(current, bool) == isinstance(value, bool):
-        if isinstance(current, float) and isinstance(value, int):
-            return float(value)
-        if current is None or value is None or isinstance(value, type(current)):
+    """`value` as the type of `current`, the key's value so far."""
+    if isinstance(current, str):
+        # Text is taken as it stands (a folder may be called 1e3 or True), without quotes around it.
+        if isinstance(value, str):
+            quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+            return value[1:-1] if quoted else value
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            return value if value is None else str(value)
+    else:
+        if isinstance(value, str):
+            value = _literal(value)
+        if isinstance(current, (tuple, list)):
+            # A single word for a tuple key means a tuple of one: `DATASETS.TRAIN my_set`.
+            items = value if isinstance(value, (tuple, list)) else [value]
+            if not _kinds(current) or _kinds(items) <= _kinds(current):
+                return type(current)(items)
+        elif current is None:
             return value
-        if isinstance(current, str):
-            return str(value)  # a folder called 2024, say
+        elif isinstance(current, bool) == isinstance(value, bool):
+            if isinstance(current, float) and isinstance(value, int):
+                return float(value)
+            if isinstance(value, type(current)):
+                return value
     raise ConfigError(
         f"{key} is {value!r} ({origin}), expected {type(current).__name__} as in its default {current!r}."
     )
+
+
+def _kinds(items: Sequence[Any]) -> set[str]:
+    """What a tuple or list holds, at any depth."""
+    kinds = set()
+    for item in items:
+        if isinstance(item, (tuple, list)):
+            kinds |= _kinds(item)
+        else:
+            is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
+            kinds.add("number" if is_number else type(item).__name__)
+    return kinds
 
 
 def _plain(value: Any) -> str:

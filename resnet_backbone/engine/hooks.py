@@ -40,7 +40,7 @@ class Checkpoints(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or (self.period > 0 and done % self.period == 0):
-            self.trainer.read_metrics()  # raises before weights from a loss that is not a number are kept
+            self.trainer.check_finite()
             if comm.is_main_process():
                 self.save(self.trainer.iter)
             comm.synchronize()
@@ -56,6 +56,7 @@ class Evaluation(HookBase):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if self.period > 0 and done % self.period == 0 and done != self.trainer.max_iter:
+            self.trainer.check_finite()  # evaluators fail in their own words on boxes that are not numbers
             results = flatten_results_dict(self.evaluate())
             self.trainer.storage.put_scalars(**{k: float(v) for k, v in results.items()}, smoothing_hint=False)
             comm.synchronize()
@@ -76,12 +77,15 @@ class Writers(HookBase):
 
     def after_train(self) -> None:
         for writer in self.writers:
-            writer.write()  # what an evaluation after the last iteration added
+            writer.write()  # what was stored since, where training stopped early
             writer.close()
 
 
 class Progress(EventWriter):
-    """One line of progress: time left, losses, images per second, the share of time spent waiting for data."""
+    """One line of progress: time left, losses, images per second, the share of time spent waiting for data.
+
+    Written once for each reading of the metrics. The time left counts evaluations and checkpoints in.
+    """
 
     def __init__(self, max_iter: int, start_iter: int):
         self.max_iter = max_iter
@@ -90,13 +94,13 @@ class Progress(EventWriter):
         self._last = start_iter
 
     def write(self) -> None:
-        storage = get_event_storage()
-        done = min(storage.iter + 1, self.max_iter)
+        stored = get_event_storage().latest()
+        done = stored["images_per_second"][1] + 1 if "images_per_second" in stored else self._last
         if done == self._last:
             return
         self._last = done
         seconds = (time.perf_counter() - self._start_time) / (done - self._start_iter)
-        latest = {name: value for name, (value, _) in storage.latest().items()}
+        latest = {name: value for name, (value, _) in stored.items()}
         losses = [f"{name} {value:.3f}" for name, value in latest.items() if "loss" in name]
         others = [f"{name} {latest[name]:.3g}" for name in ("top1_error", "lr") if name in latest]
         rate = f"{latest['images_per_second']:.4g} images/s, waiting for data {latest['data_share']:.0%}"

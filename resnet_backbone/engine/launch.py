@@ -1,4 +1,4 @@
-"""Command lines of the training tools: flags as Detectron2's, several processes on GPUs or CPUs, errors as sentences."""
+"""Command lines of the training tools: Detectron2's flags, several processes on GPUs or CPUs, errors as sentences."""
 
 import argparse
 import os
@@ -22,7 +22,9 @@ def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, or a name of Detectron2's model zoo")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="YAML, or a name of Detectron2's model zoo"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST and stop")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine (on CPUs too, by gloo)")
@@ -71,7 +73,19 @@ def launch(
     url: str = "auto",
     **arguments: object,
 ) -> int:
-    """Call `run(cfg, **arguments)` in `processes` processes on each of `machines` machines; return the exit code."""
+    """Call `run(cfg, **arguments)` in `processes` processes on each of `machines` machines.
+
+    Returns:
+        The exit code: 0, or that of a process that was killed.
+
+    Raises:
+        InputError: a process raised one; the others were ended. Any other exception comes with its stack trace.
+    """
+    if processes < 1 or machines < 1 or not 0 <= machine_rank < machines:
+        raise ConfigError(
+            f"--num-gpus {processes} --num-machines {machines} --machine-rank {machine_rank}: expected at least 1 "
+            "process and 1 machine, and a rank from 0 up to, not including, the number of machines."
+        )
     if processes * machines == 1:
         run(cfg, **arguments)
         return 0
@@ -82,17 +96,29 @@ def launch(
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     if on_gpu and torch.cuda.device_count() < processes:
         raise ConfigError(f"--num-gpus is {processes}, but this machine shows {torch.cuda.device_count()} GPUs.")
+    if on_gpu and cfg.MODEL.DEVICE != "cuda":
+        raise ConfigError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but each of {processes} processes has its own; set cuda."
+        )
+    sentences = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    backend = "nccl" if on_gpu else "gloo"
     context = torch.multiprocessing.spawn(
         _process,
-        args=(run, cfg, arguments, processes, machines, machine_rank, url, "nccl" if on_gpu else "gloo"),
+        args=(run, cfg, arguments, processes, machines, machine_rank, url, backend, sentences),
         nprocs=processes,
         join=False,
     )
     try:
         while not context.join():
             pass
-    except torch.multiprocessing.ProcessExitedException as error:
-        return error.exit_code
+    except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
+        # Where one process stopped for an InputError, what the others then say is its consequence.
+        if not sentences.empty():
+            raise InputError(sentences.get()) from None
+        if isinstance(error, torch.multiprocessing.ProcessRaisedException):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code  # a signal, as shells count it
     return 0
 
 
@@ -109,12 +135,12 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
-def _process(local_rank, run, cfg, arguments, processes, machines, machine_rank, url, backend) -> None:
+def _process(local_rank, run, cfg, arguments, processes, machines, machine_rank, url, backend, sentences) -> None:
     rank = machine_rank * processes + local_rank
     if backend == "nccl":
         torch.cuda.set_device(local_rank)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     dist.init_process_group(backend, init_method=url, world_size=processes * machines, rank=rank)
     for machine in range(machines):  # every process must take part in making every group
         ranks = list(range(machine * processes, (machine + 1) * processes))
@@ -124,9 +150,8 @@ def _process(local_rank, run, cfg, arguments, processes, machines, machine_rank,
     try:
         run(cfg, **arguments)
     except InputError as error:
-        if local_rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(EXIT_BAD_INPUT)  # the other processes may wait for this one; leaving ends the job
+        sentences.put(str(error))
+        os._exit(EXIT_BAD_INPUT)  # the other processes may wait for this one; leaving ends them
     dist.destroy_process_group()
 
 

@@ -1,6 +1,8 @@
 """The output folder: checked before anything runs, log and configuration in it, the last checkpoint found again."""
 
+import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -39,11 +41,13 @@ def open_output(cfg: CfgNode, *, resume: bool) -> Path:
     except OSError as error:
         raise ConfigError(f"OUTPUT_DIR {folder} cannot be written: {error.strerror}. Choose another folder.") from error
     if (free := shutil.disk_usage(folder).free) < LOWEST_FREE_SPACE:
-        raise ConfigError(f"the disk of OUTPUT_DIR {folder} has {free / 2**20:.0f} MiB left, too little for checkpoints.")
+        raise ConfigError(
+            f"the disk of OUTPUT_DIR {folder} has {free / 2**20:.0f} MiB left, too little for checkpoints."
+        )
     if not resume and (held := next((n for n in (LAST, FINAL) if (folder / n).exists()), None)):
         raise ConfigError(
-            f"OUTPUT_DIR {folder} holds a run already ({held}). Add --resume to go on with it, choose another OUTPUT_DIR, "
-            "or delete the folder."
+            f"OUTPUT_DIR {folder} holds a run already ({held}). Add --resume to go on with it, choose another "
+            "OUTPUT_DIR, or delete the folder."
         )
     start_logging(folder)
     return folder
@@ -103,15 +107,40 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint to resume from; None if the run wrote none.
 
     Raises:
-        CheckpointError: `last_checkpoint` names a file that is missing or damaged; an earlier one is named if there is one.
+        CheckpointError: `last_checkpoint` names a file that is missing or damaged; an earlier one is named if there is
+            one.
     """
     tag = folder / LAST
     if not tag.is_file():
+        logger.warning("nothing to resume: there is no %s, so training starts at iteration 0", tag)
         return None
-    path = folder / tag.read_text().strip()
+    path = folder / tag.read_text(errors="replace").strip()
     try:
         return read_checkpoint(path)
     except CheckpointError as error:
-        earlier = [p for p in sorted(folder.glob("model_*.pth")) if re.fullmatch(r"model_\d+\.pth", p.name) and p != path]
-        hint = f" An earlier one is {earlier[-1].name}: write its name into {tag} to go on from there." if earlier else ""
+        earlier = [
+            p for p in sorted(folder.glob("model_*.pth")) if re.fullmatch(r"model_\d+\.pth", p.name) and p != path
+        ]
+        hint = (
+            f" An earlier one is {earlier[-1].name}: write its name into {tag} to go on from there." if earlier else ""
+        )
         raise CheckpointError(f"cannot resume: {error}{hint}") from error
+
+
+def keep_metrics_before(folder: Path, iteration: int) -> None:
+    """Drop the lines of metrics.json from `iteration` on, which training writes again, and one that a kill cut off."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _iteration(line) < iteration]
+    if kept != lines:
+        with atomic_write(path) as file:
+            file.writelines(kept)
+
+
+def _iteration(line: bytes) -> float:
+    try:
+        return json.loads(line)["iteration"] if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf

@@ -10,9 +10,15 @@ from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
+from resnet_backbone.engine.config import ConfigError
+
 
 def estimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor], iterations: int) -> int:
     """Replace the running averages of every batch normalisation by the statistics over `iterations` batches.
+
+    The mean is that of all values of all batches and processes, the variance that around it (divided by their number,
+    not by one less); each batch is normalised by its own statistics on the way (Wu, Johnson, arXiv 2105.07576,
+    section 3 and appendix).
 
     Args:
         model: in the mode in which it is trained afterwards; its training mode is restored.
@@ -20,7 +26,12 @@ def estimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor], 
 
     Returns:
         The number of layers estimated; 0 if the network has none, and then no batch is read.
+
+    Raises:
+        ConfigError: `iterations` is below 1.
     """
+    if iterations < 1:
+        raise ConfigError(f"TEST.PRECISE_BN.NUM_ITER is {iterations}, expected at least one batch.")
     was_training = model.training
     model.train()
     layers = get_bn_modules(model)
@@ -28,17 +39,23 @@ def estimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor], 
         with torch.no_grad():
             update_bn_stats(model, batches, iterations)
             _average_over_processes(layers)
+            for layer in layers:  # a channel that never changes can round to just below zero
+                layer.running_var.clamp_(min=0)
     model.train(was_training)
     return len(layers)
 
 
 def _average_over_processes(layers: list[nn.Module]) -> None:
-    """fvcore estimates in each process alone; the variance over all is the mean square less the squared mean."""
+    """fvcore estimates in each process alone; the variance over all is the mean square less the squared mean.
+
+    Each process has seen as many values as any other. In double precision, since the two terms may nearly be equal.
+    """
     processes = comm.get_world_size()
     if processes == 1:
         return
     for layer in layers:
-        moments = torch.stack([layer.running_mean, layer.running_var + layer.running_mean**2])
+        mean, variance = layer.running_mean.double(), layer.running_var.double()
+        moments = torch.stack([mean, variance + mean**2])
         torch.distributed.all_reduce(moments)
         mean, square = moments / processes
         layer.running_mean.copy_(mean)

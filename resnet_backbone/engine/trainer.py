@@ -1,7 +1,9 @@
 """The training loop that pretraining and detection share."""
 
 import contextlib
+import logging
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,13 +12,19 @@ import numpy as np
 import torch
 from detectron2.engine import TrainerBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
+
+from resnet_backbone.engine.launch import unwrap
+from resnet_backbone.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Losses = dict[str, torch.Tensor]
 
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss is infinite or not a number."""
+class NonFiniteLossError(InputError, FloatingPointError):
+    """The loss or a weight is infinite or not a number: almost always, the learning rate is too high."""
 
 
 class Trainer(TrainerBase):
@@ -67,6 +75,29 @@ class Trainer(TrainerBase):
         self._waited = 0.0
         self._window_start = 0.0
 
+    def train(self, start_iter: int, max_iter: int) -> None:
+        """Run the iterations from `start_iter` up to, not including, `max_iter`, with the hooks around each.
+
+        As Detectron2's, but an InputError, which is meant for the user, leaves no stack trace in the log.
+        """
+        self.iter = self.start_iter = start_iter
+        self.max_iter = max_iter
+        with EventStorage(start_iter) as self.storage:
+            try:
+                self.before_train()
+                for self.iter in range(start_iter, max_iter):
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                self.iter += 1  # hooks tell by it in after_train that training came to its end
+            except InputError:
+                raise
+            except Exception:
+                logger.exception("training stopped at iteration %d", self.iter)
+                raise
+            finally:
+                self.after_train()
+
     def before_train(self) -> None:
         self._iterator = iter(self._batches(self.start_iter))
         self._window_start = time.perf_counter()
@@ -112,18 +143,7 @@ class Trainer(TrainerBase):
         """
         if self._count == 0:
             return
-        values = torch.stack([v.to(self._device) for v in self._sums.values()]) / self._count
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(values)
-            values /= comm.get_world_size()
-        means = dict(zip(self._sums, values.tolist(), strict=True))
-        if not math.isfinite(means["total_loss"]):
-            bad = ", ".join(name for name, value in means.items() if not math.isfinite(value))
-            raise NonFiniteLossError(
-                f"the loss became infinite or not a number within the {self._count} iterations up to {self.iter} "
-                f"({bad}), at learning rate {self.optimizer.param_groups[0]['lr']:g}. Lower SOLVER.BASE_LR or lengthen "
-                "SOLVER.WARMUP_ITERS, and check the data; the last checkpoint was written before."
-            )
+        means = self._average()
         seconds = time.perf_counter() - self._window_start
         self.storage.put_scalars(
             **means,
@@ -134,11 +154,50 @@ class Trainer(TrainerBase):
         self._sums, self._count, self._waited = {}, 0, 0.0
         self._window_start = time.perf_counter()
 
+    def check_finite(self) -> None:
+        """Find out whether the weights are worth keeping; the metrics go on being added up.
+
+        A loss that is not a number is noticed at the next reading of the metrics, and a gradient that is not a number
+        an iteration later. So this is asked before weights are saved or evaluated, in all processes.
+
+        Raises:
+            NonFiniteLossError: a loss since the last reading, or a weight, is infinite or not a number.
+        """
+        if self._count:
+            self._average()
+        state = {name: t for name, t in unwrap(self.model).state_dict().items() if t.is_floating_point()}
+        finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()
+        if not all(finite):
+            bad = [name for name, is_finite in zip(state, finite, strict=True) if not is_finite]
+            raise self._non_finite(f"{len(bad)} of {len(state)} tensors of the model ({bad[0]} …)")
+
+    def _average(self) -> dict[str, float]:
+        values = torch.stack([v.to(self._device) for v in self._sums.values()]) / self._count
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(values)
+            values /= comm.get_world_size()
+        means = dict(zip(self._sums, values.tolist(), strict=True))
+        if not math.isfinite(means["total_loss"]):
+            bad = ", ".join(name for name, value in means.items() if not math.isfinite(value))
+            raise self._non_finite(f"the loss ({bad})")
+        return means
+
+    def _non_finite(self, what: str) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"{what} became infinite or not a number by iteration {self.iter}, within the last {max(self._count, 1)}, "
+            f"at learning rate {self.optimizer.param_groups[0]['lr']:g}. Lower SOLVER.BASE_LR or lengthen "
+            "SOLVER.WARMUP_ITERS, and check the data. No checkpoint was written since."
+        )
+
     def after_step(self) -> None:
         start = time.perf_counter()
         super().after_step()
         # Evaluations and checkpoints are not part of the rate at which images are trained on.
         self._window_start += time.perf_counter() - start
+
+    def after_train(self) -> None:
+        super().after_train()
+        self._iterator = None  # ends the loader's workers
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the model and the iteration."""
@@ -149,10 +208,15 @@ class Trainer(TrainerBase):
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+            # The file's settings must go altogether: its initial_lr would outlive a changed SOLVER.BASE_LR.
+            parameters = group["params"]
+            group.clear()
+            group.update(own, params=parameters)
 
 
 def seed_iteration(seed: int, iteration: int, rank: int) -> None:
     """Make every random number of this iteration, on every device, a function of seed, iteration and rank."""
-    word = np.random.SeedSequence((seed, iteration, rank)).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(word))
+    words = [int(word) for word in np.random.SeedSequence((seed, iteration, rank)).generate_state(2, np.uint64)]
+    torch.manual_seed(words[0])
+    random.seed(words[1])
+    np.random.seed(words[1] % 2**32)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet_backbone.errors import InputError
+
 
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalization of `(N, C, H, W)` whose statistics, scale and shift are constants.
@@ -28,7 +30,7 @@ class FrozenBatchNorm2d(nn.Module):
     def from_batch_norm(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> "FrozenBatchNorm2d":
         """Return a frozen copy of `norm`: same values, epsilon, device and dtype."""
         if norm.running_mean is None:
-            raise ValueError(
+            raise InputError(
                 "this batch normalization keeps no running statistics, so there is nothing to freeze: "
                 "build it with track_running_stats=True"
             )
@@ -84,5 +86,5 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 def norm_factory(norm: str) -> Callable[[int], nn.Module]:
     """Return the function that makes a normalization layer of this name from its number of channels."""
     if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
+        raise InputError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
     return NORMS[norm]

@@ -1,6 +1,7 @@
 """Files that are complete or absent."""
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -13,28 +14,32 @@ from typing import Any, BinaryIO
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; when the block ends, flush it to disk and rename it onto `path`.
 
-    If the block raises, `path` stays as it was and the temporary file is removed. A reader never sees half a file, even
-    when the process is killed or the disk fills up.
+    If the block raises, `path` stays as it was and the temporary file is removed. A reader never sees half a file,
+    even when the process is killed or the disk fills up. A missing folder is made. A killed process leaves its
+    temporary file (`.NAME.….tmp`) behind.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(handle.name, 0o666 & ~_umask())
-        os.replace(handle.name, path)
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's file is for its owner alone
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(handle.name)
+            os.unlink(temporary)
         raise
     _sync_folder(path.parent)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` as indented JSON, atomically. As Python's json does, NaN is written by that name."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
@@ -50,5 +55,8 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush a folder
+            raise
     finally:
         os.close(descriptor)

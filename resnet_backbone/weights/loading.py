@@ -90,8 +90,9 @@ def load_state(
         )
     if refused := [name for name in missing if not name.startswith(may_miss)]:
         raise CheckpointError(
-            f"{part}: {len(refused)} of {len(missing) + _counted(found)} tensors are not in {source} ({_some(refused)}). "
-            "Give weights of the same network, or list the prefixes that may be missing in MODEL.NETWORK.ALLOW_MISSING."
+            f"{part}: {len(refused)} of {len(missing) + _counted(found)} tensors are not in {source} "
+            f"({_some(refused)}). Give weights of the same network, or list the prefixes that may be missing in "
+            "MODEL.NETWORK.ALLOW_MISSING."
         )
     with torch.no_grad():
         for name, source_name in found.items():
@@ -100,7 +101,10 @@ def load_state(
 
 
 def collect(module: nn.Module, routes: Iterable[Route] = (Route("", ""),)) -> dict[str, torch.Tensor]:
-    """The module's tensors under the file's names: the inverse of `load_state`."""
+    """The module's tensors under the file's names: the inverse of `load_state`.
+
+    The tensors are the module's own, not copies. What no route covers is left out.
+    """
     routes = tuple(routes)
     state = {}
     for name, tensor in module.state_dict().items():

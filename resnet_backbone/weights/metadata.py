@@ -1,7 +1,9 @@
 """What a checkpoint says about its weights."""
 
+import math
+import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from resnet_backbone.errors import InputError
@@ -28,6 +30,12 @@ class Metadata:
         class_names: in the order of the outputs.
         crop: height and width in pixels of the training images; None for detectors.
         origin: where the weights come from (versions, data set, iterations, seed, accuracy); plain values, for reading.
+
+    `arguments` and `origin` hold strings, numbers, booleans, None, and lists, tuples and dicts of them; NumPy's numbers
+    become Python's.
+
+    Raises:
+        InputError: an entry is impossible; the message names it, what it is and what was expected.
     """
 
     kind: str
@@ -43,39 +51,56 @@ class Metadata:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        def expect(name: str, fits: bool, expected: str) -> None:
+            if not fits:
+                raise InputError(f"metadata: {name} is {getattr(self, name)!r}, expected {expected}.")
+
         for name, allowed in (
             ("kind", KINDS),
             ("channel_order", CHANNEL_ORDERS),
             ("norm_statistics", NORM_STATISTICS),
         ):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"metadata: {name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}.")
+            expect(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        expect("architecture", isinstance(self.architecture, str) and bool(self.architecture), "a network's name")
         for name in ("pixel_mean", "pixel_std"):
-            value = getattr(self, name)
-            if len(value) != 3 or not all(isinstance(v, (int, float)) for v in value):
-                raise InputError(f"metadata: {name} is {value!r}, expected three numbers in the range 0…255.")
-        if min(self.pixel_std) <= 0:
-            raise InputError(f"metadata: pixel_std is {self.pixel_std!r}, expected numbers above 0.")
+            expect(name, _are_numbers(getattr(self, name), 3), "three numbers in the range 0…255")
+        expect("pixel_std", min(self.pixel_std) > 0, "numbers above 0")
+        expect("norm_epsilon", self.norm_epsilon is None or _are_numbers([self.norm_epsilon], 1), "a number or None")
+        names = self.class_names
+        expect("class_names", isinstance(names, tuple) and all(isinstance(n, str) for n in names), "a tuple of names")
+        crop = self.crop
+        expect(
+            "crop",
+            crop is None or (_are_numbers(crop, 2) and all(isinstance(v, int) and v > 0 for v in crop)),
+            "height and width in pixels, or None",
+        )
+        for name in ("arguments", "origin"):
+            expect(name, isinstance(getattr(self, name), Mapping), "values by name")
+            object.__setattr__(self, name, _plain(getattr(self, name), name))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers and numbers only, so that the file can be read without executing anything."""
-        plain = asdict(self)
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("pixel_mean", "pixel_std", "class_names", "crop"):
             plain[name] = None if plain[name] is None else list(plain[name])
+        for name in ("arguments", "origin"):
+            plain[name] = dict(plain[name])
         return plain
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Metadata":
         """The inverse of `to_dict`; raises InputError that names a missing, unknown or impossible entry."""
+        if not isinstance(plain, Mapping):
+            raise InputError(f"metadata is {type(plain).__name__}, expected entries by name.")
         known = {f.name for f in fields(cls)}
         required = known - {"crop", "origin"}
         if missing := sorted(required - set(plain)):
             raise InputError(f"metadata lacks {', '.join(missing)}.")
-        if unknown := sorted(set(plain) - known):
+        if unknown := sorted(map(str, set(plain) - known)):
             raise InputError(f"metadata has entries that this version does not know: {', '.join(unknown)}.")
         values = dict(plain)
         for name in ("pixel_mean", "pixel_std", "class_names", "crop"):
-            if values.get(name) is not None:
+            if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return cls(**values)
 
@@ -88,3 +113,25 @@ class Metadata:
             f"{self.kind} {self.architecture}({arguments}), {self.channel_order}, mean [{mean}], std [{std}], "
             f"{len(self.class_names)} classes, batch norm statistics: {self.norm_statistics}"
         )
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, (tuple, list))
+        and len(values) == count
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    )
+
+
+def _plain(value: Any, name: str) -> Any:
+    """`value` in the types that `torch.load(weights_only=True)` reads back, which are no subclasses."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind, plain in ((str, str), (numbers.Integral, int), (numbers.Real, float)):
+        if isinstance(value, kind):
+            return plain(value)
+    if isinstance(value, Mapping):
+        return {_plain(k, name): _plain(v, f"{name}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(_plain(v, name) for v in value)
+    raise InputError(f"metadata: {name} is a {type(value).__name__}, expected text, numbers, lists or dicts of them.")

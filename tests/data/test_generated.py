@@ -152,7 +152,7 @@ def test_owners_are_what_is_drawn_and_enough_of_each_is_visible(monkeypatch):
     """Objects painted in flat colours on nothing: the image itself is then the map of objects."""
     whole = []
 
-    def paint_number(image, place, rng):
+    def paint_number(image, place, rng, *, vivid):
         whole.append((place.coverage > 127).sum())
         place.window(image)[place.coverage > 127] = len(whole)
 

@@ -1,0 +1,46 @@
+import logging
+import warnings
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+
+from resnet_backbone.engine.config import add_engine_config
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before():
+    """Runs replace the handlers of three loggers; no test sees another's."""
+    names = ("detectron2", "fvcore", "resnet_backbone")
+    before = {n: (list(logging.getLogger(n).handlers), logging.getLogger(n).propagate) for n in names}
+    with warnings.catch_warnings():
+        yield
+    for name, (handlers, propagate) in before.items():
+        for handler in logging.getLogger(name).handlers:
+            if handler not in handlers:
+                handler.close()
+        logging.getLogger(name).handlers = handlers
+        logging.getLogger(name).propagate = propagate
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """Detectron2's and the engine's defaults for a run of a few iterations on the CPU."""
+    cfg = get_cfg()
+    add_engine_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    cfg.SEED = 5
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.SOLVER.BASE_LR = 0.05
+    cfg.SOLVER.MAX_ITER = 10
+    cfg.SOLVER.STEPS = (6,)
+    cfg.SOLVER.WARMUP_ITERS = 3
+    cfg.SOLVER.CHECKPOINT_PERIOD = 4
+    cfg.SOLVER.LOG_PERIOD = 5
+    return cfg

@@ -1,0 +1,176 @@
+import json
+import logging
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+import yaml
+from detectron2.config import get_cfg
+
+from resnet_backbone.detection import add_network_config
+from resnet_backbone.engine import output
+from resnet_backbone.engine.config import ConfigError, load_config
+from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata
+
+METADATA = Metadata(
+    kind="classifier",
+    architecture="resnet18",
+    arguments={},
+    channel_order="RGB",
+    pixel_mean=(0.0, 0.0, 0.0),
+    pixel_std=(1.0, 1.0, 1.0),
+    norm_statistics="running",
+    norm_epsilon=1e-5,
+    class_names=("a",),
+)
+
+
+def save(folder, iteration: int):
+    model = {"weight": torch.full((100,), float(iteration))}
+    return output.save_training_checkpoint(folder, Checkpoint(model, METADATA, iteration, {"seed": 0}))
+
+
+class TestOpen:
+    def test_makes_the_folder_and_starts_the_log(self, cfg):
+        folder = output.open_output(cfg, resume=False)
+        assert os.listdir(folder) == ["log.txt"]
+        assert f"torch {torch.__version__}" in (folder / "log.txt").read_text()
+
+    @pytest.mark.parametrize("held", ["last_checkpoint", "model_final.pth"])
+    def test_a_run_in_it_needs_resume(self, cfg, held):
+        folder = output.open_output(cfg, resume=False)
+        (folder / held).write_text("something")
+        log = (folder / "log.txt").read_text()
+        with pytest.raises(ConfigError, match=rf"{folder} holds a run already \({held}\).*--resume") as caught:
+            output.open_output(cfg, resume=False)
+        assert "OUTPUT_DIR" in str(caught.value)
+        assert (folder / held).read_text() == "something" and (folder / "log.txt").read_text() == log
+        assert output.open_output(cfg, resume=True) == folder
+
+    @pytest.mark.parametrize("path", ["file", "file/folder"])
+    def test_a_file_in_the_way(self, cfg, tmp_path, path):
+        (tmp_path / "file").write_text("mine")
+        cfg.OUTPUT_DIR = str(tmp_path / path)
+        with pytest.raises(ConfigError, match=f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written"):
+            output.open_output(cfg, resume=False)
+        assert (tmp_path / "file").read_text() == "mine"
+
+    def test_a_folder_without_permission(self, cfg, monkeypatch):
+        def refuse(**_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
+        with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
+            output.open_output(cfg, resume=False)
+
+    def test_a_full_disk(self, cfg, monkeypatch):
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40 - 2**20, 2**20))
+        with pytest.raises(ConfigError, match="has 1 MiB left"):
+            output.open_output(cfg, resume=False)
+
+
+def test_logs_of_two_runs_in_one_process_do_not_mix(cfg, tmp_path, capsys):
+    for name in ("first", "second"):
+        cfg.OUTPUT_DIR = str(tmp_path / name)
+        output.open_output(cfg, resume=False)
+        for logger in ("resnet_backbone.x", "detectron2.y", "fvcore.z"):
+            logging.getLogger(logger).info("%s of %s", logger, name)
+    for name, other in (("first", "second"), ("second", "first")):
+        text = (tmp_path / name / "log.txt").read_text()
+        for logger in ("resnet_backbone.x", "detectron2.y", "fvcore.z"):
+            assert text.count(f"{logger} of {name}") == 1
+        assert f"of {other}" not in text
+    assert capsys.readouterr().out.count("resnet_backbone.x of second") == 1
+
+
+def test_other_ranks_log_to_a_file_of_their_own(cfg, monkeypatch, capsys):
+    monkeypatch.setattr(output.comm, "get_rank", lambda: 3)
+    folder = output.open_output(cfg, resume=False)
+    assert os.listdir(folder) == ["log.txt.rank3"] and capsys.readouterr().out == ""
+
+
+def test_the_written_config_loads_in_detectron2(cfg, tmp_path):
+    overrides = ["SOLVER.BASE_LR", "0.00001", "DATASETS.TRAIN", "train-{00..07}.tar", "MODEL.NETWORK.WIDTH", "0.25"]
+    load_config(cfg, "COCO-Detection/retinanet_R_50_FPN_1x.yaml", [*overrides, "INPUT.CROP.SIZE", "(64, 96)"])
+    output.write_config(cfg, tmp_path)
+    read = get_cfg()
+    add_network_config(read)
+    read.merge_from_file(str(tmp_path / "config.yaml"))
+    assert yaml.safe_load(read.dump()) == yaml.safe_load(cfg.dump())
+    assert read.SOLVER.BASE_LR == 1e-5 and read.DATASETS.TRAIN == ("train-{00..07}.tar",)
+    assert read.INPUT.CROP.SIZE == [64, 96] and read.MODEL.NETWORK.WIDTH == 0.25
+    assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+class TestLastCheckpoint:
+    def test_the_last_one_is_found_again(self, tmp_path):
+        assert output.read_last_checkpoint(tmp_path) is None
+        for iteration in (3, 12):
+            path = save(tmp_path, iteration)
+        assert path.name == "model_0000012.pth"
+        last = output.read_last_checkpoint(tmp_path)
+        assert last.iteration == 12 and last.model["weight"][0] == 12 and last.metadata == METADATA
+        assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000003.pth", "model_0000012.pth"]
+
+    def test_the_note_follows_the_file(self, tmp_path, monkeypatch):
+        """A run that is stopped between the two still resumes from the checkpoint before."""
+        save(tmp_path, 3)
+
+        def stop(path, *_):
+            assert (tmp_path / "model_0000012.pth").exists()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(output, "atomic_write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 12)
+        assert output.read_last_checkpoint(tmp_path).iteration == 3
+
+    def test_detectron2_finds_it_too(self, tmp_path):
+        from detectron2.checkpoint import DetectionCheckpointer
+
+        path = save(tmp_path, 3)
+        checkpointer = DetectionCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+        assert checkpointer.has_checkpoint() and checkpointer.get_checkpoint_file() == str(path)
+
+    @pytest.mark.parametrize("damage", ["missing", "cut"])
+    def test_a_bad_one_names_an_earlier_one(self, tmp_path, damage):
+        for iteration in (3, 7, 12):
+            path = save(tmp_path, iteration)
+        (tmp_path / "model_final.pth").write_bytes(b"")
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-50])
+        with pytest.raises(CheckpointError) as caught:
+            output.read_last_checkpoint(tmp_path)
+        message = str(caught.value)
+        assert message.startswith("cannot resume") and str(path) in message
+        assert "An earlier one is model_0000007.pth" in message and str(tmp_path / "last_checkpoint") in message
+
+    def test_without_an_earlier_one_none_is_named(self, tmp_path):
+        save(tmp_path, 3).unlink()
+        with pytest.raises(CheckpointError) as caught:
+            output.read_last_checkpoint(tmp_path)
+        assert "earlier one" not in str(caught.value)
+
+    def test_a_note_of_rubbish(self, tmp_path):
+        (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe\n")
+        with pytest.raises(CheckpointError, match="cannot resume"):
+            output.read_last_checkpoint(tmp_path)
+
+
+def test_metrics_from_an_iteration_on_are_dropped(tmp_path):
+    output.keep_metrics_before(tmp_path, 3)
+    assert os.listdir(tmp_path) == []
+    lines = [json.dumps({"iteration": i, "AP": float("nan")}) + "\n" for i in range(6)]
+    path = tmp_path / "metrics.json"
+    path.write_text("".join(lines) + '{"iteration": 2, "lo')
+    output.keep_metrics_before(tmp_path, 6)
+    assert path.read_text() == "".join(lines)
+    output.keep_metrics_before(tmp_path, 3)
+    assert path.read_text() == "".join(lines[:3])
+    output.keep_metrics_before(tmp_path, 0)
+    assert path.read_text() == ""

@@ -1,0 +1,194 @@
+import math
+
+import pytest
+import torch
+import yaml
+from detectron2.solver import build_lr_scheduler
+
+from resnet_backbone.engine.config import ConfigError, load_config, origin, set_key
+from resnet_backbone.engine.schedule import build_multiplier, describe_schedule, rescale_for_batch, set_learning_rate
+
+
+def rates(cfg) -> list[float]:
+    """The learning rate of each iteration."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.SOLVER.BASE_LR)
+    multiplier = build_multiplier(cfg)
+    result = []
+    for iteration in range(cfg.SOLVER.MAX_ITER):
+        set_learning_rate(optimizer, multiplier, iteration / cfg.SOLVER.MAX_ITER)
+        result.append(optimizer.param_groups[0]["lr"])
+    return result
+
+
+def set_solver(cfg, **values):
+    for key, value in values.items():
+        set_key(cfg, f"SOLVER.{key}", value, "test.yaml")
+    return cfg
+
+
+STEPS = dict(BASE_LR=0.1, MAX_ITER=200, STEPS=(100, 150), GAMMA=0.5, WARMUP_ITERS=20, WARMUP_FACTOR=0.01)
+
+
+def test_steps_with_linear_warm_up(cfg):
+    """Each rate by hand: linear from a hundredth to the whole, then halved from iteration 100 and 150 on."""
+    expected = []
+    for i in range(200):
+        if i < 20:
+            expected.append(0.1 * (0.01 + (1 - 0.01) * i / 20))
+        else:
+            expected.append(0.1 if i < 100 else 0.05 if i < 150 else 0.025)
+    assert rates(set_solver(cfg, **STEPS)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_steps_with_constant_warm_up(cfg):
+    result = rates(set_solver(cfg, **STEPS, WARMUP_METHOD="constant"))
+    assert result[:20] == pytest.approx([0.001] * 20) and result[20] == 0.1
+
+
+def test_steps_without_warm_up(cfg):
+    result = rates(set_solver(cfg, **{**STEPS, "WARMUP_ITERS": 0, "STEPS": (1, 2, 500)}))
+    assert result[:4] == pytest.approx([0.1, 0.05, 0.025, 0.025]) and result[-1] == result[3]
+
+
+def test_a_long_schedule_steps_at_the_exact_iteration(cfg):
+    set_solver(cfg, MAX_ITER=450450, STEPS=(150150, 300300), WARMUP_ITERS=1000, BASE_LR=1.0, GAMMA=0.1)
+    multiplier = build_multiplier(cfg)
+    at = {i: multiplier(i / 450450) for i in (999, 1000, 150149, 150150, 300299, 300300, 450449)}
+    assert list(at.values()) == pytest.approx([0.001 + 0.999 * 0.999, 1, 1, 0.1, 0.1, 0.01, 0.01], rel=1e-6)
+
+
+def test_cosine_with_warm_up(cfg):
+    set_solver(cfg, BASE_LR=0.1, MAX_ITER=50, LR_SCHEDULER_NAME="WarmupCosineLR", WARMUP_ITERS=10, WARMUP_FACTOR=0.0)
+
+    def cosine(i):
+        return 0.1 * (1 + math.cos(math.pi * i / 50)) / 2
+
+    expected = [cosine(10) * i / 10 if i < 10 else cosine(i) for i in range(50)]
+    assert rates(cfg) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR"])
+def test_as_detectron2s_scheduler(cfg, name):
+    set_solver(cfg, **STEPS, LR_SCHEDULER_NAME=name)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    expected = []
+    for _ in range(200):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates(cfg) == pytest.approx(expected, rel=1e-12)
+
+
+def test_each_group_keeps_its_own_base_rate(cfg):
+    weights = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]], "lr": 0.2}])
+    multiplier = build_multiplier(set_solver(cfg, **STEPS))
+    for share in (0.9, 0.0, 0.6):
+        set_learning_rate(optimizer, multiplier, share)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"LR_SCHEDULER_NAME": "StepLR"}, ["LR_SCHEDULER_NAME is 'StepLR'", "WarmupMultiStepLR, WarmupCosineLR"]),
+        ({"WARMUP_METHOD": "exp"}, ["WARMUP_METHOD is 'exp'", "linear, constant"]),
+        ({"STEPS": (5, 3)}, ["STEPS is (5, 3)", "increasing"]),
+        ({"STEPS": (3, 3)}, ["STEPS is (3, 3)"]),
+        ({"STEPS": (0, 3)}, ["STEPS is (0, 3)"]),
+        ({"STEPS": (-2,)}, ["STEPS is (-2,)"]),
+        ({"LR_SCHEDULER_NAME": "WarmupCosineLR", "WARMUP_ITERS": 10}, ["WARMUP_ITERS is 10 of SOLVER.MAX_ITER 10"]),
+    ],
+)
+def test_impossible_schedules(cfg, values, words):
+    with pytest.raises(ConfigError) as caught:
+        build_multiplier(set_solver(cfg, **values))
+    assert all(word in str(caught.value) for word in words)
+
+
+class TestRescaling:
+    @pytest.fixture
+    def paper(self, cfg):
+        values = dict(REFERENCE_IMS_PER_BATCH=16, IMS_PER_BATCH=16, BASE_LR=0.02, MAX_ITER=90000, STEPS=(60000, 80000))
+        set_solver(cfg, **values, WARMUP_ITERS=1000, CHECKPOINT_PERIOD=5000)
+        set_key(cfg, "TEST.EVAL_PERIOD", 10000, "test.yaml")
+        return cfg
+
+    def values(self, cfg):
+        solver = cfg.SOLVER
+        counts = (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS, solver.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+        return (pytest.approx(solver.BASE_LR), *counts)
+
+    def test_a_smaller_batch(self, paper):
+        """Twice as many iterations of half the images at half the rate: the epochs stay."""
+        load_config(paper, None, ["SOLVER.IMS_PER_BATCH", "8"])
+        rescale_for_batch(paper)
+        assert self.values(paper) == (0.01, 180000, (120000, 160000), 2000, 10000, 20000)
+        assert origin(paper, "SOLVER.MAX_ITER") == "rescaled from a batch of 16 to 8"
+
+    def test_a_larger_batch(self, paper):
+        load_config(paper, None, ["SOLVER.IMS_PER_BATCH", "64"])
+        rescale_for_batch(paper)
+        assert self.values(paper) == (0.08, 22500, (15000, 20000), 250, 1250, 2500)
+
+    def test_the_command_line_is_the_last_word(self, paper):
+        overrides = ["SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.015", "SOLVER.MAX_ITER", "100"]
+        load_config(paper, None, overrides)
+        rescale_for_batch(paper)
+        assert paper.SOLVER.BASE_LR == 0.015 and paper.SOLVER.MAX_ITER == 100
+        assert paper.SOLVER.WARMUP_ITERS == 2000
+        assert origin(paper, "SOLVER.BASE_LR") == "command line"
+
+    @pytest.mark.parametrize("reference", [0, 16])
+    def test_nothing_to_do(self, paper, reference):
+        set_solver(paper, REFERENCE_IMS_PER_BATCH=reference)
+        before = paper.clone()
+        rescale_for_batch(paper)
+        assert paper == before and origin(paper, "SOLVER.BASE_LR") == "test.yaml"
+
+    def test_the_same_command_again_gives_the_same(self, paper):
+        """As --resume does: the original configuration is loaded and rescaled anew."""
+        again = paper.clone()
+        for cfg in (paper, again):
+            load_config(cfg, None, ["SOLVER.IMS_PER_BATCH", "2"])
+            rescale_for_batch(cfg)
+        assert paper == again
+        rescale_for_batch(again)
+        assert paper == again
+
+    def test_the_written_configuration_is_not_rescaled_twice(self, paper, cfg, tmp_path):
+        load_config(paper, None, ["SOLVER.IMS_PER_BATCH", "8"])
+        rescale_for_batch(paper)
+        (tmp_path / "config.yaml").write_text(paper.dump())
+        read = load_config(cfg.clone(), tmp_path / "config.yaml")
+        rescale_for_batch(read)
+        assert yaml.safe_load(read.dump()) == yaml.safe_load(paper.dump())  # YAML knows no tuples in tuples
+        read = load_config(cfg.clone(), tmp_path / "config.yaml", ["SOLVER.IMS_PER_BATCH", "16"])
+        rescale_for_batch(read)
+        assert self.values(read) == (0.02, 90000, (60000, 80000), 1000, 5000, 10000)
+
+    def test_what_is_off_stays_off_and_what_is_on_stays_on(self, paper):
+        set_solver(paper, MAX_ITER=0, WARMUP_ITERS=0, CHECKPOINT_PERIOD=0, STEPS=(), IMS_PER_BATCH=8)
+        set_key(paper, "TEST.EVAL_PERIOD", 0, "test")
+        rescale_for_batch(paper)
+        assert self.values(paper) == (0.01, 0, (), 0, 0, 0)
+        assert origin(paper, "SOLVER.WARMUP_ITERS") == "test.yaml"
+        set_solver(paper, MAX_ITER=1, WARMUP_ITERS=1, CHECKPOINT_PERIOD=1, STEPS=(1,), IMS_PER_BATCH=800)
+        set_key(paper, "TEST.EVAL_PERIOD", 1, "test")
+        rescale_for_batch(paper)
+        assert self.values(paper) == (1.0, 1, (1,), 1, 1, 1)
+
+
+def test_the_description_says_what_and_where_from(cfg):
+    set_solver(cfg, REFERENCE_IMS_PER_BATCH=2)
+    load_config(cfg, None, ["SOLVER.MOMENTUM", "0.8"])
+    rescale_for_batch(cfg)
+    rows = {line.split()[0]: line for line in describe_schedule(cfg, images=80, world_size=2).splitlines()[2:]}
+    assert "0.1" in rows["SOLVER.BASE_LR"] and "rescaled from a batch of 2 to 4" in rows["SOLVER.BASE_LR"]
+    assert "0.8" in rows["SOLVER.MOMENTUM"] and "command line" in rows["SOLVER.MOMENTUM"]
+    assert "default" in rows["SOLVER.WEIGHT_DECAY"] and "(3,)" in rows["SOLVER.STEPS"]
+    assert "0.25" in rows["epochs"] and "80 training images" in rows["epochs"]  # 5 iterations of 4 images of 80
+    assert rows["images"].split()[:4] == ["images", "a", "process", "2"] and "2 processes" in rows["images"]
+    cosine = describe_schedule(set_solver(cfg, LR_SCHEDULER_NAME="WarmupCosineLR"), images=80, world_size=1)
+    assert "STEPS" not in cosine and "1 process" in cosine and "1 processes" not in cosine
