@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from resnet_backbone import pretraining
 from resnet_backbone.engine.config import load_config
@@ -17,5 +18,9 @@ def load(arguments: argparse.Namespace):
     return load_config(pretraining.get_config(), arguments.config_file, arguments.opts)
 
 
+def main(words: Sequence[str] | None = None) -> int:
+    return run_tool(argument_parser(__doc__, EXAMPLE).parse_args(words), load, pretraining.run)
+
+
 if __name__ == "__main__":
-    sys.exit(run_tool(argument_parser(__doc__, EXAMPLE).parse_args(), load, pretraining.run))
+    sys.exit(main())

@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from resnet_backbone import detection
 from resnet_backbone.engine.config import load_config
@@ -17,5 +18,9 @@ def load(arguments: argparse.Namespace):
     return load_config(detection.get_config(), arguments.config_file, arguments.opts)
 
 
+def main(words: Sequence[str] | None = None) -> int:
+    return run_tool(argument_parser(__doc__, EXAMPLE).parse_args(words), load, detection.run)
+
+
 if __name__ == "__main__":
-    sys.exit(run_tool(argument_parser(__doc__, EXAMPLE).parse_args(), load, detection.run))
+    sys.exit(main())

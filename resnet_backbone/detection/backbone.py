@@ -26,7 +26,8 @@ class NetworkBackbone(Backbone):
 
     def __init__(self, network: nn.Module, *, out_features: Sequence[str], freeze_at: int = 0):
         super().__init__()
-        self.network = network.freeze(min(freeze_at, len(network.stage_names)))
+        # As in Detectron2, a number beyond the last stage freezes all of them.
+        self.network = network.freeze(min(max(freeze_at, 0), len(network.stage_names)))
         self._out_features = list(out_features)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -69,19 +70,33 @@ def build_part(
     """A run of the stages of MODEL.NETWORK.NAME: those up to the last of `out_features`, or `stages`.
 
     Raises:
-        ConfigError: the network is unknown or has no feature of that name.
+        ConfigError: the network is unknown, or has no feature or stage of that name.
     """
     name = cfg.MODEL.NETWORK.NAME
-    arguments = network_arguments(cfg, arguments_of(name))
-    if stages is None:
+    if cfg.MODEL.RESNETS.RES5_DILATION != 1:
+        raise ConfigError(
+            f"MODEL.RESNETS.RES5_DILATION is {cfg.MODEL.RESNETS.RES5_DILATION}, but {name} has no dilated stage yet. "
+            "Set it to 1."
+        )
+    try:
+        arguments = network_arguments(cfg, arguments_of(name))
         with torch.device("meta"):
             whole = build_network(name, **arguments)
+    except ValueError as error:  # networks know no configuration: name the keys that the complaint is about
+        raise ConfigError(f"MODEL.NETWORK: {error}.") from error
+    if stages is None:
         if unknown := [feature for feature in out_features if feature not in whole.feature_info]:
             raise ConfigError(
                 f"MODEL.RESNETS.OUT_FEATURES has {', '.join(unknown)}, but {name} has the features "
                 f"{', '.join(whole.feature_info)}."
             )
         stages = whole.stage_names[: max(whole.stage_names.index(feature) for feature in out_features) + 1]
+    elif unknown := [stage for stage in stages if stage not in whole.stage_names]:
+        raise ConfigError(
+            f"the RoI heads of this configuration need {', '.join(unknown)} of the network, but {name} has the stages "
+            f"{', '.join(whole.stage_names)}. Take MODEL.ROI_HEADS.NAME NetworkRes5ROIHeads for a ResNet, and "
+            "StandardROIHeads with MODEL.ROI_BOX_HEAD.NAME VGGBoxHead for a VGG."
+        )
     return build_network(name, stages=stages, **arguments)
 
 

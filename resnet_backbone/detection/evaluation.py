@@ -19,7 +19,10 @@ from detectron2.evaluation import (
 )
 from torch import nn
 
+from resnet_backbone.detection.loader import ReadableImages
 from resnet_backbone.engine.config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def build_evaluator(name: str, folder: Path | None) -> DatasetEvaluator:
@@ -30,7 +33,7 @@ def build_evaluator(name: str, folder: Path | None) -> DatasetEvaluator:
         folder: for the detections as JSON; None keeps them in memory.
     """
     output_dir = None if folder is None else str(folder)
-    kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
+    kind = MetadataCatalog.get(name).get("evaluator_type", "coco")  # a user's own data set may state none
     if kind == "coco":
         return COCOEvaluator(name, output_dir=output_dir, use_fast_impl=False)
     if kind == "pascal_voc":
@@ -38,32 +41,44 @@ def build_evaluator(name: str, folder: Path | None) -> DatasetEvaluator:
     if kind == "lvis":
         return LVISEvaluator(name, output_dir=output_dir)
     raise ConfigError(
-        f"DATASETS.TEST {name} is evaluated as {kind!r}, which tools/train_net.py does not have; it has coco, pascal_voc and "
-        "lvis. Set DATASETS.TEST to a data set of these types."
+        f"DATASETS.TEST {name} is evaluated as {kind!r}, which tools/train_net.py does not have; it has coco, "
+        "pascal_voc and lvis. Set DATASETS.TEST to a data set of these types."
     )
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, folder: Path) -> dict[str, Any]:
     """Metrics of `model` on DATASETS.TEST, as Detectron2 gives them: `{"bbox": {"AP": …, "AP50": …}}`.
 
-    With several data sets the metrics come by data set name.
+    With several data sets the metrics come by data set name. Processes other than the main one get no metrics.
     """
     results = {}
     for name in cfg.DATASETS.TEST:
-        out = folder / "inference" / Path(name.partition(".json:")[0]).stem
-        results[name] = inference_on_dataset(model, build_detection_test_loader(cfg, name), build_evaluator(name, out))
-        logging.getLogger(__name__).info("%s: %s", name, _summary(results[name]))
+        loader = build_detection_test_loader(cfg, name, mapper=ReadableImages(DatasetMapper(cfg, is_train=False)))
+        found = inference_on_dataset(model, loader, build_evaluator(name, _folder(cfg, name, folder)))
+        # Plain floats: NumPy's, which the VOC evaluator gives, could not be read back from a checkpoint's metadata.
+        results[name] = {task: {k: float(v) for k, v in metrics.items()} for task, metrics in found.items()}
+        logger.info("%s: %s", name, _summary(results[name]))
     return results if len(results) != 1 else next(iter(results.values()))
 
 
 def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
-    """Run inference and evaluation on two images of each data set in DATASETS.TEST, quietly, to fail early if at all."""
+    """Run inference and evaluation on two images of each data set in DATASETS.TEST, quietly, to fail early."""
     for name in cfg.DATASETS.TEST:
         dicts = get_detection_dataset_dicts(name, filter_empty=False)[:2]
-        loader = build_detection_test_loader(dicts, mapper=DatasetMapper(cfg, is_train=False))
+        mapper = ReadableImages(DatasetMapper(cfg, is_train=False))
+        # A data set that is not a COCO file is converted into one, which stays for the evaluations to come.
+        in_memory = MetadataCatalog.get(name).get("json_file") is not None
         with _quiet():
-            evaluator = build_evaluator(name, None)
-            inference_on_dataset(model, loader, evaluator)
+            evaluator = build_evaluator(name, None if in_memory else _folder(cfg, name, Path(cfg.OUTPUT_DIR)))
+            inference_on_dataset(model, build_detection_test_loader(dicts, mapper=mapper), evaluator)
+
+
+def _folder(cfg: CfgNode, name: str, folder: Path) -> Path:
+    """Where the detections on a data set go: named after it, with a number where several would have the same name."""
+    stems = [Path(entry.partition(".json:")[0]).stem for entry in cfg.DATASETS.TEST]
+    number = cfg.DATASETS.TEST.index(name)
+    again = stems[:number].count(stems[number])
+    return folder / "inference" / (f"{stems[number]}_{again + 1}" if again else stems[number])
 
 
 def _summary(results: dict[str, dict[str, float]]) -> str:

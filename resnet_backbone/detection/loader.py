@@ -17,6 +17,22 @@ from resnet_backbone.data.sampler import BatchSampler, seeded_globals
 from resnet_backbone.engine.config import ConfigError
 
 
+class ReadableImages:
+    """A mapper that says which image cannot be read, and what to do about it."""
+
+    def __init__(self, mapper: DatasetMapper):
+        self._mapper = mapper
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._mapper(record)
+        except (OSError, SyntaxError, SizeMismatchError) as error:  # Pillow raises SyntaxError for a broken PNG
+            raise DatasetError(
+                f"the image {record['file_name']} cannot be read ({' '.join(str(error).split())}). "
+                "Replace it or remove it from the annotations."
+            ) from error
+
+
 class PositionDataset(Dataset):
     """Detectron2's data set dicts through its mapper, with augmentation drawn from the seed and the position.
 
@@ -25,7 +41,7 @@ class PositionDataset(Dataset):
 
     def __init__(self, dicts: list[dict[str, Any]], mapper: DatasetMapper, *, seed: int):
         self._dicts = DatasetFromList(dicts)  # serialised: workers share the memory
-        self._mapper = mapper
+        self._mapper = ReadableImages(mapper)
         self._seed = seed
 
     def __len__(self) -> int:
@@ -33,15 +49,8 @@ class PositionDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         position, index = key
-        record = self._dicts[index]
         with seeded_globals(self._seed, position):
-            try:
-                return self._mapper(record)
-            except (OSError, SizeMismatchError) as error:
-                raise DatasetError(
-                    f"the image {record['file_name']} cannot be read ({' '.join(str(error).split())}). "
-                    "Replace it or remove it from the annotations."
-                ) from error
+            return self._mapper(self._dicts[index])
 
 
 class TrainBatches:
@@ -50,12 +59,14 @@ class TrainBatches:
     def __init__(self, cfg: CfgNode):
         if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
             raise ConfigError(
-                f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, but only TrainingSampler resumes exactly so far."
+                f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, but the only sampler whose runs resume "
+                "exactly is TrainingSampler. Set it to that."
             )
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
         self.num_images = len(dicts)
         self._cfg = cfg
@@ -81,7 +92,9 @@ class TrainBatches:
                 batch_sampler=sampler,
                 num_workers=workers,
                 collate_fn=_as_list,
-                worker_init_fn=_one_thread if workers else None,
+                worker_init_fn=_one_thread,
+                # The loader draws a number for its workers; from the global generator it would shift everybody else's.
+                generator=torch.Generator(),
             )
         )
 

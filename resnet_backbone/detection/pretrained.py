@@ -2,15 +2,17 @@
 
 The builders call this, not the training tool alone, so that a network named in anybody's Detectron2 script gets its
 weights whole and fed as they were trained, or an error. `DetectionCheckpointer`, which such a script calls afterwards,
-finds no name of its own in the classifier's file and changes nothing.
+finds no name of its own in the classifier's file and changes nothing (it then warns that it found none of the names).
 """
 
 import functools
 import logging
 import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
 from torch import nn
@@ -22,12 +24,11 @@ from resnet_backbone.weights import Checkpoint, CheckpointError, Route, load_sta
 logger = logging.getLogger(__name__)
 
 
-def load_pretrained(
-    module: nn.Module, cfg: CfgNode, *, part: str, routes: Iterable[Route] = (Route("", ""),)
-) -> None:
+def load_pretrained(module: nn.Module, cfg: CfgNode, *, part: str, routes: Iterable[Route] = (Route("", ""),)) -> None:
     """Fill `module` from MODEL.WEIGHTS, where that is a classifier, and log the coverage.
 
-    A detector's checkpoint is loaded after the whole model is built; here it is only checked to fit the configuration.
+    A detector's checkpoint is loaded after the whole model is built; here it is only checked to fit the configuration,
+    or, where Detectron2's own trainer wrote it, accepted with a warning, because nothing in it says how it was fed.
 
     Args:
         module: a part of the detector.
@@ -39,7 +40,16 @@ def load_pretrained(
             untrained, or batch normalisation would be frozen without statistics.
         CheckpointError: the file cannot be read or does not cover the module.
     """
-    checkpoint = _read(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+    if cfg.MODEL.WEIGHTS and _is_detectron2_detector(cfg.MODEL.WEIGHTS):
+        logger.warning(
+            "%s: %s was written by Detectron2's trainer and does not say how it was fed; INPUT.FORMAT, "
+            "MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and MODEL.RESNETS.STRIDE_IN_1X1 are taken from the "
+            "configuration as they stand",
+            part,
+            cfg.MODEL.WEIGHTS,
+        )
+        return
+    checkpoint = read_pretrained(cfg)
     if checkpoint is not None:
         _check_configuration(cfg, checkpoint)
         if checkpoint.metadata.kind == "classifier":
@@ -56,20 +66,31 @@ def load_pretrained(
 
 
 def read_pretrained(cfg: CfgNode) -> Checkpoint | None:
-    """The project's checkpoint in MODEL.WEIGHTS; None if it is empty."""
+    """The project's checkpoint in MODEL.WEIGHTS, read once for all who ask in turn; None if the key is empty."""
     return _read(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+
+
+def forget_pretrained() -> None:
+    """Free the memory of the file that was read last."""
+    _read_unchanged.cache_clear()
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether `module` is batch normalisation with fixed statistics, this package's or Detectron2's."""
+    return isinstance(module, (FrozenBatchNorm2d, Detectron2FrozenBatchNorm2d))
 
 
 def check_frozen_norms(cfg: CfgNode, module: nn.Module, checkpoint: Checkpoint | None, *, part: str) -> None:
     """Raise ConfigError if `module` has frozen batch normalisation whose statistics nobody ever estimated."""
-    frozen = sum(isinstance(m, (FrozenBatchNorm2d, Detectron2FrozenBatchNorm2d)) for m in module.modules())
+    frozen = sum(is_frozen_norm(m) for m in module.modules())
     estimated = checkpoint is not None and checkpoint.metadata.norm_statistics != "never"
     if frozen and not estimated and not cfg.MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN:
         weights = f"{cfg.MODEL.WEIGHTS} never estimated them" if cfg.MODEL.WEIGHTS else "MODEL.WEIGHTS is empty"
         raise ConfigError(
-            f"{part} has {frozen} frozen batch normalisations without statistics ({weights}): they would be the identity, "
-            "and activations would grow without bound. Give pretrained weights in MODEL.WEIGHTS, set MODEL.RESNETS.NORM to "
-            "BN and MODEL.BACKBONE.FREEZE_AT to 0, or set MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN True to do it anyway."
+            f"{part} has {frozen} frozen batch normalisations without statistics ({weights}): they would be the "
+            "identity, and activations would grow without bound. Give pretrained weights in MODEL.WEIGHTS, set "
+            "MODEL.RESNETS.NORM to BN and MODEL.BACKBONE.FREEZE_AT to 0, or set "
+            "MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN True to do it anyway."
         )
 
 
@@ -106,3 +127,14 @@ def _read(path: str) -> Checkpoint:
 @functools.lru_cache(maxsize=1)
 def _read_unchanged(path: str, modified: int) -> Checkpoint:
     return read_checkpoint(path)
+
+
+def _is_detectron2_detector(path: str) -> bool:
+    """Whether `path` is what Detectron2's own trainer writes for a model with one of this package's backbones."""
+    try:
+        payload = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
+        return False  # read_checkpoint says what is wrong with it
+    if not isinstance(payload, dict) or "metadata" in payload or not isinstance(payload.get("model"), dict):
+        return False
+    return any(name.startswith(("backbone.network.", "backbone.bottom_up.network.")) for name in payload["model"])

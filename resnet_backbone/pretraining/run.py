@@ -1,9 +1,9 @@
 """Pretrain a classifier by the configuration, end to end."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,18 @@ from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from torch import nn
+from torch.utils.data import DataLoader
 
 from resnet_backbone.data.classification import evaluation_loader, train_loader
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.data.transforms import EvalTransform, TrainTransform
-from resnet_backbone.engine.config import ConfigError, network_arguments
+from resnet_backbone.engine.config import ConfigError, fill_from_metadata, network_arguments, origin, set_key
 from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, versions, write_config
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, choose_seed, train
-from resnet_backbone.networks import build_network
+from resnet_backbone.networks import FrozenBatchNorm2d, build_network
 from resnet_backbone.networks import network_arguments as arguments_of
 from resnet_backbone.pretraining.evaluation import evaluate_classifier
 from resnet_backbone.weights import Checkpoint, Metadata, load_state, read_checkpoint, write_checkpoint, write_json
@@ -36,8 +37,8 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
 
     Args:
         cfg: of `get_config()`, loaded by `engine.config.load_config`.
-        resume: go on from the last checkpoint in OUTPUT_DIR.
-        eval_only: evaluate MODEL.WEIGHTS on DATASETS.TEST and write nothing but the log.
+        resume: go on from the last checkpoint in OUTPUT_DIR, or from MODEL.WEIGHTS where there is none.
+        eval_only: evaluate on DATASETS.TEST what a run would start from, and write nothing but the log.
 
     Raises:
         InputError: something in the configuration cannot be used; found before the first iteration.
@@ -50,25 +51,18 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
     torch.manual_seed(cfg.SEED)
 
     source, test_source = _open_sources(cfg)
-    num_classes = cfg.MODEL.NETWORK.NUM_CLASSES or len(source.class_names)
-    arguments = network_arguments(cfg, arguments_of(cfg.MODEL.NETWORK.NAME))
-    model = build_network(cfg.MODEL.NETWORK.NAME, num_classes, **arguments)
-    model = model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
-    prepare = Normalise(cfg)
-    if cfg.MODEL.WEIGHTS and last is None:
-        weights = read_checkpoint(cfg.MODEL.WEIGHTS)
-        logger.info("%s: %s", cfg.MODEL.WEIGHTS, weights.metadata.describe())
-        logger.info(load_state(model, weights.model, part="network", source=cfg.MODEL.WEIGHTS))
+    weights = _read_weights(cfg, last, test_source, eval_only=eval_only)
+    model, arguments = _build_model(cfg, weights, len(source.class_names))
+    norms = [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d))]
+    loaded_statistics = "never" if weights is None else weights.metadata.norm_statistics
+    del weights  # a copy of the network and of the optimizer's state
 
-    batches = _BatchFactory(cfg, source)
-    evaluate = _Evaluator(cfg, model, test_source, prepare)
-    evaluate.try_two_images()
-    if eval_only:
-        return evaluate()
-    write_config(cfg, folder)
-
-    def metadata(iterations: int, norm_statistics: str = "running", **origin: Any) -> Metadata:
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    def metadata(iterations: int, *, precise: bool = False, **results: float) -> Metadata:
+        statistics = loaded_statistics
+        if precise:
+            statistics = "precise"
+        elif iterations and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms):
+            statistics = "running"
         return Metadata(
             kind="classifier",
             architecture=cfg.MODEL.NETWORK.NAME,
@@ -76,19 +70,28 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
             channel_order=cfg.INPUT.FORMAT,
             pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
             pixel_std=tuple(cfg.MODEL.PIXEL_STD),
-            norm_statistics=norm_statistics if norms else "none",
+            norm_statistics=statistics if norms else "none",
             norm_epsilon=norms[0].eps if norms else None,
             class_names=tuple(source.class_names),
-            crop=tuple(cfg.INPUT.CROP.SIZE),
+            crop=_crop(cfg),
             origin={
                 "written_by": versions(),
                 "dataset": str(cfg.DATASETS.TRAIN[0]),
                 "iterations": iterations,
                 "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
                 "seed": cfg.SEED,
-                **origin,
+                **results,
             },
         )
+
+    metadata(0)  # refuses now, not at the first checkpoint, a preprocessing that no checkpoint could state
+    prepare = Normalise(cfg)
+    batches = _BatchFactory(cfg, source)
+    evaluate = _Evaluator(cfg, model, test_source, prepare)
+    evaluate.try_two_images()
+    if eval_only:
+        return evaluate()
+    write_config(cfg, folder)
 
     def compute(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]):
         images, labels = prepare(batch[0]), batch[1].to(cfg.MODEL.DEVICE, non_blocking=True)
@@ -109,16 +112,16 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         resume_from=last,
     )
 
-    norm_statistics = "running" if cfg.SOLVER.MAX_ITER else "never"
+    precise = False
     if cfg.TEST.PRECISE_BN.ENABLED:
         iterations = cfg.TEST.PRECISE_BN.NUM_ITER
         images = (prepare(images) for images, _ in itertools.islice(batches(0), iterations))
         if layers := estimate_norm_statistics(model, images, iterations):
-            norm_statistics = "precise"
+            precise = True
             logger.info("precise BN: %d layers over %d batches", layers, iterations)
     results = evaluate()
     if comm.is_main_process():
-        final = metadata(cfg.SOLVER.MAX_ITER, norm_statistics, top1=results["top1"], top5=results["top5"])
+        final = metadata(cfg.SOLVER.MAX_ITER, precise=precise, top1=results["top1"], top5=results["top5"])
         write_checkpoint(folder / FINAL, Checkpoint(model.state_dict(), final))
         write_json(folder / "results.json", results)
         logger.info("wrote %s: %s", folder / FINAL, final.describe())
@@ -143,17 +146,19 @@ class _BatchFactory:
     """Training batches of this process from any iteration on."""
 
     def __init__(self, cfg: CfgNode, source: ClassificationSource):
-        crop = tuple(cfg.INPUT.CROP.SIZE)
         self._cfg = cfg
         self._source = source
-        self._transform = TrainTransform(
-            short_side=(min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)),
-            crop=crop,
-            crop_type=cfg.INPUT.CROP.TYPE,
-            flip=0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
-            pca_std=cfg.INPUT.PCA_COLOR_STD,
-            channel_order=cfg.INPUT.FORMAT,
-        )
+        if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
+            raise ConfigError(f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}, expected horizontal or none.")
+        with _as_config_error("INPUT"):
+            self._transform = TrainTransform(
+                short_side=(min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)),
+                crop=_crop(cfg),
+                crop_type=cfg.INPUT.CROP.TYPE,
+                flip=0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
+                pca_std=cfg.INPUT.PCA_COLOR_STD,
+                channel_order=cfg.INPUT.FORMAT,
+            )
 
     def __call__(self, start_iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return iter(
@@ -179,27 +184,32 @@ class _Evaluator:
         self._model = model
         self._source = source
         self._prepare = prepare
-        self._transform = EvalTransform(
-            short_side=cfg.INPUT.MIN_SIZE_TEST, crop=tuple(cfg.INPUT.CROP.SIZE), channel_order=cfg.INPUT.FORMAT
-        )
+        with _as_config_error("INPUT"):
+            self._transform = EvalTransform(
+                short_side=cfg.INPUT.MIN_SIZE_TEST, crop=_crop(cfg), channel_order=cfg.INPUT.FORMAT
+            )
 
     def __call__(self) -> dict[str, float]:
-        results = evaluate_classifier(self._model, self._loader(self._cfg.DATALOADER.NUM_WORKERS), self._prepare)
+        # TEST.IMS_PER_BATCH counts over all processes, a loader's batch is its process's share.
+        images = self._cfg.TEST.IMS_PER_BATCH or self._cfg.SOLVER.IMS_PER_BATCH
+        loader = self._loader(max(1, images // comm.get_world_size()), self._cfg.DATALOADER.NUM_WORKERS)
+        results = evaluate_classifier(self._model, loader, self._prepare)
         logger.info("top-1 %.2f %%, top-5 %.2f %% of %d images", results["top1"], results["top5"], results["images"])
         return results
 
     def try_two_images(self) -> None:
-        images, labels = next(iter(self._loader(workers=0)))
-        evaluate_classifier(self._model, [(images[:2], labels[:2])], self._prepare)
+        # A process without images takes part all the same: the others wait for its counts.
+        evaluate_classifier(self._model, itertools.islice(self._loader(2, workers=0), 1), self._prepare)
 
-    def _loader(self, workers: int):
+    def _loader(self, batch_size: int, workers: int) -> DataLoader:
         return evaluation_loader(
             self._source,
             self._transform,
-            batch_size=self._cfg.TEST.IMS_PER_BATCH or self._cfg.SOLVER.IMS_PER_BATCH,
+            batch_size=batch_size,
             workers=workers,
             rank=comm.get_rank(),
             world_size=comm.get_world_size(),
+            pin_memory=self._cfg.MODEL.DEVICE.startswith("cuda"),
         )
 
 
@@ -208,8 +218,8 @@ def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSou
     for key, names in (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         if len(names) != 1:
             raise ConfigError(
-                f"{key} is {names or 'empty'}, expected one entry: a folder of class folders, a quoted shard pattern such "
-                "as 'train-{000000..000007}.tar', or imagenet_train."
+                f"{key} is {names or 'empty'}, expected one entry: a folder of class folders, a quoted shard pattern "
+                "such as 'train-{000000..000007}.tar', or imagenet_train."
             )
     source, test_source = open_source(cfg.DATASETS.TRAIN[0]), open_source(cfg.DATASETS.TEST[0])
     if list(source.class_names) != list(test_source.class_names):
@@ -227,3 +237,68 @@ def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSou
     logger.info("%s: %d images, %d classes", cfg.DATASETS.TRAIN[0], len(source), len(source.class_names))
     logger.info("%s: %d images", cfg.DATASETS.TEST[0], len(test_source))
     return source, test_source
+
+
+def _read_weights(
+    cfg: CfgNode, last: Checkpoint | None, test_source: ClassificationSource, *, eval_only: bool
+) -> Checkpoint | None:
+    """What the network starts from, its preprocessing entered into `cfg`; None for random weights."""
+    if last is None and not cfg.MODEL.WEIGHTS:
+        if eval_only:
+            raise ConfigError("MODEL.WEIGHTS is empty, so --eval-only would test random weights. Name a checkpoint.")
+        return None
+    weights = read_checkpoint(cfg.MODEL.WEIGHTS) if last is None else last
+    file = cfg.MODEL.WEIGHTS if last is None else f"the last checkpoint in {cfg.OUTPUT_DIR}"
+    logger.info("%s: %s", file, weights.metadata.describe())
+    if weights.metadata.kind != "classifier":
+        raise ConfigError(
+            f"{file} holds a {weights.metadata.kind}, expected a classifier. Give MODEL.WEIGHTS a file of "
+            "tools/pretrain.py."
+        )
+    fill_from_metadata(cfg, weights.metadata, file)
+    if "pool5" in weights.metadata.arguments and origin(cfg, "MODEL.NETWORK.POOL5") is None:
+        # Who sets it may: the same weights serve larger crops with the pooling and smaller ones without.
+        set_key(cfg, "MODEL.NETWORK.POOL5", weights.metadata.arguments["pool5"], f"metadata of {file}")
+    theirs, ours = list(weights.metadata.class_names), list(test_source.class_names)
+    if eval_only and theirs != ours:
+        raise ConfigError(
+            f"the {len(theirs)} classes of {file} ({', '.join(theirs[:3])} …) are not the {len(ours)} of DATASETS.TEST "
+            f"{cfg.DATASETS.TEST[0]} ({', '.join(ours[:3])} …). Evaluate on data with the same class names, in the "
+            "same order."
+        )
+    return weights
+
+
+def _build_model(
+    cfg: CfgNode, weights: Checkpoint | None, num_classes: int
+) -> tuple[nn.Module, dict[str, bool | float | str]]:
+    """The network on its device, with the weights that it starts from, and the arguments that it was built with."""
+    with _as_config_error("MODEL.NETWORK"):
+        arguments = network_arguments(cfg, arguments_of(cfg.MODEL.NETWORK.NAME))
+        model = build_network(cfg.MODEL.NETWORK.NAME, num_classes, **arguments)
+    if weights is not None:
+        file = cfg.MODEL.WEIGHTS if weights.trainer is None else "the last checkpoint"
+        logger.info(load_state(model, weights.model, part="network", source=file))
+    elif any(isinstance(module, FrozenBatchNorm2d) for module in model.modules()):
+        raise ConfigError(
+            f"MODEL.RESNETS.NORM is FrozenBN ({origin(cfg, 'MODEL.RESNETS.NORM') or 'default'}), which on random "
+            "weights is the identity and is never trained. Set it to BN."
+        )
+    return model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last), arguments
+
+
+def _crop(cfg: CfgNode) -> tuple[int, int]:
+    """INPUT.CROP.SIZE as height and width in pixels (Detectron2's default is a share of the image)."""
+    size = cfg.INPUT.CROP.SIZE
+    if len(size) != 2 or any(length != int(length) for length in size):
+        raise ConfigError(f"INPUT.CROP.SIZE is {tuple(size)}, expected height and width in pixels, e.g. (224, 224).")
+    return int(size[0]), int(size[1])
+
+
+@contextlib.contextmanager
+def _as_config_error(keys: str) -> Iterator[None]:
+    """Networks and transforms know no configuration; name the keys that their complaint is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{keys}: {error}.") from error

@@ -1,0 +1,147 @@
+"""What is to be done: for each network and stage, the configuration."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+
+from resnet_backbone import detection, pretraining
+from resnet_backbone.data.generated import write_classification, write_detection
+from resnet_backbone.detection import datasets
+from resnet_backbone.engine.config import load_config, set_key
+from resnet_backbone.engine.output import FINAL
+from resnet_backbone.errors import InputError
+from resnet_backbone.networks import VGG, ResNet, build_network
+
+SCALES = ("demo", "subset", "paper")
+
+HERE = Path(__file__).resolve().parent.parent
+SHIPPED = HERE.parent.parent / "configs"
+
+# For a family of networks: the shipped configurations of both stages, and the suffix of a scale's own configurations.
+FAMILIES = {
+    ResNet: ("pretrain/imagenet.yaml", "faster_rcnn_R101.yaml", "resnet"),
+    VGG: ("pretrain/imagenet_vgg.yaml", "faster_rcnn_VGG16.yaml", "vgg"),
+}
+
+DEMO_CLASSIFICATION = {"train": 16000, "test": 1600}  # images of the generated sets
+DEMO_DETECTION = {"train": 1500, "test": 200}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The command line of `run.py`.
+
+    Attributes:
+        scale: "demo", "subset" or "paper".
+        output: the folder for everything.
+        nets: names of the catalogue.
+        seed: of data (demo), initial weights, order and augmentation.
+        processes: number of GPUs, or of processes on CPUs.
+        control: also train each detector from a random backbone.
+        pretrain_data, detection_data: entries of DATASETS.TRAIN and DATASETS.TEST; empty for the scale's own.
+        pretrain_keys, detection_keys: configuration keys and values over the scale's own.
+    """
+
+    scale: str
+    output: Path
+    nets: tuple[str, ...] = ("vgg16", "resnet101")
+    seed: int = 1
+    processes: int = 1
+    control: bool = True
+    pretrain_data: tuple[str, ...] = ()
+    detection_data: tuple[str, ...] = ()
+    pretrain_keys: tuple[str, ...] = ()
+    detection_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for net in self.nets:
+            _family(net)
+        if self.scale == "subset" and not (self.pretrain_data and self.detection_data):
+            raise InputError("--scale subset needs --pretrain-data TRAIN TEST and --detection-data TRAIN TEST.")
+        if self.scale == "demo" and (self.pretrain_data or self.detection_data):
+            raise InputError("--scale demo makes its own data; use --scale subset with --pretrain-data and --detection-data.")
+
+    def fixed(self) -> dict[str, Any]:
+        """What must stay when a stopped run is started again: all but where it lies and which networks are in it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in ("output", "nets")}
+
+    def with_data(self) -> "Plan":
+        """This plan with data to train on: the given, the scale's own, or, for the demo, newly generated."""
+        own = {
+            "demo": self._generated,
+            "subset": lambda: ((), ()),
+            "paper": lambda: (("imagenet_train", "imagenet_val"), ("coco_2014_train", "coco_2014_val")),
+        }[self.scale]()
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["pretrain_data"] = self.pretrain_data or own[0]
+        values["detection_data"] = self.detection_data or own[1]
+        return _Ready(**values)
+
+    def pretrain_config(self, net: str, *, control: bool = False) -> CfgNode:
+        """Pretraining of `net`; as a control, no iterations: initial weights with estimated BN statistics."""
+        cfg = self._load(pretraining.get_config(), net, "pretrain", self.pretrain_keys)
+        _set(cfg, "DATASETS.TRAIN", self.pretrain_data[:1])
+        _set(cfg, "DATASETS.TEST", self.pretrain_data[1:])
+        if control:
+            _set(cfg, "SOLVER.MAX_ITER", 0)
+        _set(cfg, "OUTPUT_DIR", str(self.folder(net, "pretrain", control=control)))
+        return cfg
+
+    def detection_config(self, net: str, *, control: bool = False) -> CfgNode:
+        """Fine-tuning of `net`'s Faster R-CNN; as a control, nothing is frozen but the BN statistics."""
+        cfg = self._load(detection.get_config(), net, "detection", self.detection_keys)
+        _set(cfg, "DATASETS.TRAIN", self.detection_data[:1])
+        _set(cfg, "DATASETS.TEST", self.detection_data[1:])
+        _set(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", len(datasets.class_names(self.detection_data[0])))
+        if control:
+            _set(cfg, "MODEL.BACKBONE.FREEZE_AT", 0)
+        _set(cfg, "MODEL.WEIGHTS", str(self.folder(net, "pretrain", control=control) / FINAL))
+        _set(cfg, "OUTPUT_DIR", str(self.folder(net, "detection", control=control)))
+        return cfg
+
+    def folder(self, net: str, stage: str, *, control: bool = False) -> Path:
+        """Where a stage writes."""
+        return self.output / net / (f"control_{stage}" if control else stage)
+
+    def _load(self, cfg: CfgNode, net: str, stage: str, keys: tuple[str, ...]) -> CfgNode:
+        shipped_pretrain, shipped_detection, suffix = FAMILIES[_family(net)]
+        load_config(cfg, SHIPPED / (shipped_pretrain if stage == "pretrain" else shipped_detection))
+        for name in (f"{stage}.yaml", f"{stage}_{suffix}.yaml"):
+            if (HERE / "configs" / self.scale / name).is_file():
+                load_config(cfg, HERE / "configs" / self.scale / name)
+        _set(cfg, "MODEL.NETWORK.NAME", net)
+        _set(cfg, "SEED", self.seed)
+        return load_config(cfg, None, keys)
+
+    def _generated(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        data = self.output / "data"
+        pretrain = [
+            write_classification(data / f"classification_{part}", images=count, seed=self.seed + offset)
+            for offset, (part, count) in zip((0, 1000), DEMO_CLASSIFICATION.items(), strict=True)
+        ]
+        detect = [
+            str(write_detection(data / f"detection_{part}", images=count, seed=self.seed + offset))
+            for offset, (part, count) in zip((2000, 3000), DEMO_DETECTION.items(), strict=True)
+        ]
+        return tuple(pretrain), tuple(detect)
+
+
+class _Ready(Plan):
+    """A plan whose data is there."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def _family(net: str) -> type:
+    """The class of a network by its name; raises InputError for an unknown one."""
+    with torch.device("meta"):
+        return type(build_network(net))
+
+
+def _set(cfg: CfgNode, key: str, value: Any) -> None:
+    set_key(cfg, key, value, "coco_transfer")

@@ -1,0 +1,141 @@
+"""The numbers of a finished plan, and the table that shows them."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from coco_transfer.plan import Plan
+from tabulate import tabulate
+
+from resnet_backbone.engine.output import versions
+from resnet_backbone.weights import atomic_write
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+# He et al. 2015, Table 8, COCO val: mAP@.5 and mAP@[.5, .95] in per cent.
+PAPER = {"vgg16": {"AP50": 41.5, "AP": 21.2}, "resnet101": {"AP50": 48.4, "AP": 27.2}}
+
+WHAT_IT_IS = {
+    "demo": "Generated shapes at a quarter of the width and small images: it shows that every stage works and that what was "
+    "learned in pretraining is carried into the detector. The order of the networks need not be the paper's at this size.",
+    "subset": "The paper's method on other data than the paper's, with a short schedule. The order of the networks need not "
+    "be the paper's at this size.",
+    "paper": "ImageNet and COCO 2014 with the paper's schedule. Different from the paper: RPN and Fast R-CNN are trained "
+    "jointly, not in turns, and regions are sampled by RoIAlign unless POOLER_TYPE says RoIPool.",
+}
+
+
+def collect_results(plan: Plan) -> dict[str, Any]:
+    """Everything measured, with what is needed to measure it again."""
+    networks = {}
+    for net in plan.nets:
+        networks[net] = _network(plan, net, control=False)
+        if plan.control:
+            networks[net]["control"] = _network(plan, net, control=True)
+    return {
+        "scale": plan.scale,
+        "seed": plan.seed,
+        "versions": versions(),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()} {platform.release()}",
+        "plan": plan.fixed(),
+        "networks": networks,
+    }
+
+
+def write_report(results: dict[str, Any], path: Path) -> str:
+    """Write the comparison as Markdown and return it."""
+    networks = results["networks"]
+    rows = []
+    for net, row in networks.items():
+        rows.append(_row(net, net, row))
+        if "control" in row:
+            rows.append(_row("↳ control", None, row["control"]))
+    headers = ["network", "top-1 %", *METRICS, "paper AP50 / AP", "seconds"]
+    table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 9)
+    parts = [
+        f"# VGG-16 and ResNet-101 in Faster R-CNN: {results['scale']}",
+        WHAT_IT_IS[results["scale"]],
+        table,
+        "Top-1 accuracy of the pretrained classifier, box AP of the detector, all in per cent. A control is the same detector "
+        "and schedule on the network's initial weights (He initialisation, batch norm statistics estimated on training "
+        "images and fixed, no stage frozen). Seconds: pretraining + detection, evaluation included. The paper's column is "
+        "COCO val (Table 8) and comparable only at full scale.",
+        *_sentences(networks),
+        "![training curves](curves.png)",
+        "![detections](detections.png)",
+        "## How it was run",
+        _setup(results),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode())
+    return text
+
+
+def _network(plan: Plan, net: str, *, control: bool) -> dict[str, Any]:
+    pretrain, detect = (
+        json.loads((plan.folder(net, stage, control=control) / "stage.json").read_text())
+        for stage in ("pretrain", "detection")
+    )
+    cfgs = plan.pretrain_config(net, control=control), plan.detection_config(net, control=control)
+    return {
+        "top1": pretrain["top1"],
+        **{key: detect["bbox"][key] for key in METRICS if key in detect["bbox"]},
+        "seconds": {"pretrain": pretrain["seconds"], "detection": detect["seconds"]},
+        "resumed": pretrain["resumed"] or detect["resumed"],
+        "schedule": {
+            stage: {"iterations": cfg.SOLVER.MAX_ITER, "batch": cfg.SOLVER.IMS_PER_BATCH, "lr": cfg.SOLVER.BASE_LR}
+            for stage, cfg in zip(("pretrain", "detection"), cfgs, strict=True)
+        },
+        "width": cfgs[0].MODEL.NETWORK.WIDTH,
+        "crop": list(cfgs[0].INPUT.CROP.SIZE),
+        "shorter_side": cfgs[1].INPUT.MIN_SIZE_TEST,
+        "pooler": cfgs[1].MODEL.ROI_BOX_HEAD.POOLER_TYPE,
+    }
+
+
+def _row(title: str, net: str | None, row: dict[str, Any]) -> list[str]:
+    paper = PAPER.get(net)
+    metrics = [f"{row[key]:.1f}" if key in row else "" for key in METRICS]
+    seconds = row["seconds"]
+    return [
+        title,
+        f"{row['top1']:.1f}" if net else "",
+        *metrics,
+        f"{paper['AP50']} / {paper['AP']}" if paper else "",
+        f"{seconds['pretrain']:.0f} + {seconds['detection']:.0f}" + (" (resumed)" if row["resumed"] else ""),
+    ]
+
+
+def _sentences(networks: dict[str, Any]) -> list[str]:
+    """What the table says, in words."""
+    lines = []
+    for net, row in networks.items():
+        if "control" in row:
+            gain = row["AP50"] - row["control"]["AP50"]
+            lines.append(f"- {net}: pretraining is worth {gain:+.1f} points of AP50 over the random backbone.")
+    if {"vgg16", "resnet101"} <= set(networks):
+        vgg, resnet = networks["vgg16"], networks["resnet101"]
+        lines.append(
+            f"- ResNet-101 against VGG-16: {resnet['AP50'] - vgg['AP50']:+.1f} points of AP50 and "
+            f"{resnet['AP'] - vgg['AP']:+.1f} of AP here; in the paper +6.9 and +6.0."
+        )
+    return ["\n".join(lines)]
+
+
+def _setup(results: dict[str, Any]) -> str:
+    lines = [f"- {results['versions']}", f"- {results['machine']}; seed {results['seed']}"]
+    for net, row in results["networks"].items():
+        pretrain, detect = row["schedule"]["pretrain"], row["schedule"]["detection"]
+        lines.append(
+            f"- {net}, width {row['width']:g}: pretraining {pretrain['iterations']:,} iterations of {pretrain['batch']} images "
+            f"at crops of {row['crop'][0]} pixels, learning rate {pretrain['lr']:g}; detection {detect['iterations']:,} "
+            f"iterations of {detect['batch']} images with a shorter side of {row['shorter_side']}, learning rate "
+            f"{detect['lr']:g}, {row['pooler']}."
+        )
+    plan = results["plan"]
+    lines += [f"- {key.replace('_', ' ')}: {', '.join(plan[key])}" for key in ("pretrain_data", "detection_data") if plan[key]]
+    lines += [f"- set: {' '.join(plan[key])}" for key in ("pretrain_keys", "detection_keys") if plan[key]]
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""What depth is worth: pretrain each network, transfer it to Faster R-CNN, print the comparison."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from coco_transfer.plan import SCALES, Plan
+from coco_transfer.stages import carry_out
+
+from resnet_backbone.engine.launch import EXIT_BAD_INPUT
+from resnet_backbone.errors import InputError
+
+EXAMPLES = """examples:
+  # generated data, ten minutes on two cores
+  python projects/coco_transfer/run.py --scale demo --output output/demo
+
+  # your own data on one GPU
+  python projects/coco_transfer/run.py --scale subset --output output/subset \\
+      --pretrain-data 'shards/train-{000000..000007}.tar' shards/val-000000.tar \\
+      --detection-data voc/train.json:voc/images voc/val.json:voc/images
+
+  # ImageNet and COCO 2014 under DETECTRON2_DATASETS, eight GPUs
+  python projects/coco_transfer/run.py --scale paper --output output/paper --num-gpus 8
+
+A run that was stopped goes on where it stopped when it is started again with the same arguments."""
+
+
+def parse(arguments: list[str] | None = None) -> Plan:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", required=True, choices=SCALES)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--nets", nargs="+", default=["vgg16", "resnet101"], metavar="NAME")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes (on CPUs too)")
+    parser.add_argument("--no-control", action="store_true", help="leave out the detectors with random backbones")
+    data = parser.add_argument_group("data (subset: required; paper: ImageNet and COCO 2014 by default; demo: generated)")
+    entry = ("TRAIN", "TEST")
+    data.add_argument("--pretrain-data", nargs=2, metavar=entry, help="folders, shard patterns or registered names")
+    data.add_argument("--detection-data", nargs=2, metavar=entry, help="FILE.json:IMAGES or registered names")
+    keys = parser.add_argument_group("configuration of every network's stages, over the scale's own")
+    keys.add_argument("--pretrain", nargs="+", default=[], metavar="KEY VALUE")
+    keys.add_argument("--detection", nargs="+", default=[], metavar="KEY VALUE")
+    given = parser.parse_args(arguments)
+    return Plan(
+        scale=given.scale,
+        output=given.output,
+        nets=tuple(given.nets),
+        seed=given.seed,
+        processes=given.num_gpus,
+        control=not given.no_control,
+        pretrain_data=tuple(given.pretrain_data or ()),
+        detection_data=tuple(given.detection_data or ()),
+        pretrain_keys=tuple(given.pretrain),
+        detection_keys=tuple(given.detection),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        carry_out(parse(arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

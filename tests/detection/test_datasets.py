@@ -1,0 +1,140 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from pycocotools.coco import COCO
+
+from resnet_backbone.data.drawing import CLASS_NAMES
+from resnet_backbone.detection import datasets
+from resnet_backbone.engine.config import ConfigError
+
+
+@pytest.fixture
+def cfg(detection_config, tmp_path):
+    return detection_config("faster_rcnn_R50.yaml", tmp_path / "out")
+
+
+@pytest.fixture
+def coco(scenes, tmp_path):
+    """The function that writes a COCO file, changed by a function, with its images beside it; returns its path."""
+    shutil.copytree(Path(scenes).parent / "images", tmp_path / "images")
+
+    def write(change=lambda content: content, name="a.json") -> str:
+        content = json.loads(Path(scenes).read_text())
+        content = change(content) or content
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_both_spellings_of_a_coco_file_give_its_images_and_boxes(cfg, scenes):
+    reference = COCO(scenes)
+    for entry in (scenes, f"{scenes}:{Path(scenes).parent / 'images'}"):
+        dicts = datasets.check(cfg, entry)
+        assert [record["image_id"] for record in dicts] == sorted(reference.imgs)
+        for record in dicts:
+            assert Path(record["file_name"]).is_file()
+            boxes = [a["bbox"] for a in reference.imgToAnns[record["image_id"]]]
+            assert [a["bbox"] for a in record["annotations"]] == boxes
+        assert datasets.class_names(entry) == tuple(CLASS_NAMES)
+        assert MetadataCatalog.get(entry).evaluator_type == "coco"
+
+
+def test_class_names_of_a_file_that_nobody_has_read(coco):
+    assert datasets.class_names(coco(name="unread.json")) == tuple(CLASS_NAMES)
+
+
+def test_a_registered_name_is_left_alone():
+    datasets.register("coco_2014_train")
+    datasets.register("voc_2007_trainval")
+
+
+def _without(key):
+    return lambda content: {k: v for k, v in content.items() if k != key}
+
+
+def _set(key, value):
+    return lambda content: {**content, key: value}
+
+
+def _foreign_category(content):
+    content["annotations"][0]["category_id"] = 77
+
+
+def _lost_image(content):
+    content["images"][3]["file_name"] = "lost.jpg"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: json.dumps(content)[:-40], ("not a whole JSON file", "COCO")),
+        (lambda content: [content], ("form", "images, annotations and categories")),
+        (_without("categories"), ("form", "categories")),
+        (_without("images"), ("no images",)),
+        (_without("annotations"), ("not one annotated object", "6 images")),
+        (_set("images", []), ("no images",)),
+        (_set("annotations", []), ("not one annotated object", "6 images")),
+        (_foreign_category, ("77", "categories")),
+        (_set("categories", [{"id": n, "name": str(n)} for n in range(1, 10)]), ("NUM_CLASSES is 8", "9 categories")),
+        (_lost_image, ("1 of 6 images", "lost.jpg")),
+    ],
+)
+def test_a_file_that_cannot_be_used_stops_with_a_sentence(cfg, coco, change, words):
+    with pytest.raises(ConfigError) as error:
+        datasets.check(cfg, coco(change))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("coco_2014_trian", ("coco_2014_train", "FILE.json")),
+        ("{folder}/b.json", ("no COCO file", "a.json")),
+        ("{folder}/no/b.json", ("no COCO file", "does not exist")),
+        ("{folder}/a.json:{folder}/pictures", ("no folder of images", "pictures")),
+        ("coco_2014_minival", ("coco_2014_minival", "DETECTRON2_DATASETS")),
+    ],
+)
+def test_an_entry_that_is_not_there_stops_with_a_sentence(cfg, coco, tmp_path, entry, words):
+    coco()
+    with pytest.raises(ConfigError) as error:
+        datasets.check(cfg, entry.format(folder=tmp_path))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_the_number_of_classes_is_looked_up_where_the_architecture_has_it(cfg, scenes):
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    with pytest.raises(ConfigError, match=r"MODEL.RETINANET.NUM_CLASSES is 80 .*8 categories.*to 8"):
+        datasets.check(cfg, scenes)
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    assert len(datasets.check(cfg, scenes)) == 6
+
+
+def test_data_sets_must_agree_on_the_order_of_classes(cfg, coco, scenes):
+    swapped = coco(lambda content: content["categories"].reverse(), name="same.json")
+    datasets.check(cfg, scenes)
+    datasets.check(cfg, swapped)
+    datasets.check_same_classes((scenes,), (swapped,))  # ids give the order, not the place in the list
+
+    def rename(content):
+        content["categories"][0]["name"] = "other"
+
+    renamed = coco(rename, name="renamed.json")
+    datasets.check(cfg, renamed)
+    with pytest.raises(ConfigError, match="different classes"):
+        datasets.check_same_classes((scenes,), (renamed,))
+
+
+def test_a_broken_data_set_stays_unharmed(cfg, coco):
+    path = coco(lambda content: json.dumps(content)[:-40])
+    before = Path(path).read_bytes()
+    for _ in range(2):  # the second time it is registered already
+        with pytest.raises(ConfigError):
+            datasets.check(cfg, path)
+    assert Path(path).read_bytes() == before
+    assert path in DatasetCatalog

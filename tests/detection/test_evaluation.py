@@ -1,0 +1,140 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
+from torch import nn
+
+from resnet_backbone.detection import datasets
+from resnet_backbone.detection.evaluation import build_evaluator, evaluate, try_two_images
+from resnet_backbone.engine.config import ConfigError
+
+
+class Oracle(nn.Module):
+    """A detector that knows the annotations, except for the classes that it is told to miss."""
+
+    def __init__(self, entry: str, miss: tuple[int, ...] = ()):
+        super().__init__()
+        self.records = {record["image_id"]: record for record in DatasetCatalog.get(entry)}
+        self.miss = miss
+        self.seen = []
+
+    def forward(self, inputs):
+        return [{"instances": self.detect(i["image_id"], i["height"], i["width"])} for i in inputs]
+
+    def detect(self, image_id, height, width) -> Instances:
+        self.seen.append(image_id)
+        found = [a for a in self.records[image_id]["annotations"] if a["category_id"] not in self.miss]
+        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in found]
+        result = Instances((height, width))
+        result.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+        result.scores = torch.full((len(found),), 0.9)
+        result.pred_classes = torch.tensor([a["category_id"] for a in found], dtype=torch.long)
+        return result
+
+
+@pytest.fixture
+def cfg(detection_config, tmp_path, scenes):
+    datasets.register(scenes)
+    return detection_config("faster_rcnn_R50.yaml", tmp_path)
+
+
+def test_a_perfect_detector_has_100_ap(cfg, scenes, tmp_path):
+    model = Oracle(scenes)
+    results = evaluate(cfg, model, tmp_path)
+    assert results["bbox"]["AP"] == results["bbox"]["AP50"] == pytest.approx(100)
+    assert sorted(model.seen) == sorted(model.records)
+    assert (tmp_path / "inference" / "annotations" / "coco_instances_results.json").is_file()
+    assert all(type(value) is float for value in results["bbox"].values())
+
+
+def test_a_missed_class_costs_its_share(cfg, scenes, tmp_path):
+    present = {a["category_id"] for r in DatasetCatalog.get(scenes) for a in r["annotations"]}
+    missed = min(present)
+    results = evaluate(cfg, Oracle(scenes, miss=(missed,)), tmp_path)
+    assert results["bbox"]["AP"] == pytest.approx(100 * (len(present) - 1) / len(present))
+
+
+def test_several_data_sets_keep_their_metrics_and_detections_apart(cfg, scenes, tmp_path):
+    again = f"{scenes}:{Path(scenes).parent / 'images'}"  # the same file under a second name
+    datasets.register(again)
+    cfg.DATASETS.TEST = (scenes, again)
+    results = evaluate(cfg, Oracle(scenes), tmp_path)
+    assert set(results) == {scenes, again} and results[again]["bbox"]["AP50"] == pytest.approx(100)
+    assert sorted(p.name for p in (tmp_path / "inference").iterdir()) == ["annotations", "annotations_2"]
+
+
+def test_two_images_are_tried_without_a_word_or_a_file(cfg, scenes, tmp_path, capsys):
+    model = Oracle(scenes)
+    try_two_images(cfg, model)
+    assert model.seen == sorted(model.records)[:2]
+    assert capsys.readouterr().out == "" and not list(tmp_path.rglob("*.json"))
+
+
+def test_two_images_find_what_would_fail_later(cfg, scenes):
+    class Broken(Oracle):
+        def detect(self, image_id, height, width):
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        try_two_images(cfg, Broken(scenes))
+
+
+@pytest.fixture
+def voc(tmp_path) -> str:
+    """A registered data set in Pascal VOC's layout: 2 images with one object each."""
+    from detectron2.data.datasets import register_pascal_voc
+
+    root = tmp_path / "VOC"
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "val.txt").write_text("000\n001\n")
+    for number in range(2):
+        Image.fromarray(np.zeros((50, 60, 3), np.uint8)).save(root / "JPEGImages" / f"{number:03d}.jpg")
+        (root / "Annotations" / f"{number:03d}.xml").write_text(
+            "<annotation><size><width>60</width><height>50</height></size><object><name>cat</name><pose>x</pose>"
+            "<truncated>0</truncated><difficult>0</difficult>"
+            "<bndbox><xmin>10</xmin><ymin>10</ymin><xmax>40</xmax><ymax>30</ymax></bndbox></object></annotation>"
+        )
+    register_pascal_voc("tiny_voc", str(root), "val", 2012, ("cat",))
+    MetadataCatalog.get("tiny_voc").evaluator_type = "pascal_voc"
+    yield "tiny_voc"
+    DatasetCatalog.remove("tiny_voc")
+    MetadataCatalog.remove("tiny_voc")
+
+
+def test_pascal_voc_is_evaluated_by_its_own_rules_and_gives_plain_numbers(cfg, voc, tmp_path):
+    assert isinstance(build_evaluator(voc, None), PascalVOCDetectionEvaluator)
+    cfg.DATASETS.TEST = (voc,)
+    results = evaluate(cfg, Oracle(voc), tmp_path)
+    assert results["bbox"]["AP"] == pytest.approx(100)
+    assert all(type(value) is float for value in results["bbox"].values())
+
+
+def test_a_users_own_data_set_without_a_json_file_is_tried_and_evaluated(cfg, scenes, tmp_path):
+    records = DatasetCatalog.get(scenes)
+    DatasetCatalog.register("own_scenes", lambda: records)
+    MetadataCatalog.get("own_scenes").set(thing_classes=MetadataCatalog.get(scenes).thing_classes)
+    try:
+        cfg.DATASETS.TEST = ("own_scenes",)
+        try_two_images(cfg, Oracle("own_scenes"))
+        assert evaluate(cfg, Oracle("own_scenes"), tmp_path)["bbox"]["AP"] == pytest.approx(100)
+        assert json.loads(Path(MetadataCatalog.get("own_scenes").json_file).read_text())["images"]
+    finally:
+        DatasetCatalog.remove("own_scenes")
+        MetadataCatalog.remove("own_scenes")
+
+
+def test_the_evaluator_follows_the_type(scenes, monkeypatch):
+    assert isinstance(build_evaluator(scenes, None), COCOEvaluator)
+    made = []
+    monkeypatch.setattr(LVISEvaluator, "__init__", lambda self, *args, **kwargs: made.append(args))
+    build_evaluator("lvis_v1_val", None)
+    assert made == [("lvis_v1_val",)]
+    with pytest.raises(ConfigError, match=r"'sem_seg'|'cityscapes_sem_seg'"):
+        build_evaluator("cityscapes_fine_sem_seg_val", None)

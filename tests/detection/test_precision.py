@@ -1,0 +1,49 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from resnet_backbone.detection import datasets
+from resnet_backbone.detection.loader import TrainBatches
+from resnet_backbone.detection.precision import keep_boxes_in_float32
+
+
+def test_regions_are_pooled_at_their_own_coordinates():
+    """A ramp over x gives each box's position back; bfloat16 knows 600 and 604 pixels, nothing between."""
+    pooler = ROIPooler(output_size=1, scales=(1.0,), sampling_ratio=2, pooler_type="ROIAlignV2")
+    ramp = torch.arange(64.0).expand(1, 1, 8, 64)  # exact in bfloat16
+    far = torch.zeros(1, 1, 8, 1024)
+    far[..., 560:624] = ramp
+    box = [Boxes(torch.tensor([[601.0, 2.0, 605.0, 4.0]]))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        off = pooler([far.bfloat16()], box)
+        keep_boxes_in_float32(nn.Sequential(pooler))
+        kept = pooler([far.bfloat16()], box)
+    assert kept.dtype == torch.float32
+    assert kept.item() == pytest.approx(603 - 0.5 - 560)
+    assert off.item() != pytest.approx(603 - 0.5 - 560, abs=0.4)  # what it guards against
+
+
+@pytest.mark.parametrize("file", ["faster_rcnn_R50.yaml", "faster_rcnn_VGG16.yaml", "faster_rcnn_R50_FPN.yaml"])
+def test_losses_under_autocast_are_near_those_in_float32(detection_config, tmp_path, file):
+    keys = ["MODEL.NETWORK.WIDTH", 0.125, "MODEL.RESNETS.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 0]
+    keys += ["MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32]
+    if "VGG" not in file:
+        keys += ["MODEL.NETWORK.NAME", "resnet18"]
+    cfg = detection_config(file, tmp_path, *keys)
+    datasets.register(cfg.DATASETS.TRAIN[0])
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    keep_boxes_in_float32(model)
+    batch = next(TrainBatches(cfg)(0))
+    losses = {}
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with EventStorage(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            losses[enabled] = model(batch)
+    for name, value in losses[True].items():
+        assert value.dtype == torch.float32 and value.isfinite(), name
+    assert sum(losses[True].values()).item() == pytest.approx(sum(losses[False].values()).item(), rel=0.1)

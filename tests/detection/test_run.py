@@ -1,0 +1,341 @@
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from torch import nn
+
+from resnet_backbone import detection
+from resnet_backbone.detection import add_network_config
+from resnet_backbone.detection.run import describe_frozen
+from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.trainer import Trainer
+from resnet_backbone.errors import InputError
+from resnet_backbone.weights import CheckpointError, read_checkpoint
+
+R50 = "faster_rcnn_R50.yaml"
+ALLOW = ("MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN", True)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def small(detection_config, classifier, tmp_path):
+    """The function `(folder, KEY, VALUE, …)` that gives ResNet-18-C4 from a classifier."""
+
+    def load(folder="run", *overrides):
+        keys = ("MODEL.NETWORK.NAME", "resnet18", "MODEL.WEIGHTS", classifier("resnet18"), *overrides)
+        return detection_config(R50, tmp_path / folder, *keys)
+
+    return load
+
+
+def log(folder: Path) -> str:
+    return (folder / "log.txt").read_text()
+
+
+def losses(folder: Path, name: str = "total_loss") -> list[float]:
+    lines = (folder / "metrics.json").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines if name in line]
+
+
+def test_what_a_run_leaves_behind(small, tmp_path, classifier):
+    cfg = small("run", "SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1)
+    results = detection.run(cfg)
+    folder = tmp_path / "run"
+    assert set(results) == {"bbox"} and "AP50" in results["bbox"]
+
+    source, metadata = (read_checkpoint(p).metadata for p in (classifier("resnet18"), folder / "model_final.pth"))
+    assert (metadata.kind, metadata.architecture, len(metadata.class_names)) == ("detector", "resnet18", 8)
+    for name in ("channel_order", "pixel_mean", "pixel_std", "norm_statistics", "norm_epsilon", "arguments"):
+        ours, theirs = getattr(metadata, name), getattr(source, name)
+        if name == "arguments":  # frozen here, trained there
+            ours, theirs = {**ours, "norm": None}, {**theirs, "norm": None}
+        assert ours == theirs, name
+    assert metadata.origin["pretrained"] == source.origin and metadata.origin["iterations"] == 2
+    assert metadata.origin["AP50"] == pytest.approx(results["bbox"]["AP50"], nan_ok=True)
+
+    # The evaluation after the first iteration is in the metrics, the keys left alone were filled and written down.
+    assert any("bbox/AP" in line for line in (folder / "metrics.json").read_text().splitlines())
+    written = get_cfg()
+    add_network_config(written)
+    written.merge_from_file(str(folder / "config.yaml"))
+    network = written.MODEL.NETWORK
+    assert [written.INPUT.FORMAT, network.NAME, network.WIDTH] == ["RGB", "resnet18", 0.125]
+    means = written.MODEL.PIXEL_MEAN
+    assert means == pytest.approx([123.675, 116.28, 103.53])
+    text = log(folder)
+    assert "frozen: stages stem, res2;" in text
+    assert "backbone: all 75 of 75 tensors loaded" in text and "roi_heads.res5: all 25 of 25 tensors loaded" in text
+    assert "SOLVER.BASE_LR" in text
+
+
+def test_the_result_loads_in_detectron2s_own_predictor(small, tmp_path, scenes):
+    cfg = small()
+    detection.run(cfg)
+    folder = tmp_path / "run"
+
+    own = get_cfg()
+    add_network_config(own)
+    own.merge_from_file(str(folder / "config.yaml"))
+    own.MODEL.WEIGHTS = str(folder / "model_final.pth")
+    own.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    predictor = DefaultPredictor(own)
+    cfg.MODEL.WEIGHTS = own.MODEL.WEIGHTS
+    from resnet_backbone.detection.run import _build_model
+
+    ours = _build_model(cfg, read_checkpoint(own.MODEL.WEIGHTS), own.MODEL.WEIGHTS).eval()
+    image = cv2.imread(str(next((Path(scenes).parent / "images").iterdir())))
+    found = predictor(image)["instances"]
+    rgb = image[:, :, ::-1].copy()
+    tensor = torch.from_numpy(predictor.aug.get_transform(rgb).apply_image(rgb).copy())
+    with torch.no_grad():
+        expected = ours([{"image": tensor.permute(2, 0, 1), "height": image.shape[0], "width": image.shape[1]}])
+    expected = expected[0]["instances"]
+    assert len(found) > 0
+    assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(found.scores, expected.scores) and torch.equal(found.pred_classes, expected.pred_classes)
+
+
+def test_eval_only_gives_what_the_run_gave(small, tmp_path):
+    trained = detection.run(small("run", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0))
+    keys = ("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    tested = detection.run(small("test", *keys), eval_only=True)
+    assert tested["bbox"] == pytest.approx(trained["bbox"], nan_ok=True)
+    assert not list((tmp_path / "test").glob("*.pth"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg16"])
+def test_a_stopped_and_resumed_run_ends_in_the_same_bits(detection_config, classifier, tmp_path, monkeypatch, name):
+    file = R50 if name == "resnet18" else "faster_rcnn_VGG16.yaml"
+    start = tmp_path / "start.pth"
+    start.write_bytes(classifier(name).read_bytes())
+
+    def config(folder):
+        keys = ("MODEL.NETWORK.NAME", name, "MODEL.WEIGHTS", start, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
+        return detection_config(file, tmp_path / folder, *keys)
+
+    detection.run(config("whole"))
+    step = Trainer.run_step
+
+    def stop(self):
+        if self.iter == 3:
+            raise Interrupted
+        step(self)
+
+    monkeypatch.setattr(Trainer, "run_step", stop)
+    with pytest.raises(Interrupted):
+        detection.run(config("stopped"))
+    monkeypatch.undo()
+    start.unlink()  # a resumed run needs its own folder alone
+    detection.run(config("stopped"), resume=True)
+    whole, resumed = (read_checkpoint(tmp_path / run / "model_final.pth") for run in ("whole", "stopped"))
+    for key, tensor in whole.model.items():
+        assert torch.equal(tensor, resumed.model[key]), key
+    assert repr(whole.metadata) == repr(resumed.metadata)  # as text, since an AP may be no number
+    assert "the next iteration is 2\n" in log(tmp_path / "stopped")
+
+
+def test_frozen_stages_stay_bit_identical(small, tmp_path, classifier):
+    # All that FREEZE_AT covers, and every norm's statistics, scale and bias.
+    detection.run(small("run", "SOLVER.MAX_ITER", 3, "SOLVER.BASE_LR", 0.01, "SOLVER.WEIGHT_DECAY", 0.1))
+    before, after = (read_checkpoint(p).model for p in (classifier("resnet18"), tmp_path / "run" / "model_final.pth"))
+    moved = set()
+    for name, tensor in before.items():
+        if name.startswith("fc.") or name.endswith("num_batches_tracked"):
+            continue
+        in_head = name.startswith("layer4.")
+        part = "roi_heads.res5." + name.removeprefix("layer4.") if in_head else f"backbone.network.{name}"
+        if not torch.equal(after[part], tensor):
+            moved.add(name)
+    assert moved == {n for n, t in before.items() if t.ndim == 4 and not n.startswith(("conv1.", "layer1."))}
+
+
+def test_describe_frozen_of_other_models(detection_config, tmp_path):
+    assert describe_frozen(nn.Linear(2, 2)).startswith("frozen: no stage; 0 of 2 parameter tensors")
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    text = describe_frozen(build_model(cfg))
+    assert text.startswith("frozen: stages stem, res2;") and "20 batch normalisations" in text
+    cfg = detection_config("faster_rcnn_VGG16.yaml", tmp_path, "MODEL.NETWORK.WIDTH", 0.125)
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["pool5"]
+    text = describe_frozen(build_model(cfg))
+    assert text.startswith("frozen: stages conv1, conv2; 8 of") and "pool5" not in text
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_the_metadata_say_whether_statistics_were_ever_estimated(detection_config, tmp_path, norm):
+    keys = ("MODEL.NETWORK.NAME", "resnet18", "MODEL.NETWORK.WIDTH", 0.125, "MODEL.RESNETS.NORM", norm)
+    detection.run(detection_config(R50, tmp_path, *keys, "MODEL.BACKBONE.FREEZE_AT", 0, *ALLOW))
+    statistics = read_checkpoint(tmp_path / "model_final.pth").metadata.norm_statistics
+    assert statistics == ("never" if norm == "FrozenBN" else "running")
+
+
+def test_bf16_trains_float32_weights(small, tmp_path):
+    detection.run(small("run", "SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 2))
+    model = read_checkpoint(tmp_path / "run" / "model_final.pth").model
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in model.values())
+    detection.run(small("single", "SOLVER.MAX_ITER", 2))
+    # The same anchors are sampled; RoIs need not be, since scores that are near each other change places.
+    first, reference = (losses(tmp_path / run, "loss_rpn_cls")[0] for run in ("run", "single"))
+    assert first != reference and first == pytest.approx(reference, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "theirs"),
+    [
+        ("INPUT.FORMAT", "BGR", "RGB"),
+        ("MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675], "[123.675, 116.28, 103.53]"),
+        ("MODEL.PIXEL_STD", [1.0, 1.0, 1.0], "[58.395, 57.12, 57.375]"),
+        ("MODEL.RESNETS.STRIDE_IN_1X1", True, "False"),
+        ("MODEL.NETWORK.NAME", "resnet34", "resnet18"),
+        ("MODEL.NETWORK.WIDTH", 0.5, "0.125"),
+    ],
+)
+def test_a_contradiction_to_the_weights_stops_and_names_both(small, tmp_path, key, value, theirs):
+    with pytest.raises(ConfigError) as error:
+        detection.run(small("run", key, value))
+    assert key in str(error.value) and theirs in str(error.value) and "command line" in str(error.value)
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("MODEL.ROI_HEADS.NAME", "Res5ROIHeads"), ("NetworkRes5ROIHeads",)),
+        (("MODEL.ROI_HEADS.NAME", "NetworkRes5Heads"), ("nearest is NetworkRes5ROIHeads",)),
+        (("MODEL.BACKBONE.NAME", "build_network_bakbone"), ("nearest is build_network_backbone",)),
+        (("MODEL.META_ARCHITECTURE", "FasterRCNN"), ("nearest is GeneralizedRCNN",)),
+        (("MODEL.BACKBONE.NAME", "build_resnet_backbone"), ("tools/pretrain.py", "build_network_backbone")),
+        (("MODEL.RPN.IN_FEATURES", ["res3"]), ("res3", "IN_FEATURES")),
+        (("MODEL.ROI_HEADS.NUM_CLASSES", 80), ("NUM_CLASSES is 80", "8 categories")),
+        (("DATASETS.TEST", ()), ("DATASETS.TEST is empty",)),
+        (("DATASETS.TRAIN", "/no/where.json"), ("no COCO file /no/where.json",)),
+        (("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), ("TrainingSampler",)),
+        (("MODEL.WEIGHTS", "/no/model_final.pth"), ("no checkpoint /no/model_final.pth",)),
+        (("MODEL.WEIGHTS", ""), ("MODEL.WEIGHTS is empty", "ALLOW_UNTRAINED_FROZEN_BN")),
+        (("MODEL.RESNETS.RES5_DILATION", 2), ("RES5_DILATION",)),
+    ],
+)
+def test_what_cannot_be_used_stops_before_the_first_iteration(small, tmp_path, overrides, words):
+    with pytest.raises(InputError) as error:
+        detection.run(small("run", *overrides))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_eval_only_refuses_what_is_no_detector(small):
+    with pytest.raises(ConfigError, match="holds a classifier"):
+        detection.run(small(), eval_only=True)
+    with pytest.raises(ConfigError, match="is empty, so --eval-only"):
+        detection.run(small("run", "MODEL.WEIGHTS", "", *ALLOW), eval_only=True)
+
+
+def test_a_detectors_classes_must_be_the_data_sets(small, tmp_path, scenes):
+    detection.run(small())
+    content = json.loads(Path(scenes).read_text())
+    content["categories"][0]["name"] = "other"
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    entry = f"{tmp_path / 'a.json'}:{Path(scenes).parent / 'images'}"
+    keys = ("DATASETS.TEST", entry, "MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
+    with pytest.raises(ConfigError, match="same categories"):
+        detection.run(small("test", *keys), eval_only=True)
+
+
+STOCK = model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
+
+
+def damp_stock(monkeypatch):
+    """Frozen BN without statistics is the identity: damp the residual branches, or activations explode."""
+    module = sys.modules[detection.run.__module__]  # the package's `run` is the function
+    build = module._build_model
+
+    def damped(*args):
+        model = build(*args)
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("conv3.norm.weight", "bn3.weight")):
+                tensor.fill_(0.25)
+        return model
+
+    monkeypatch.setattr(module, "_build_model", damped)
+
+
+def test_a_stock_configuration_with_stock_names_trains_resumes_and_evaluates(detection_config, tmp_path, monkeypatch):
+    damp_stock(monkeypatch)
+    keys = ("MODEL.WEIGHTS", "", "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32)
+    keys += ("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "SOLVER.CHECKPOINT_PERIOD", 1)
+    with pytest.raises(ConfigError, match="ALLOW_UNTRAINED_FROZEN_BN"):
+        detection.run(detection_config(STOCK, tmp_path / "no", *keys))
+    detection.run(detection_config(STOCK, tmp_path / "run", *keys, *ALLOW))
+    assert "frozen: stages stem, res2;" in log(tmp_path / "run")
+    detection.run(detection_config(STOCK, tmp_path / "run", *keys, *ALLOW, "SOLVER.MAX_ITER", 2), resume=True)
+    metadata = read_checkpoint(tmp_path / "run" / "model_final.pth").metadata
+    assert metadata.architecture == "build_resnet_backbone" and metadata.norm_statistics == "never"
+    assert metadata.channel_order == "BGR" and metadata.origin["iterations"] == 2
+    assert len(losses(tmp_path / "run")) == 2
+
+    # Its own checkpoint says how it was fed, too.
+    again = ("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth", *keys[2:], *ALLOW)
+    detection.run(detection_config(STOCK, tmp_path / "test", *again), eval_only=True)
+    with pytest.raises(ConfigError, match=r"INPUT.FORMAT is RGB .*BGR"):
+        detection.run(detection_config(STOCK, tmp_path / "test", *again, "INPUT.FORMAT", "RGB"), eval_only=True)
+
+
+def test_a_stock_configuration_with_our_names_takes_its_depth(detection_config, tmp_path, monkeypatch):
+    names = ("MODEL.BACKBONE.NAME", "build_network_backbone", "MODEL.ROI_HEADS.NAME", "NetworkRes5ROIHeads")
+    damp_stock(monkeypatch)
+    cfg = detection_config(STOCK, tmp_path, *names, "MODEL.WEIGHTS", "", "MODEL.NETWORK.WIDTH", 0.125, *ALLOW)
+    detection.run(cfg)
+    assert cfg.MODEL.NETWORK.NAME == "resnet50"
+    assert losses(tmp_path)[0] < 1000
+    assert read_checkpoint(tmp_path / "model_final.pth").metadata.arguments["stride_in_1x1"] is True  # Detectron2's
+
+
+def test_a_stock_configuration_with_our_names_follows_the_weights(tmp_path, detection_config, classifier):
+    names = ("MODEL.BACKBONE.NAME", "build_network_backbone", "MODEL.ROI_HEADS.NAME", "NetworkRes5ROIHeads")
+    path = classifier("resnet18")
+    with pytest.raises(ConfigError, match=r"MODEL.NETWORK.NAME is resnet50 \(MODEL.RESNETS.DEPTH .*resnet18"):
+        detection.run(detection_config(STOCK, tmp_path / "a", *names, "MODEL.WEIGHTS", path))
+    cfg = detection_config(STOCK, tmp_path / "b", *names, "MODEL.WEIGHTS", path, "MODEL.NETWORK.NAME", "resnet18")
+    detection.run(cfg)
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("RGB", False)
+
+
+@pytest.mark.parametrize("weights", ["/no/R-50.pkl", "cut"])
+def test_stock_weights_that_do_not_load_stop(detection_config, tmp_path, classifier, weights):
+    if weights == "cut":
+        weights = tmp_path / "cut.pth"
+        weights.write_bytes(classifier("resnet18").read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="cannot be loaded by Detectron2"):
+        detection.run(detection_config(STOCK, tmp_path / "run", "MODEL.WEIGHTS", weights))
+
+
+def test_retinanet_trains(tmp_path, detection_config, classifier):
+    file = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    keys = ("MODEL.BACKBONE.NAME", "build_network_retinanet_fpn_backbone", "MODEL.RETINANET.NUM_CLASSES", 8)
+    keys += ("MODEL.NETWORK.NAME", "resnet18", "MODEL.WEIGHTS", classifier("resnet18"), "MODEL.FPN.OUT_CHANNELS", 16)
+    detection.run(detection_config(file, tmp_path / "run", *keys, "MODEL.RETINANET.NUM_CONVS", 1))
+    assert "frozen: stages stem, res2;" in log(tmp_path / "run")
+    keys += ("SOLVER.AMP.ENABLED", True)
+    detection.run(detection_config(file, tmp_path / "bf16", *keys, "MODEL.RETINANET.NUM_CONVS", 1))
+    assert losses(tmp_path / "bf16")[0] == pytest.approx(losses(tmp_path / "run")[0], rel=0.1)
+
+
+def test_a_configuration_of_ours_may_be_frozen(detection_config, classifier, tmp_path):
+    """`fill_from_metadata` and the builders work on what a script froze after loading."""
+    keys = ("MODEL.NETWORK.NAME", "resnet18", "MODEL.WEIGHTS", classifier("resnet18"))
+    cfg = detection_config(R50, tmp_path, *keys)
+    cfg.freeze()
+    detection.run(cfg)
+    assert (tmp_path / "model_final.pth").is_file()

@@ -1,0 +1,122 @@
+"""Every shipped configuration loads, builds and trains, at an eighth of the width on tiny images."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from resnet_backbone import build_network, detection, pretraining
+from resnet_backbone.data.transforms import EvalTransform, TrainTransform
+from resnet_backbone.detection import datasets
+from resnet_backbone.detection.loader import TrainBatches
+from resnet_backbone.engine.config import fill_from_metadata, load_config, origin
+from resnet_backbone.engine.schedule import build_multiplier
+from resnet_backbone.weights import read_checkpoint
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DETECTORS = sorted(p.name for p in CONFIGS.glob("*.yaml") if not p.name.startswith("base_"))
+CLASSIFIERS = sorted(p.name for p in (CONFIGS / "pretrain").glob("*.yaml"))
+SMALLER = ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
+
+
+def test_no_shipped_configuration_is_left_out():
+    names = [f"faster_rcnn_{name}.yaml" for name in ("R101", "R50", "R50_FPN", "VGG16")]
+    assert names == DETECTORS
+    assert list(CLASSIFIERS) == ["imagenet.yaml", "imagenet_vgg.yaml"]
+
+
+@pytest.mark.parametrize("file", DETECTORS)
+def test_a_detector_takes_a_step_that_reaches_every_trainable_parameter(detection_config, classifier, tmp_path, file):
+    name = load_config(detection.get_config(), CONFIGS / file).MODEL.NETWORK.NAME
+    path = str(classifier(name))
+    cfg = detection_config(file, tmp_path, "MODEL.WEIGHTS", path, *SMALLER)
+    fill_from_metadata(cfg, read_checkpoint(path).metadata, path)
+    datasets.check(cfg, cfg.DATASETS.TRAIN[0])
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    assert any("Dropout" in type(m).__name__ for m in model.modules()) == (name == "vgg16")
+    with EventStorage():
+        losses = model(next(TrainBatches(cfg)(0)))
+    assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
+    sum(losses.values()).backward()
+    for key, value in losses.items():
+        assert 0 <= value.item() < 1000, key
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+            # A ReLU's dead unit or one sampled RoI may leave a zero here and there, but no tensor.
+            assert parameter.grad.abs().sum() > 0 or key.startswith("proposal_generator.rpn_head.anchor_deltas"), key
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+@pytest.mark.parametrize("file", CLASSIFIERS)
+def test_a_classifier_trains(pretrain_config, tmp_path, file):
+    name = load_config(pretraining.get_config(), CONFIGS / "pretrain" / file).MODEL.NETWORK.NAME
+    keys = ("MODEL.NETWORK.NAME", name, "MODEL.NETWORK.POOL5", name != "vgg16", "SOLVER.MAX_ITER", 1)
+    results = pretraining.run(pretrain_config(tmp_path, *keys, file=CONFIGS / "pretrain" / file))
+    assert 0 <= results["top1"] <= 100
+    assert read_checkpoint(tmp_path / "model_final.pth").metadata.architecture == name
+
+
+@pytest.mark.parametrize("file", [*DETECTORS, "base_faster_rcnn.yaml", "pretrain/imagenet.yaml"])
+def test_stride_placement_is_stated(file):
+    assert yaml.safe_load((CONFIGS / file).read_text())["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is False
+
+
+@pytest.mark.parametrize("file", DETECTORS)
+def test_detectors_leave_the_preprocessing_to_the_weights(file):
+    cfg = load_config(detection.get_config(), CONFIGS / file)
+    assert all(origin(cfg, key) is None for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"))
+
+
+@pytest.mark.parametrize("file", [*DETECTORS, *(f"pretrain/{name}" for name in CLASSIFIERS)])
+def test_the_header_says_command_and_expected_result(file):
+    header = [line for line in (CONFIGS / file).read_text().splitlines() if line.startswith("#")]
+    tool = "pretrain" if file.startswith("pretrain/") else "train_net"
+    assert header[0].startswith(f"# python tools/{tool}.py --config-file configs/{file}")
+    assert re.search(r"Expected|has no figure", " ".join(header))
+
+
+@pytest.mark.parametrize("file", DETECTORS)
+def test_weights_of_the_command_are_where_pretraining_puts_them(file):
+    """The header's MODEL.WEIGHTS is the OUTPUT_DIR of the pretraining command with the same network."""
+    name = load_config(detection.get_config(), CONFIGS / file).MODEL.NETWORK.NAME
+    assert f"MODEL.WEIGHTS output/{name}/model_final.pth" in (CONFIGS / file).read_text().splitlines()[0]
+
+
+def test_the_papers_detector():
+    """ResNet paper, appendix A, and the Faster R-CNN baseline that it names."""
+    cfg = load_config(detection.get_config(), CONFIGS / "faster_rcnn_R101.yaml")
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (600,) and cfg.INPUT.MAX_SIZE_TEST == 1000
+    assert cfg.MODEL.RPN.POST_NMS_TOPK_TEST == 300 and cfg.SOLVER.IMS_PER_BATCH == 16
+    multiplier = build_multiplier(cfg)
+    for iteration, rate in ((0, 1e-6), (1000, 1e-3), (239_999, 1e-3), (240_000, 1e-4), (319_999, 1e-4)):
+        assert cfg.SOLVER.BASE_LR * multiplier(iteration / cfg.SOLVER.MAX_ITER) == pytest.approx(rate, rel=1e-3)
+    vgg = load_config(detection.get_config(), CONFIGS / "faster_rcnn_VGG16.yaml")
+    assert vgg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION == 7 and vgg.MODEL.ROI_HEADS.IN_FEATURES == ["conv5"]
+    assert vgg.SOLVER == cfg.SOLVER and vgg.INPUT == cfg.INPUT and vgg.DATASETS == cfg.DATASETS
+
+
+def test_the_papers_classifier():
+    """Section 3.4: batch 256, 0.1 divided by 10, decay 1e-4, momentum 0.9, shorter side 256 to 480, crops of 224."""
+    cfg = load_config(pretraining.get_config(), CONFIGS / "pretrain" / "imagenet.yaml")
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY, solver.MOMENTUM) == (256, 0.1, 1e-4, 0.9)
+    sizes = {tuple(cfg.INPUT.MIN_SIZE_TRAIN), tuple(cfg.INPUT.CROP.SIZE)}
+    assert sizes == {(256, 480), (224, 224)}
+    epochs = solver.MAX_ITER * 256 / 1_281_167
+    assert epochs == pytest.approx(90, abs=0.1)
+    TrainTransform(short_side=(256, 480), crop=(224, 224), crop_type=cfg.INPUT.CROP.TYPE)
+    EvalTransform(short_side=cfg.INPUT.MIN_SIZE_TEST, crop=(224, 224))
+    vgg = load_config(pretraining.get_config(), CONFIGS / "pretrain" / "imagenet_vgg.yaml")
+    rates = [vgg.SOLVER.BASE_LR, vgg.SOLVER.WEIGHT_DECAY]
+    assert rates == [0.01, 5e-4]
+    epochs = vgg.SOLVER.MAX_ITER * 256 / 1_281_167
+    assert epochs == pytest.approx(74, abs=0.1)
+    with torch.device("meta"):
+        build_network(vgg.MODEL.NETWORK.NAME)
