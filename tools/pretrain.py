@@ -19,7 +19,7 @@ def load(arguments: argparse.Namespace):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    return run_tool(argument_parser(__doc__, EXAMPLE).parse_args(words), load, pretraining.run)
+    return run_tool(argument_parser(__doc__, EXAMPLE).parse_intermixed_args(words), load, pretraining.run)
 
 
 if __name__ == "__main__":

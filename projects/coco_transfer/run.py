@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num-gpus", type=int, default=1, help="processes (on CPUs too)")
     parser.add_argument("--no-control", action="store_true", help="leave out the detectors with random backbones")
-    data = parser.add_argument_group("data (subset: required; paper: ImageNet and COCO 2014 by default; demo: generated)")
+    data = parser.add_argument_group("data (subset: required; paper: ImageNet and COCO 2014; demo: generated)")
     entry = ("TRAIN", "TEST")
     data.add_argument("--pretrain-data", nargs=2, metavar=entry, help="folders, shard patterns or registered names")
     data.add_argument("--detection-data", nargs=2, metavar=entry, help="FILE.json:IMAGES or registered names")

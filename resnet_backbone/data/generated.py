@@ -68,7 +68,7 @@ def write_classification(folder: str | Path, *, images: int, image_size: int = 7
 
 
 def write_detection(
-    folder: str | Path, *, images: int, image_size: int = 160, seed: int, objects: tuple[int, int] = (1, 6)
+    folder: str | Path, *, images: int, image_size: int = 160, seed: int, objects: tuple[int, int] = (1, 4)
 ) -> Path:
     """Write a detection set (`images/*.jpg`, `annotations.json`, `parameters.json`); return the annotations' path.
 
@@ -139,7 +139,7 @@ def detection_image(
     for _ in range(rng.integers(objects[0], objects[1], endpoint=True)):
         for _attempt in range(10):
             category = int(rng.integers(len(CLASS_NAMES)))
-            radius = np.exp(rng.uniform(np.log(0.085), np.log(0.26))) * size
+            radius = np.exp(rng.uniform(np.log(0.11), np.log(0.28))) * size
             shape = place_shape(CLASS_NAMES[category], rng.uniform(0.6 * radius, size - 0.6 * radius, 2), radius, rng)
             place = stamp(shape, size, size)
             inside = place.coverage > 127

@@ -3,6 +3,7 @@
 A script of your own needs two lines: import `add_network_config` from here, and call it on the config before merging.
 """
 
+from resnet_backbone import engine  # isort: skip  (first: it says how to install a missing Detectron2)
 from resnet_backbone.detection.backbone import (
     NetworkBackbone,
     build_network_backbone,

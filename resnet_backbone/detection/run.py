@@ -21,7 +21,6 @@ from detectron2.modeling import (
     build_model,
 )
 from detectron2.modeling.backbone import FPN
-from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from torch import nn
 
@@ -44,6 +43,7 @@ from resnet_backbone.engine.config import (
     origin,
     set_key,
 )
+from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, LAST, open_output, read_last_checkpoint, versions, write_config
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, choose_seed, train

@@ -31,7 +31,7 @@ def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, unique, from 0")
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0; auto on a single machine")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="configuration keys to set")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="configuration keys to set; flags may follow")
     return parser
 
 

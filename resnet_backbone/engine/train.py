@@ -53,6 +53,7 @@ def train(
         NonFiniteLossError: training diverged.
     """
     check_solver(cfg)
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     logger.info("\n%s", describe_schedule(cfg, num_images, comm.get_world_size()))
     trainer = Trainer(
         model=wrap_for_processes(model),

@@ -1,5 +1,6 @@
 """From random weights to a classifier whose checkpoint says how to feed it."""
 
+from resnet_backbone import engine  # isort: skip  (first: it says how to install a missing Detectron2)
 from resnet_backbone.pretraining.config import get_config
 from resnet_backbone.pretraining.run import run
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,6 +17,7 @@ from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.data.transforms import EvalTransform, TrainTransform
 from resnet_backbone.engine.config import ConfigError, fill_from_metadata, network_arguments, origin, set_key
+from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, versions, write_config
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics
 from resnet_backbone.engine.schedule import rescale_for_batch

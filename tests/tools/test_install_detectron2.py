@@ -343,9 +343,7 @@ def test_semantic_segmentation_is_evaluated(tmp_path):
     Image.fromarray(truth).save(tmp_path / "truth.png")
     name = "sem_seg_of_test_install_detectron2"
     file_name = str(tmp_path / "image.jpg")
-    DatasetCatalog.register(
-        name, lambda: [{"file_name": file_name, "sem_seg_file_name": str(tmp_path / "truth.png")}]
-    )
+    DatasetCatalog.register(name, lambda: [{"file_name": file_name, "sem_seg_file_name": str(tmp_path / "truth.png")}])
     MetadataCatalog.get(name).set(stuff_classes=["a", "b"], ignore_label=255)
     try:
         evaluator = SemSegEvaluator(name, distributed=False, output_dir=None)

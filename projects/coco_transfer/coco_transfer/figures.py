@@ -8,14 +8,14 @@ from typing import Any
 
 import cv2
 import matplotlib
-from coco_transfer.plan import Plan
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from coco_transfer.plan import Plan
 from resnet_backbone.detection import datasets
 from resnet_backbone.weights import atomic_write
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib import pyplot as plt
 
 SHOWN_IMAGES = 5
 LOWEST_SCORE = 0.5
@@ -46,7 +46,12 @@ def draw_detections(plan: Plan, path: Path) -> None:
     records = [record for record in DatasetCatalog.get(name) if record.get("annotations")]
     records = records[:: max(1, len(records) // SHOWN_IMAGES)][:SHOWN_IMAGES]
     ids = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id", {})
-    rows = [("ground truth", {r["image_id"]: [(a["bbox"], a["category_id"], None) for a in r["annotations"]] for r in records})]
+    rows = [
+        (
+            "ground truth",
+            {r["image_id"]: [(a["bbox"], a["category_id"], None) for a in r["annotations"]] for r in records},
+        )
+    ]
     for net in plan.nets:
         if (found := _detections(plan.folder(net, "detection"), ids)) is not None:
             rows.append((net, found))
@@ -74,7 +79,7 @@ def _curve(axes: plt.Axes, folder: Path, key: str, **style: Any) -> None:
 
 
 def _detections(folder: Path, ids: dict[int, int]) -> dict[Any, list] | None:
-    """Boxes `[x, y, width, height]`, classes and scores by image id; None where the evaluator wrote none in COCO form."""
+    """Boxes `[x, y, width, height]`, classes and scores by image id; None if the evaluator wrote none in COCO form."""
     files = sorted((folder / "inference").glob("*/coco_instances_results.json"))
     if not files:
         return None

@@ -62,7 +62,9 @@ class Plan:
         if self.scale == "subset" and not (self.pretrain_data and self.detection_data):
             raise InputError("--scale subset needs --pretrain-data TRAIN TEST and --detection-data TRAIN TEST.")
         if self.scale == "demo" and (self.pretrain_data or self.detection_data):
-            raise InputError("--scale demo makes its own data; use --scale subset with --pretrain-data and --detection-data.")
+            raise InputError(
+                "--scale demo makes its own data; use --scale subset with --pretrain-data and --detection-data."
+            )
 
     def fixed(self) -> dict[str, Any]:
         """What must stay when a stopped run is started again: all but where it lies and which networks are in it."""

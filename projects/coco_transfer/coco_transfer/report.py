@@ -6,9 +6,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from coco_transfer.plan import Plan
 from tabulate import tabulate
 
+from coco_transfer.plan import Plan
 from resnet_backbone.engine.output import versions
 from resnet_backbone.weights import atomic_write
 
@@ -18,12 +18,13 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PAPER = {"vgg16": {"AP50": 41.5, "AP": 21.2}, "resnet101": {"AP50": 48.4, "AP": 27.2}}
 
 WHAT_IT_IS = {
-    "demo": "Generated shapes at a quarter of the width and small images: it shows that every stage works and that what was "
-    "learned in pretraining is carried into the detector. The order of the networks need not be the paper's at this size.",
-    "subset": "The paper's method on other data than the paper's, with a short schedule. The order of the networks need not "
-    "be the paper's at this size.",
-    "paper": "ImageNet and COCO 2014 with the paper's schedule. Different from the paper: RPN and Fast R-CNN are trained "
-    "jointly, not in turns, and regions are sampled by RoIAlign unless POOLER_TYPE says RoIPool.",
+    "demo": "Generated shapes at a quarter of the width and small images: it shows that every stage works and that "
+    "what was learned in pretraining is carried into the detector. The order of the networks need not be the paper's "
+    "at this size.",
+    "subset": "The paper's method on other data than the paper's, with a short schedule. The order of the networks "
+    "need not be the paper's at this size.",
+    "paper": "ImageNet and COCO 2014 with the paper's schedule. Different from the paper: RPN and Fast R-CNN are "
+    "trained jointly, not in turns.",
 }
 
 
@@ -58,10 +59,10 @@ def write_report(results: dict[str, Any], path: Path) -> str:
         f"# VGG-16 and ResNet-101 in Faster R-CNN: {results['scale']}",
         WHAT_IT_IS[results["scale"]],
         table,
-        "Top-1 accuracy of the pretrained classifier, box AP of the detector, all in per cent. A control is the same detector "
-        "and schedule on the network's initial weights (He initialisation, batch norm statistics estimated on training "
-        "images and fixed, no stage frozen). Seconds: pretraining + detection, evaluation included. The paper's column is "
-        "COCO val (Table 8) and comparable only at full scale.",
+        "Top-1 accuracy of the pretrained classifier, box AP of the detector, all in per cent. A control is the same "
+        "detector and schedule on the network's initial weights (He initialisation, batch norm statistics estimated on "
+        "training images and fixed, no stage frozen). Seconds: pretraining + detection, evaluation included. The "
+        "paper's column is COCO val (Table 8) and comparable only at full scale.",
         *_sentences(networks),
         "![training curves](curves.png)",
         "![detections](detections.png)",
@@ -93,12 +94,13 @@ def _network(plan: Plan, net: str, *, control: bool) -> dict[str, Any]:
         "crop": list(cfgs[0].INPUT.CROP.SIZE),
         "shorter_side": cfgs[1].INPUT.MIN_SIZE_TEST,
         "pooler": cfgs[1].MODEL.ROI_BOX_HEAD.POOLER_TYPE,
+        "roi_size": cfgs[1].MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION,
     }
 
 
 def _row(title: str, net: str | None, row: dict[str, Any]) -> list[str]:
     paper = PAPER.get(net)
-    metrics = [f"{row[key]:.1f}" if key in row else "" for key in METRICS]
+    metrics = [f"{row[key]:.1f}" if row.get(key) is not None else "–" for key in METRICS]
     seconds = row["seconds"]
     return [
         title,
@@ -130,12 +132,17 @@ def _setup(results: dict[str, Any]) -> str:
     for net, row in results["networks"].items():
         pretrain, detect = row["schedule"]["pretrain"], row["schedule"]["detection"]
         lines.append(
-            f"- {net}, width {row['width']:g}: pretraining {pretrain['iterations']:,} iterations of {pretrain['batch']} images "
-            f"at crops of {row['crop'][0]} pixels, learning rate {pretrain['lr']:g}; detection {detect['iterations']:,} "
-            f"iterations of {detect['batch']} images with a shorter side of {row['shorter_side']}, learning rate "
-            f"{detect['lr']:g}, {row['pooler']}."
+            f"- {net}, width {row['width']:g}: pretraining {pretrain['iterations']:,} iterations of "
+            f"{pretrain['batch']} images at crops of {row['crop'][0]} pixels, learning rate {pretrain['lr']:g}; detection "
+            f"{detect['iterations']:,} iterations of {detect['batch']} images with a shorter side of "
+            f"{row['shorter_side']}, learning rate {detect['lr']:g}, {row['pooler']} of "
+            f"{row['roi_size']}×{row['roi_size']}."
         )
     plan = results["plan"]
-    lines += [f"- {key.replace('_', ' ')}: {', '.join(plan[key])}" for key in ("pretrain_data", "detection_data") if plan[key]]
-    lines += [f"- set: {' '.join(plan[key])}" for key in ("pretrain_keys", "detection_keys") if plan[key]]
+    for key in ("pretrain_data", "detection_data"):
+        if plan[key]:
+            lines.append(f"- {key.replace('_', ' ')}: {', '.join(plan[key])}")
+    for key in ("pretrain_keys", "detection_keys"):
+        if plan[key]:
+            lines.append(f"- set over the scale's own: {' '.join(plan[key])}")
     return "\n".join(lines)

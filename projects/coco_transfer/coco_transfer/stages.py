@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
+
 from coco_transfer.figures import draw_curves, draw_detections
 from coco_transfer.plan import Plan
 from coco_transfer.report import collect_results, write_report
-from detectron2.config import CfgNode
-
 from resnet_backbone import detection, pretraining
 from resnet_backbone.engine.launch import launch
 from resnet_backbone.engine.output import FINAL, LAST

@@ -1,0 +1,163 @@
+"""The comparison, end to end at a tiny size, as a user starts it."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+PROJECT = Path(__file__).parents[2] / "projects" / "coco_transfer"
+
+PRETRAIN = """
+MODEL.NETWORK.WIDTH 0.125  INPUT.MIN_SIZE_TRAIN (64,64)  INPUT.MIN_SIZE_TEST 64  INPUT.CROP.SIZE (64,64)
+SOLVER.IMS_PER_BATCH 16  SOLVER.REFERENCE_IMS_PER_BATCH 0  SOLVER.MAX_ITER 4  SOLVER.CHECKPOINT_PERIOD 2
+SOLVER.LOG_PERIOD 1  SOLVER.WARMUP_ITERS 1  SOLVER.AMP.ENABLED False  TEST.PRECISE_BN.NUM_ITER 2  TEST.EVAL_PERIOD 0
+DATALOADER.NUM_WORKERS 0
+"""
+DETECTION = """
+MODEL.NETWORK.WIDTH 0.125  INPUT.MIN_SIZE_TRAIN 64  INPUT.MIN_SIZE_TEST 64  SOLVER.IMS_PER_BATCH 2
+SOLVER.REFERENCE_IMS_PER_BATCH 0  SOLVER.MAX_ITER 3  SOLVER.CHECKPOINT_PERIOD 2  SOLVER.LOG_PERIOD 1
+SOLVER.WARMUP_ITERS 1  MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8  MODEL.RPN.POST_NMS_TOPK_TRAIN 20
+MODEL.RPN.POST_NMS_TOPK_TEST 10  DATALOADER.NUM_WORKERS 0
+"""
+
+
+@pytest.fixture(scope="module")
+def run():
+    """`run.py` as a module."""
+    sys.path.insert(0, str(PROJECT))
+    spec = importlib.util.spec_from_file_location("coco_transfer_run", PROJECT / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(PROJECT))
+
+
+def _arguments(output, shapes, scenes, *more) -> list[str]:
+    data = ["--pretrain-data", shapes, shapes, "--detection-data", scenes, scenes]
+    keys = ["--pretrain", *PRETRAIN.split(), "--detection", *DETECTION.split()]
+    return ["--scale", "subset", "--output", str(output), "--nets", "vgg16", "resnet18", *data, *keys, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(run, shapes, scenes, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("transfer") / "run"
+    assert run.main(_arguments(output, shapes, scenes)) == 0
+    return output
+
+
+def test_results_hold_every_network_and_its_control(finished):
+    results = json.loads((finished / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["scale"] == "subset"
+    assert results["seed"] == 1
+    assert set(results["networks"]) == {"vgg16", "resnet18"}
+    for row in results["networks"].values():
+        for part in (row, row["control"]):
+            assert 0 <= part["top1"] <= 100
+            assert part["seconds"]["pretrain"] > 0
+            assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= set(part)
+
+
+def test_top1_and_ap_are_those_of_the_stages(finished):
+    results = json.loads((finished / "results.json").read_text())
+    for net, row in results["networks"].items():
+        assert row["top1"] == json.loads((finished / net / "pretrain" / "results.json").read_text())["top1"]
+        control = json.loads((finished / net / "control_detection" / "results.json").read_text())["bbox"]
+        assert row["control"]["AP50"] == control["AP50"]
+
+
+def test_the_control_starts_from_random_weights_with_statistics_and_nothing_frozen(finished):
+    import yaml
+
+    from resnet_backbone.weights import read_checkpoint
+
+    start = read_checkpoint(finished / "resnet18" / "control_pretrain" / "model_final.pth")
+    assert start.metadata.origin["iterations"] == 0
+    assert start.metadata.norm_statistics == "precise"
+    cfg = yaml.safe_load((finished / "resnet18" / "control_detection" / "config.yaml").read_text())
+    assert cfg["MODEL"]["BACKBONE"]["FREEZE_AT"] == 0
+    own = yaml.safe_load((finished / "resnet18" / "detection" / "config.yaml").read_text())
+    assert {key for key in own["SOLVER"] if own["SOLVER"][key] != cfg["SOLVER"][key]} == set()
+
+
+def test_the_report_shows_a_row_for_each_and_the_papers_numbers(finished):
+    report = (finished / "report.md").read_text()
+    rows = [line for line in report.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["vgg16", "↳ control", "resnet18", "↳ control"]
+    assert "41.5 / 21.2" in rows[2]
+    assert "nan" not in report
+    assert "need not be the paper's" in " ".join(report.split())
+
+
+def test_the_figures_are_pictures_with_something_on_them(finished):
+    for name in ("curves.png", "detections.png"):
+        image = cv2.imread(str(finished / name))
+        assert min(image.shape[:2]) > 200
+        assert image.std() > 5
+
+
+def test_finished_stages_are_kept(run, finished, shapes, scenes):
+    files = sorted(finished.glob("*/*/model_final.pth"))
+    before = [file.stat().st_mtime_ns for file in files]
+    assert len(files) == 8
+    assert run.main(_arguments(finished, shapes, scenes)) == 0
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_numbers(run, finished, shapes, scenes, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    stage = copy / "vgg16" / "detection"
+    whole = json.loads((stage / "results.json").read_text())
+    for name in ("stage.json", "results.json", "model_final.pth", "model_0000002.pth"):
+        (stage / name).unlink()
+    (stage / "last_checkpoint").write_text("model_0000001.pth")
+    # The copied detector started from the original folder's classifier, which is as good.
+    assert run.main(_arguments(copy, shapes, scenes)) == 0
+    again = json.loads((stage / "results.json").read_text())
+    assert again == whole
+    assert json.loads((copy / "results.json").read_text())["networks"]["vgg16"]["resumed"]
+
+
+def test_other_arguments_in_the_same_folder_are_refused(run, finished, shapes, scenes, capsys):
+    assert run.main(_arguments(finished, shapes, scenes, "--seed", "2")) == 2
+    error = capsys.readouterr().err
+    assert "seed was 1, is now 2" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--scale", "subset"], "--pretrain-data"),
+        (["--scale", "demo", "--pretrain-data", "a", "b"], "--scale subset"),
+        (["--scale", "demo", "--nets", "resnet100"], "resnet10"),
+        (["--scale", "subset", "--pretrain-data", "a", "b", "--detection-data", "no.json", "no.json"], "a"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys, arguments, expected):
+    assert run.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert expected in error
+    assert "Traceback" not in error
+
+
+def test_paper_scale_is_the_papers_schedule(run):
+    from coco_transfer.plan import Plan
+
+    plan = Plan(scale="paper", output=Path("unused")).with_data()
+    cfg = plan.pretrain_config("resnet101")
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (256, 0.1)
+    assert tuple(cfg.DATASETS.TRAIN) == ("imagenet_train",)
+    for net in ("vgg16", "resnet101"):
+        cfg = plan.detection_config(net)
+        assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (16, 320_000, (240_000,))
+        assert math.isclose(cfg.SOLVER.BASE_LR, 0.001)
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
+        assert tuple(cfg.DATASETS.TRAIN) == ("coco_2014_train",)
+        assert net == cfg.MODEL.NETWORK.NAME
