@@ -102,9 +102,11 @@ _UNIT_AREAS = {name: _area(contours) for name, contours in SHAPES.items()}
 
 
 def place_shape(name: str, centre: tuple[float, float], radius: float, rng: np.random.Generator) -> Outline:
-    """A shape at `centre` (x, y), of about the given radius, with random rotation and aspect ratio (up to 1.5)."""
+    """A shape at `centre` (x, y), of about the given radius, tilted by up to 30° and stretched by up to 1.5 in any axis."""
     stretch = math.exp(rng.uniform(-0.2, 0.2))
-    matrix = _rotation(rng) @ np.diag([radius * stretch, radius / stretch]) @ _rotation(rng)
+    axis = _rotation(rng.uniform(0, math.pi))
+    tilt = _rotation(rng.uniform(-math.pi / 6, math.pi / 6))
+    matrix = axis @ np.diag([radius * stretch, radius / stretch]) @ axis.T @ tilt
     contours = [contour @ matrix.T + centre for contour in SHAPES[name]]
     return Outline(contours, _UNIT_AREAS[name] * radius**2)
 
@@ -119,8 +121,7 @@ def place_blob(centre: tuple[float, float], radius: float, rng: np.random.Genera
     return Outline(contours, _area(contours))
 
 
-def _rotation(rng: np.random.Generator) -> np.ndarray:
-    angle = rng.uniform(0, 2 * math.pi)
+def _rotation(angle: float) -> np.ndarray:
     return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
 

@@ -133,8 +133,8 @@ def _setup(results: dict[str, Any]) -> str:
         pretrain, detect = row["schedule"]["pretrain"], row["schedule"]["detection"]
         lines.append(
             f"- {net}, width {row['width']:g}: pretraining {pretrain['iterations']:,} iterations of "
-            f"{pretrain['batch']} images at crops of {row['crop'][0]} pixels, learning rate {pretrain['lr']:g}; detection "
-            f"{detect['iterations']:,} iterations of {detect['batch']} images with a shorter side of "
+            f"{pretrain['batch']} images at crops of {row['crop'][0]} pixels, learning rate {pretrain['lr']:g}; "
+            f"detection {detect['iterations']:,} iterations of {detect['batch']} images with a shorter side of "
             f"{row['shorter_side']}, learning rate {detect['lr']:g}, {row['pooler']} of "
             f"{row['roi_size']}×{row['roi_size']}."
         )
