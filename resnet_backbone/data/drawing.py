@@ -102,11 +102,10 @@ _UNIT_AREAS = {name: _area(contours) for name, contours in SHAPES.items()}
 
 
 def place_shape(name: str, centre: tuple[float, float], radius: float, rng: np.random.Generator) -> Outline:
-    """A shape at `centre` (x, y), of about the given radius, tilted by up to 30° and stretched by up to 1.5 in any axis."""
+    """A shape at `centre` (x, y), of about the given radius, stretched by up to 1.5 and turned by any angle."""
     stretch = math.exp(rng.uniform(-0.2, 0.2))
-    axis = _rotation(rng.uniform(0, math.pi))
-    tilt = _rotation(rng.uniform(-math.pi / 6, math.pi / 6))
-    matrix = axis @ np.diag([radius * stretch, radius / stretch]) @ axis.T @ tilt
+    turn, axis = (_rotation(angle) for angle in rng.uniform(0, 2 * math.pi, 2))
+    matrix = turn @ np.diag([radius * stretch, radius / stretch]) @ axis
     contours = [contour @ matrix.T + centre for contour in SHAPES[name]]
     return Outline(contours, _UNIT_AREAS[name] * radius**2)
 

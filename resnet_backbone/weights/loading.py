@@ -64,7 +64,8 @@ def load_state(
         part: the module's name in messages.
         source: the file's name in messages.
         routes: how names of the module map to names of the file; the first that covers a name counts.
-        may_miss: prefixes of names, as in the file, that it may lack.
+        may_miss: prefixes of names, as in the file, that it may lack or hold in another shape (a predictor for other
+            classes, say); they stay as initialised.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape; nothing has been copied then.
@@ -79,6 +80,8 @@ def load_state(
         if not names or names[0] not in state:
             if not name.endswith("num_batches_tracked"):
                 missing.append(names[0] if names else name)
+        elif state[names[0]].shape != target.shape and names[0].startswith(may_miss):
+            missing.append(names[0])
         elif state[names[0]].shape != target.shape:
             wrong.append(f"{name} is {_shape(target)} here, {_shape(state[names[0]])} in the file")
         else:
@@ -86,7 +89,8 @@ def load_state(
     if wrong:
         raise CheckpointError(
             f"{part}: {len(wrong)} tensors of {source} have another shape ({_some(wrong)}). "
-            "The network was built with another name, width or number of classes than the file's."
+            "The network was built with another name, width or number of classes than the file's. Build it like the "
+            "file's, or list the prefixes that may stay as initialised in MODEL.NETWORK.ALLOW_MISSING."
         )
     if refused := [name for name in missing if not name.startswith(may_miss)]:
         raise CheckpointError(

@@ -117,6 +117,19 @@ def test_what_may_be_missing_is_left_as_initialised(resnet50):
         load_state(target, state, part="network", source="f", may_miss=("fc.weight", "layer4."))
 
 
+def test_what_may_be_missing_may_have_another_shape(resnet50):
+    """A classifier for other classes starts from the rest of the network."""
+    torch.manual_seed(1)
+    target = build_network("resnet50", 5, width=0.125)
+    before = snapshot(target)
+    with pytest.raises(CheckpointError, match="number of classes"):
+        load_state(target, resnet50.state_dict(), part="network", source="f")
+    coverage = load_state(target, resnet50.state_dict(), part="network", source="f", may_miss=("fc.",))
+    assert coverage.missing == ("fc.weight", "fc.bias")
+    assert torch.equal(target.fc.weight, before["fc.weight"])
+    assert torch.equal(target.conv1.weight, resnet50.state_dict()["conv1.weight"])
+
+
 def test_names_that_no_route_covers_are_missing():
     with pytest.raises(CheckpointError, match=r"2 of 2 tensors are not in f \(weight, bias\)"):
         load_state(nn.Linear(2, 2), {"weight": torch.zeros(2, 2)}, part="x", source="f", routes=[Route("a.", "b.")])
