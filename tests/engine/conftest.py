@@ -1,26 +1,8 @@
-import logging
-import warnings
-
 import pytest
 import torch
 from detectron2.config import get_cfg
 
 from resnet_backbone.engine.config import add_engine_config
-
-
-@pytest.fixture(autouse=True)
-def loggers_as_before():
-    """Runs replace the handlers of three loggers; no test sees another's."""
-    names = ("detectron2", "fvcore", "resnet_backbone")
-    before = {n: (list(logging.getLogger(n).handlers), logging.getLogger(n).propagate) for n in names}
-    with warnings.catch_warnings():
-        yield
-    for name, (handlers, propagate) in before.items():
-        for handler in logging.getLogger(name).handlers:
-            if handler not in handlers:
-                handler.close()
-        logging.getLogger(name).handlers = handlers
-        logging.getLogger(name).propagate = propagate
 
 
 @pytest.fixture(autouse=True)
