@@ -153,7 +153,7 @@ def paint(image: np.ndarray, place: Stamp, rng: np.random.Generator, *, vivid: b
         first *= rng.uniform(190, 235) / first.max()
     else:
         first = _dim_colour(rng)
-    second = np.clip(first + rng.normal(0, 60, 3), 0, 255)
+    second = np.clip(first + rng.normal(0, 25, 3), 0, 255)
     target = place.window(image)
     pattern = texture(*place.coverage.shape, rng)[:, :, None]
     filling = first.astype(np.float32) + pattern * (second - first).astype(np.float32)
@@ -190,12 +190,12 @@ def background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     colours = np.clip(_dim_colour(rng) + rng.normal(0, 18, (*cells, 3)), 0, 255).astype(np.uint8)
     image = cv2.resize(colours, (width, height), interpolation=cv2.INTER_CUBIC)
     scale = min(height, width)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(3)):
         centre = rng.uniform(0, (width, height))
         place = stamp(place_blob(centre, rng.uniform(0.03, 0.09) * scale, rng), height, width)
         if place is not None:
             paint(image, place, rng, vivid=False)
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(4)):
         line(image, rng.uniform(-0.1, 1.1, (2, 2)) * (width, height), rng)
     return image
 

@@ -31,6 +31,8 @@ def test_regions_are_pooled_at_their_own_coordinates():
 def test_losses_under_autocast_are_near_those_in_float32(detection_config, tmp_path, file):
     keys = ["MODEL.NETWORK.WIDTH", 0.125, "MODEL.RESNETS.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 0]
     keys += ["MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32]
+    # Ground truth as the only RoIs: which proposals are sampled hangs on the last bit of their scores.
+    keys += ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 0]
     if "VGG" not in file:
         keys += ["MODEL.NETWORK.NAME", "resnet18"]
     cfg = detection_config(file, tmp_path, *keys)

@@ -120,7 +120,7 @@ def test_what_may_be_missing_is_left_as_initialised(resnet50):
 def test_what_may_be_missing_may_have_another_shape(resnet50):
     """A classifier for other classes starts from the rest of the network."""
     torch.manual_seed(1)
-    target = build_network("resnet50", 5, width=0.125)
+    target = build_network("resnet50", 7, width=0.125)
     before = snapshot(target)
     with pytest.raises(CheckpointError, match="number of classes"):
         load_state(target, resnet50.state_dict(), part="network", source="f")
