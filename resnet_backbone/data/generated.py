@@ -114,7 +114,7 @@ def classification_image(seed: int, index: int, size: int) -> tuple[np.ndarray, 
     image = background(size, size, rng)
     if rng.random() < 0.3:
         _paint_at_border(image, rng)
-    radius = rng.uniform(0.24, 0.42) * size
+    radius = rng.uniform(0.3, 0.48) * size
     reach = max(size / 2 - 0.9 * radius, 0)
     shape = place_shape(CLASS_NAMES[label], size / 2 + rng.uniform(-reach, reach, 2), radius, rng)
     place = stamp(shape, size, size)
