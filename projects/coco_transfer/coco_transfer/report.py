@@ -40,7 +40,6 @@ def collect_results(plan: Plan) -> dict[str, Any]:
         "seed": plan.seed,
         "versions": versions(),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()} {platform.release()}",
-        "plan": plan.fixed(),
         "networks": networks,
     }
 

@@ -41,7 +41,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
         run_stage(ready.pretrain_config(net, control=control), pretraining.run, plan.processes)
         logger.info("%s (%d of %d): detection", title, number + 1, len(steps))
         run_stage(ready.detection_config(net, control=control), detection.run, plan.processes)
-    results = collect_results(ready)
+    results = {**collect_results(ready), "plan": plan.fixed()}
     write_json(plan.output / "results.json", results)
     draw_curves(ready, plan.output / "curves.png")
     draw_detections(ready, plan.output / "detections.png")
