@@ -101,5 +101,5 @@ def _draw_box(ax: plt.Axes, box: list[float], text: str, color: str) -> None:
 
 def _save(figure: plt.Figure, path: Path) -> None:
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=80)
     plt.close(figure)
