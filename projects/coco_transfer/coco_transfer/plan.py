@@ -1,6 +1,6 @@
 """What is to be done: for each network and stage, the configuration."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class Plan:
     pretrain_keys: tuple[str, ...] = ()
     detection_keys: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError for an unknown network, or data that the scale does not take or lacks."""
         for net in self.nets:
             _family(net)
         if self.scale == "subset" and not (self.pretrain_data and self.detection_data):
@@ -78,10 +79,7 @@ class Plan:
             "subset": lambda: ((), ()),
             "paper": lambda: (("imagenet_train", "imagenet_val"), ("coco_2014_train", "coco_2014_val")),
         }[self.scale]()
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["pretrain_data"] = self.pretrain_data or own[0]
-        values["detection_data"] = self.detection_data or own[1]
-        return _Ready(**values)
+        return replace(self, pretrain_data=self.pretrain_data or own[0], detection_data=self.detection_data or own[1])
 
     def pretrain_config(self, net: str, *, control: bool = False) -> CfgNode:
         """Pretraining of `net`; as a control, no iterations: initial weights with estimated BN statistics."""
@@ -130,13 +128,6 @@ class Plan:
             for offset, (part, count) in zip((2000, 3000), DEMO_DETECTION.items(), strict=True)
         ]
         return tuple(pretrain), tuple(detect)
-
-
-class _Ready(Plan):
-    """A plan whose data is there."""
-
-    def __post_init__(self) -> None:
-        pass
 
 
 def _family(net: str) -> type:

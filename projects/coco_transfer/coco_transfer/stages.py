@@ -30,6 +30,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
         InputError: the output folder holds a run with other arguments, or a stage cannot use what it was given.
     """
     start = time.perf_counter()
+    plan.check()
     plan.output.mkdir(parents=True, exist_ok=True)
     _claim(plan)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s %(name)s] %(message)s", datefmt="%m-%d %H:%M:%S")
@@ -66,7 +67,7 @@ def run_stage(cfg: CfgNode, run: Callable[..., Any], processes: int) -> dict[str
     if code := launch(run, cfg, processes=processes, resume=resume):
         raise InputError(f"the stage in {folder} stopped with exit code {code}: see {folder / 'log.txt'}.")
     results = json.loads((folder / "results.json").read_text())
-    stage = {"seconds": round(time.perf_counter() - start, 1), "resumed": resume, **results}
+    stage = {"seconds": round(time.perf_counter() - start, 3), "resumed": resume, **results}
     write_json(folder / DONE, stage)
     return stage
 
