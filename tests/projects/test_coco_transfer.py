@@ -124,6 +124,15 @@ def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_numbers(run, fi
     assert json.loads((copy / "results.json").read_text())["networks"]["vgg16"]["resumed"]
 
 
+def test_a_key_with_a_networks_name_is_for_that_network_and_outweighs_the_shared_one(run, tmp_path):
+    keys = ["--pretrain", "resnet50:SOLVER.BASE_LR", "0.3", "SOLVER.BASE_LR", "0.2", "SOLVER.MAX_ITER", "7"]
+    plan = run.parse(["--scale", "demo", "--output", str(tmp_path), *keys])
+    plan.check()
+    assert plan.pretrain_config("vgg16").SOLVER.MAX_ITER == 7
+    rates = {net: plan.pretrain_config(net).SOLVER.BASE_LR for net in ("resnet50", "vgg16")}
+    assert rates == {"resnet50": 0.3, "vgg16": 0.2}
+
+
 def test_other_arguments_in_the_same_folder_are_refused(run, finished, shapes, scenes, capsys):
     assert run.main(_arguments(finished, shapes, scenes, "--seed", "2")) == 2
     error = capsys.readouterr().err
@@ -136,6 +145,7 @@ def test_other_arguments_in_the_same_folder_are_refused(run, finished, shapes, s
         (["--scale", "subset"], "--pretrain-data"),
         (["--scale", "demo", "--pretrain-data", "a", "b"], "--scale subset"),
         (["--scale", "demo", "--nets", "resnet100"], "resnet10"),
+        (["--scale", "demo", "--detection", "resnet100:SOLVER.MAX_ITER", "5"], "resnet10"),
         (["--scale", "subset", "--pretrain-data", "a", "b", "--detection-data", "no.json", "no.json"], "a"),
     ],
 )

@@ -42,7 +42,8 @@ class Plan:
         processes: number of GPUs, or of processes on CPUs.
         control: also train each detector from a random backbone.
         pretrain_data, detection_data: entries of DATASETS.TRAIN and DATASETS.TEST; empty for the scale's own.
-        pretrain_keys, detection_keys: configuration keys and values over the scale's own.
+        pretrain_keys, detection_keys: configuration keys and values over the scale's own, KEY VALUE for every network
+            or NETWORK:KEY VALUE for one.
     """
 
     scale: str
@@ -58,7 +59,13 @@ class Plan:
 
     def check(self) -> None:
         """Raise InputError for an unknown network, or data that the scale does not take or lacks."""
-        for net in self.nets:
+        named = (
+            key.partition(":")[0]
+            for keys in (self.pretrain_keys, self.detection_keys)
+            for key in keys[::2]
+            if ":" in key
+        )
+        for net in (*self.nets, *named):
             _family(net)
         if self.scale == "subset" and not (self.pretrain_data and self.detection_data):
             raise InputError("--scale subset needs --pretrain-data TRAIN TEST and --detection-data TRAIN TEST.")
@@ -115,7 +122,7 @@ class Plan:
                 load_config(cfg, HERE / "configs" / self.scale / name)
         _set(cfg, "MODEL.NETWORK.NAME", net)
         _set(cfg, "SEED", self.seed)
-        return load_config(cfg, None, keys)
+        return load_config(cfg, None, _keys_of(net, keys))
 
     def _generated(self) -> tuple[tuple[str, str], tuple[str, str]]:
         data = self.output / "data"
@@ -134,6 +141,20 @@ def _family(net: str) -> type:
     """The class of a network by its name; raises InputError for an unknown one."""
     with torch.device("meta"):
         return type(build_network(net))
+
+
+def _keys_of(net: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Of KEY VALUE … and NETWORK:KEY VALUE …, what holds for `net`, its own last."""
+    if len(keys) % 2:
+        return keys  # for load_config to refuse
+    shared, own = [], []
+    for key, value in zip(keys[::2], keys[1::2], strict=True):
+        owner, colon, rest = key.partition(":")
+        if not colon:
+            shared += [key, value]
+        elif owner == net:
+            own += [rest, value]
+    return (*shared, *own)
 
 
 def _set(cfg: CfgNode, key: str, value: Any) -> None:
