@@ -133,6 +133,27 @@ def test_a_key_with_a_networks_name_is_for_that_network_and_outweighs_the_shared
     assert rates == {"resnet50": 0.3, "vgg16": 0.2}
 
 
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(run, finished, tmp_path):
+    import shutil
+
+    from coco_transfer.plan import Plan
+    from coco_transfer.report import collect_results, write_report
+
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    stage = copy / "resnet18" / "control_detection" / "stage.json"
+    nothing = json.loads(stage.read_text())
+    nothing["bbox"] = dict.fromkeys(nothing["bbox"])
+    stage.write_text(json.dumps(nothing))
+    plan = Plan(**{**json.loads((copy / "plan.json").read_text()), "output": copy, "nets": ("vgg16", "resnet18")})
+    results = collect_results(plan)
+    assert results["networks"]["resnet18"]["control"]["AP50"] == 0
+    gain = results["networks"]["resnet18"]["AP50"]
+    assert f"resnet18: pretraining is worth {gain:+.1f} points" in write_report(
+        {**results, "plan": plan.fixed()}, tmp_path / "report.md"
+    )
+
+
 def test_other_arguments_in_the_same_folder_are_refused(run, finished, shapes, scenes, capsys):
     assert run.main(_arguments(finished, shapes, scenes, "--seed", "2")) == 2
     error = capsys.readouterr().err

@@ -82,7 +82,7 @@ def _network(plan: Plan, net: str, *, control: bool) -> dict[str, Any]:
     cfgs = plan.pretrain_config(net, control=control), plan.detection_config(net, control=control)
     return {
         "top1": pretrain["top1"],
-        **{key: detect["bbox"][key] for key in METRICS if key in detect["bbox"]},
+        **_average_precision(detect["bbox"]),
         "seconds": {"pretrain": pretrain["seconds"], "detection": detect["seconds"]},
         "resumed": pretrain["resumed"] or detect["resumed"],
         "schedule": {
@@ -95,6 +95,12 @@ def _network(plan: Plan, net: str, *, control: bool) -> dict[str, Any]:
         "pooler": cfgs[1].MODEL.ROI_BOX_HEAD.POOLER_TYPE,
         "roi_size": cfgs[1].MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION,
     }
+
+
+def _average_precision(bbox: dict[str, float | None]) -> dict[str, float | None]:
+    """The metrics of a detector; one that finds nothing has an AP of 0, where Detectron2 has NaN (null in JSON)."""
+    found = {key: bbox[key] for key in METRICS if key in bbox}
+    return {key: 0.0 if value is None and bbox["AP"] is None else value for key, value in found.items()}
 
 
 def _row(title: str, net: str | None, row: dict[str, Any]) -> list[str]:
