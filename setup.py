@@ -49,5 +49,8 @@ setup(
         "matplotlib>=3.9",
         "tensorboard>=2.17",
     ],
-    extras_require={"test": ["pytest>=8.2", "pytest-timeout>=2.3"]},
+    extras_require={
+        "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
+        "test": ["pytest>=8.2", "pytest-timeout>=2.3", "timm>=1.0.11"],
+    },
 )

@@ -73,15 +73,12 @@ def build_part(
         ConfigError: the network is unknown, or has no feature or stage of that name.
     """
     name = cfg.MODEL.NETWORK.NAME
-    if cfg.MODEL.RESNETS.RES5_DILATION != 1:
-        raise ConfigError(
-            f"MODEL.RESNETS.RES5_DILATION is {cfg.MODEL.RESNETS.RES5_DILATION}, but {name} has no dilated stage yet. "
-            "Set it to 1."
-        )
     try:
         arguments = network_arguments(cfg, arguments_of(name))
         with torch.device("meta"):
             whole = build_network(name, **arguments)
+    except ConfigError:
+        raise
     except ValueError as error:  # networks know no configuration: name the keys that the complaint is about
         raise ConfigError(f"MODEL.NETWORK: {error}.") from error
     if stages is None:

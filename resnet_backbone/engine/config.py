@@ -6,6 +6,7 @@ metadata may replace; a key with one is the user's word, which a contradiction n
 
 import ast
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import detectron2
 import torch
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights import Metadata
@@ -41,6 +42,10 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.MODEL.NETWORK.NAME = "resnet101"
     # Multiplies the number of channels, of VGG's fully connected layers too.
     cfg.MODEL.NETWORK.WIDTH = 1.0
+    # ResNets: "A", "B" or "C", the kind of shortcut (ResNet paper, section 4.1).
+    cfg.MODEL.NETWORK.SHORTCUT = "B"
+    # ResNets: start the last norm of every residual branch at zero.
+    cfg.MODEL.NETWORK.ZERO_INIT_LAST_NORM = False
     # VGG as a classifier: False leaves out the last max pooling, for crops of about 112 pixels and smaller.
     cfg.MODEL.NETWORK.POOL5 = True
     # Prefixes of parameter names that may be missing in MODEL.WEIGHTS.
@@ -49,19 +54,45 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN = False
 
 
+# The constructor arguments of networks that the configuration decides, and the keys that decide them.
+ARGUMENT_KEYS = {
+    "width": "MODEL.NETWORK.WIDTH",
+    "shortcut": "MODEL.NETWORK.SHORTCUT",
+    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+    "norm": "MODEL.RESNETS.NORM",
+    "zero_init_last_norm": "MODEL.NETWORK.ZERO_INIT_LAST_NORM",
+    "res5_dilation": "MODEL.RESNETS.RES5_DILATION",
+    "pool5": "MODEL.NETWORK.POOL5",
+}
+
+
 def network_arguments(cfg: CfgNode, accepted: Sequence[str]) -> dict[str, Any]:
     """The constructor arguments of a network that the configuration decides, as far as the network takes them.
 
     Args:
         accepted: the argument names of this row of the catalogue (`networks.network_arguments(name)`).
+
+    Raises:
+        ConfigError: a key asks for something that this network does not have.
     """
-    values = {
-        "width": float(cfg.MODEL.NETWORK.WIDTH),
-        "stride_in_1x1": cfg.MODEL.RESNETS.STRIDE_IN_1X1,
-        "norm": cfg.MODEL.RESNETS.NORM,
-        "pool5": cfg.MODEL.NETWORK.POOL5,
-    }
-    return {name: value for name, value in values.items() if name in accepted}
+    values = {argument: get_key(cfg, key) for argument, key in ARGUMENT_KEYS.items()}
+    for argument, key in ARGUMENT_KEYS.items():
+        default = get_key(_defaults(), key)
+        # Stride placement and norm stand in Detectron2's own configs whatever the network.
+        if argument not in (*accepted, "stride_in_1x1", "norm") and values[argument] != default:
+            by = f" ({origin(cfg, key)})" if origin(cfg, key) else ""
+            raise ConfigError(
+                f"{key} is {values[argument]}{by}, but {cfg.MODEL.NETWORK.NAME} leaves no choice there. "
+                f"Leave it at {default}."
+            )
+    return {argument: value for argument, value in values.items() if argument in accepted}
+
+
+@functools.lru_cache(maxsize=1)
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_engine_config(cfg)
+    return cfg
 
 
 def load_config(cfg: CfgNode, config_file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
@@ -144,8 +175,9 @@ def preprocessing_keys(metadata: Metadata) -> dict[str, Any]:
         "MODEL.NETWORK.NAME": metadata.architecture,
         "MODEL.NETWORK.WIDTH": metadata.arguments.get("width", 1.0),
     }
-    if "stride_in_1x1" in metadata.arguments:
-        keys["MODEL.RESNETS.STRIDE_IN_1X1"] = metadata.arguments["stride_in_1x1"]
+    for argument in ("stride_in_1x1", "shortcut"):
+        if argument in metadata.arguments:
+            keys[ARGUMENT_KEYS[argument]] = metadata.arguments[argument]
     return keys
 
 

@@ -1,84 +1,148 @@
-"""Residual networks for ImageNet (He, Zhang, Ren, Sun 2015, Table 1), with torchvision's parameter names."""
+"""Residual networks (He, Zhang, Ren, Sun 2015) and their relatives, with torchvision's parameter names."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from resnet_backbone.networks.blocks import BasicBlock, Bottleneck
+from resnet_backbone.errors import InputError
+from resnet_backbone.networks.blocks import Block, BlockOptions, changes_shape
 from resnet_backbone.networks.norms import norm_factory
 from resnet_backbone.networks.stages import FeatureInfo, StagedNetwork, scale_channels
 
-# Table 1: channels of the stem, and of the 3×3 convolutions in conv2_x; each later stage has twice as many.
-BASE_CHANNELS = 64
+
+class Stem(NamedTuple):
+    """A network's first convolution, and whether 3×3 max pooling with stride 2 follows."""
+
+    channels: int
+    kernel_size: int
+    stride: int
+    padding: int
+    pooling: bool
+
+
+IMAGENET_STEM = Stem(channels=64, kernel_size=7, stride=2, padding=3, pooling=True)  # Table 1
+CIFAR_STEM = Stem(channels=16, kernel_size=3, stride=1, padding=1, pooling=False)  # section 4.2
 
 
 class ResNet(StagedNetwork):
-    """A stem and stages of residual blocks with option B shortcuts (a projection where the shape changes).
+    """A stem and stages of blocks, each stage with half the resolution and twice the channels of the one before.
 
-    Stages: "stem" (conv1, batch norm, ReLU and max pooling: stride 4), then "res2" to "res5" (the paper's conv2_x to
-    conv5_x: strides 4, 8, 16, 32). Parameters are named as torchvision's: conv1, bn1, layer1 to layer4, fc.
+    Stages: "stem" (conv1, batch norm, ReLU and, for ImageNet, max pooling: stride 4), then "res2", "res3" and so on
+    (the paper's conv2_x, conv3_x: strides 4, 8, 16, 32; CIFAR's: 1, 2, 4). Parameters are named as torchvision's:
+    conv1, bn1, layer1 to layer4, fc. A pre-activation network's stage ends with the norm and ReLU that its blocks leave
+    out, under the name `norm` (layer1.norm to layer4.norm), so that every stage's output is activated.
 
     Args:
-        block: BasicBlock or Bottleneck.
-        depths: blocks per stage, from res2 on.
+        block: repeated in every stage.
+        depths: number of blocks in each stage.
+        stem: the first layers.
+        channels: of the 3×3 convolutions in res2's blocks; each later stage has twice as many.
         num_classes: outputs of the classifier; without effect where `stages` leaves that out.
         width: factor on the channels of the stem and of every block, each rounded to a multiple of 8, at least 8.
+        shortcut: "A" (zero padding where the shape changes), "B" (projections there) or "C" (projections in every
+            block), section 4.1; None for a plain network without shortcuts.
         stride_in_1x1: whether a bottleneck that halves the resolution does so in its first 1×1 convolution (the paper,
             its released weights) or in its 3×3 (torchvision). Basic blocks have the stride in their first 3×3 always.
+        groups, width_per_group: of the bottlenecks' 3×3 convolutions (ResNeXt, wide ResNet), as in torchvision.
         norm: a name of `norms.NORMS`.
+        zero_init_last_norm: whether the last norm of every residual branch starts at zero, so that each block begins as
+            the identity (arXiv 1706.02677, section 5.1).
+        res5_dilation: 2 keeps res5 at stride 16 and dilates all its 3×3 convolutions, as Detectron2's DC5 models do.
+            (torchvision's `replace_stride_with_dilation` leaves the first of them undilated.)
         stages: None for the whole network with its classifier, or a contiguous run of stage names to build alone.
+
+    Raises:
+        InputError: an argument has an impossible value.
     """
 
     def __init__(
         self,
         *,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[Block],
         depths: Sequence[int],
+        stem: Stem,
+        channels: int,
         num_classes: int = 1000,
         width: float = 1.0,
+        shortcut: str | None = "B",
         stride_in_1x1: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
         norm: str = "BN",
+        zero_init_last_norm: bool = False,
+        res5_dilation: int = 1,
         stages: Sequence[str] | None = None,
     ) -> None:
         residual_stages = [f"res{2 + i}" for i in range(len(depths))]
         super().__init__(("stem", *residual_stages), stages)
+        if res5_dilation not in (1, 2):
+            raise InputError(f"res5_dilation is {res5_dilation}, expected 1 or 2")
         norm_layer = norm_factory(norm)
+        options = BlockOptions(
+            norm=norm_layer,
+            shortcut=shortcut,
+            stride_in_1x1=stride_in_1x1,
+            groups=groups,
+            width_per_group=width_per_group,
+        )
 
-        channels = scale_channels(BASE_CHANNELS, width)
-        stride = 4
+        stage_channels = [scale_channels(channels * 2**i, width) for i in range(len(depths))]
+        in_channels = scale_channels(stem.channels, width)
+        stride = stem.stride * (2 if stem.pooling else 1)
         if "stem" in self.stage_names:
-            self.conv1 = nn.Conv2d(3, channels, kernel_size=7, stride=2, padding=3, bias=False)
-            self.bn1 = norm_layer(channels)
-            self.relu = nn.ReLU(inplace=True)
-            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-            self._add_stage("stem", ("conv1", "bn1", "relu", "maxpool"), FeatureInfo(channels, stride))
+            # Before a pre-activation block that keeps the shape there is no norm: its shortcut is the bare convolution.
+            normalised = not block.preactivation or changes_shape(in_channels, stage_channels[0] * block.expansion, 1)
+            self._build_stem(stem, in_channels, norm_layer, normalised=normalised, pool_first=block.preactivation)
+            self._add_stage("stem", list(self._modules), FeatureInfo(in_channels, stride))
 
         for i, (name, depth) in enumerate(zip(residual_stages, depths, strict=True)):
-            # The stem's pooling has brought res2 to its resolution; every later stage halves it in its first block.
-            first_stride = 1 if i == 0 else 2
+            # The stem has brought res2 to its resolution; every later stage halves it in its first block.
+            dilation = res5_dilation if name == "res5" else 1
+            first_stride = 1 if i == 0 or dilation > 1 else 2
             stride *= first_stride
-            in_channels, block_width = channels, scale_channels(BASE_CHANNELS * 2**i, width)
-            channels = block_width * block.expansion
+            out_channels = stage_channels[i] * block.expansion
             if name in self.stage_names:
-                blocks = [
-                    block(
-                        in_channels if j == 0 else channels,
-                        block_width,
-                        stride=first_stride if j == 0 else 1,
-                        norm=norm_layer,
-                        stride_in_1x1=stride_in_1x1,
+                layers: OrderedDict[str, nn.Module] = OrderedDict(
+                    (
+                        str(j),
+                        block(
+                            in_channels if j == 0 else out_channels,
+                            stage_channels[i],
+                            stride=first_stride if j == 0 else 1,
+                            dilation=dilation,
+                            options=options,
+                        ),
                     )
                     for j in range(depth)
-                ]
-                self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
-                self._add_stage(name, (f"layer{i + 1}",), FeatureInfo(channels, stride))
+                )
+                if block.preactivation:
+                    layers["norm"] = norm_layer(out_channels)
+                    layers["relu"] = nn.ReLU(inplace=True)
+                self.add_module(f"layer{i + 1}", nn.Sequential(layers))
+                self._add_stage(name, (f"layer{i + 1}",), FeatureInfo(out_channels, stride))
+            in_channels = out_channels
 
         if self.has_classifier:
             self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-            self.fc = nn.Linear(channels, num_classes)
-        self._initialize()
+            self.fc = nn.Linear(in_channels, num_classes)
+        self._initialize(zero_init_last_norm)
 
-    def _initialize(self) -> None:
+    def _build_stem(self, stem: Stem, channels: int, norm_layer, *, normalised: bool, pool_first: bool) -> None:
+        """Make the stem's modules in the order in which they run."""
+        self.conv1 = nn.Conv2d(
+            3, channels, kernel_size=stem.kernel_size, stride=stem.stride, padding=stem.padding, bias=False
+        )
+        if stem.pooling and pool_first:
+            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        if normalised:
+            self.bn1 = norm_layer(channels)
+            self.relu = nn.ReLU(inplace=True)
+        if stem.pooling and not pool_first:
+            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+    def _initialize(self, zero_init_last_norm: bool) -> None:
         """Draw the initial weights: He et al. (arXiv 1502.01852, section 2.2) for convolutions, as the paper says.
 
         It keeps the gradient's variance (fan_out), as torchvision does. For the classifier, which no ReLU follows, the
@@ -91,6 +155,8 @@ class ResNet(StagedNetwork):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
+            elif zero_init_last_norm and hasattr(module, "last_norm"):
+                nn.init.zeros_(module.last_norm.weight)
 
     def run_classifier(self, x: Tensor) -> Tensor:
         """Average `(N, C, H, W)` over its pixels and return logits `(N, num_classes)`."""

@@ -300,5 +300,7 @@ def _as_config_error(keys: str) -> Iterator[None]:
     """Networks and transforms know no configuration; name the keys that their complaint is about."""
     try:
         yield
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{keys}: {error}.") from error

@@ -125,7 +125,9 @@ def test_pyramids_have_detectron2s_levels(detection_config, tmp_path):
         (("MODEL.RESNETS.OUT_FEATURES", ["c4"]), ("c4", "OUT_FEATURES", "res4")),
         (("MODEL.NETWORK.NAME", "vgg16"), ("res4", "conv5")),
         (("MODEL.RESNETS.NORM", "nope"), ("nope", "FrozenBN")),
-        (("MODEL.RESNETS.RES5_DILATION", 2), ("RES5_DILATION", "1")),
+        (("MODEL.RESNETS.RES5_DILATION", 4), ("res5_dilation is 4", "1 or 2")),
+        (("MODEL.NETWORK.SHORTCUT", "D"), ("shortcut is 'D'", "A, B, C")),
+        (("MODEL.NETWORK.POOL5", False), ("MODEL.NETWORK.POOL5 is False", "resnet50", "Leave it at True")),
     ],
 )
 def test_what_the_network_does_not_have_stops(detection_config, tmp_path, overrides, words):

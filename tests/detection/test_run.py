@@ -225,7 +225,7 @@ def test_a_contradiction_to_the_weights_stops_and_names_both(small, tmp_path, ke
         (("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), ("TrainingSampler",)),
         (("MODEL.WEIGHTS", "/no/model_final.pth"), ("no checkpoint /no/model_final.pth",)),
         (("MODEL.WEIGHTS", ""), ("MODEL.WEIGHTS is empty", "ALLOW_UNTRAINED_FROZEN_BN")),
-        (("MODEL.RESNETS.RES5_DILATION", 2), ("RES5_DILATION",)),
+        (("MODEL.RESNETS.RES5_DILATION", 4), ("res5_dilation is 4",)),
     ],
 )
 def test_what_cannot_be_used_stops_before_the_first_iteration(small, tmp_path, overrides, words):

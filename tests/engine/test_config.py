@@ -303,6 +303,23 @@ def test_network_arguments_are_what_the_network_takes(cfg):
     assert network_arguments(cfg, ("width", "pool5")) == {"width": 0.5, "pool5": True}
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "argument"),
+    [
+        ("MODEL.NETWORK.SHORTCUT", "C", "shortcut"),
+        ("MODEL.NETWORK.POOL5", False, "pool5"),
+        ("MODEL.RESNETS.RES5_DILATION", 2, "res5_dilation"),
+    ],
+)
+def test_a_key_that_the_network_has_no_choice_in_stops(cfg, key, value, argument):
+    set_key(cfg, key, value, "test")
+    assert network_arguments(cfg, (argument,)) == {argument: value}
+    with pytest.raises(
+        ConfigError, match=rf"{key} is {value} \(test\), but resnet101 leaves no choice there\. Leave it"
+    ):
+        network_arguments(cfg, ("width", "norm"))
+
+
 def test_every_shipped_config_names_its_data_sets(pytestconfig, cfg):
     from resnet_backbone import detection, pretraining
 

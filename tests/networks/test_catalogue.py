@@ -14,8 +14,14 @@ PARAMETERS = {
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
     "vgg16": 138_357_544,
     "vgg16_bn": 138_365_992,
+    "vgg19": 143_667_240,
+    "vgg19_bn": 143_678_248,
 }
 
 
@@ -51,14 +57,29 @@ def test_num_classes_is_the_second_positional():
 
 
 def test_network_arguments_are_what_the_row_leaves_open():
-    assert network_arguments("resnet101") == ("width", "stride_in_1x1", "norm", "stages")
+    common = ("width", "shortcut", "stride_in_1x1", "norm", "zero_init_last_norm")
+    assert network_arguments("resnet101") == (*common, "res5_dilation", "stages")
+    assert network_arguments("cifar_resnet18") == (*common, "stages")
+    assert network_arguments("cifar_resnet20") == ("width", "stride_in_1x1", "norm", "zero_init_last_norm", "stages")
+    assert network_arguments("plain18") == ("width", "stride_in_1x1", "norm", "res5_dilation", "stages")
+    assert network_arguments("preact_resnet50") == network_arguments("plain18")
     assert network_arguments("vgg16") == ("width", "pool5", "dropout", "stages")
     assert network_arguments("vgg16_bn") == ("width", "pool5", "dropout", "norm", "stages")
 
 
 @pytest.mark.parametrize("name", list_networks())
 def test_every_row_takes_its_arguments_at_their_defaults(name):
-    values = {"width": 1.0, "stride_in_1x1": False, "norm": "BN", "stages": None, "pool5": True, "dropout": 0.5}
+    values = {
+        "width": 1.0,
+        "shortcut": "B",
+        "stride_in_1x1": False,
+        "norm": "BN",
+        "zero_init_last_norm": False,
+        "res5_dilation": 1,
+        "stages": None,
+        "pool5": True,
+        "dropout": 0.5,
+    }
     arguments = {argument: values[argument] for argument in network_arguments(name)}
     assert build_on_meta(name, **arguments).state_dict().keys() == build_on_meta(name).state_dict().keys()
 

@@ -22,18 +22,11 @@ def multiply_adds(net):
 
 @pytest.fixture(scope="module", params=["resnet18", "resnet50", "resnet101"])
 def pair(request, randomize):
-    """The network and torchvision's with the same random weights and statistics."""
+    """The network and torchvision's with the same random weights and statistics (logits: test_references.py)."""
     reference = randomize(getattr(torchvision.models, request.param)(num_classes=10))
     net = build_network(request.param, num_classes=10)
     net.load_state_dict(reference.state_dict(), strict=True)
     return net, reference
-
-
-def test_logits_in_eval_mode(pair, relative_error):
-    net, reference = pair
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert relative_error(net.eval()(x), reference.eval()(x)) < 1e-5
 
 
 def test_features_in_eval_mode(pair, relative_error):
@@ -46,20 +39,6 @@ def test_features_in_eval_mode(pair, relative_error):
         for name, layer in zip(features, [nn.Identity(), *list(reference.children())[4:8]], strict=True):
             y = layer(y)
             assert relative_error(features[name], y) < 1e-5, name
-
-
-def test_logits_and_gradients_in_train_mode(pair, relative_error):
-    net, reference = pair
-    x = torch.randn(4, 3, 64, 64)
-    value, expected = net.train()(x), reference.train()(x)
-    assert relative_error(value, expected) < 1e-5
-    weight = torch.randn(4, 10)
-    (value * weight).sum().backward()
-    (expected * weight).sum().backward()
-    assert relative_error(net.conv1.weight.grad, reference.conv1.weight.grad) < 1e-5
-    assert relative_error(net.layer4[1].conv2.weight.grad, reference.layer4[1].conv2.weight.grad) < 1e-5
-    # Both have seen one batch: the statistics moved alike.
-    assert torch.allclose(net.layer4[1].bn2.running_var, reference.layer4[1].bn2.running_var, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,3 +123,120 @@ def test_other_norms(norm):
     with torch.device("meta"):
         names = {key for key, _ in build_network("resnet18").named_modules() if "bn" in key or "downsample.1" in key}
     assert {type(net.get_submodule(name)).__name__ for name in names} == {type(net.bn1).__name__}
+
+
+CIFAR_DEPTHS = {"cifar_resnet20": 0.27, "cifar_resnet32": 0.46, "cifar_resnet44": 0.66, "cifar_resnet56": 0.85}
+# Table 6, in millions; for pre-activation and wide networks arXiv 1603.05027, Table 2 and arXiv 1605.07146, Table 5.
+CIFAR_PARAMETERS = CIFAR_DEPTHS | {
+    "cifar_resnet110": 1.7,
+    "cifar_resnet1202": 19.4,
+    "cifar_preact_resnet110": 1.7,
+    "cifar_preact_resnet164": 1.7,
+    "cifar_wide_resnet28_10": 36.5,
+}
+
+
+@pytest.mark.parametrize(("name", "millions"), CIFAR_PARAMETERS.items())
+def test_parameters_of_the_cifar_networks_are_the_papers(name, millions):
+    with torch.device("meta"):
+        net = build_network(name, num_classes=10)
+    digits = len(str(millions).partition(".")[2])
+    assert round(sum(parameter.numel() for parameter in net.parameters()) / 1e6, digits) == millions
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_plain20"])
+def test_cifar_networks_against_the_paper_written_out(name, randomize, relative_error):
+    """Section 4.2 as a loop over layers: 6n + 2 layers at 32, 16 and 8 pixels, option A shortcuts."""
+    net = randomize(build_network(name, num_classes=10)).eval()
+    image = torch.randn(2, 3, 32, 32)
+    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(convs) + 1 == 20
+    with torch.no_grad():
+        x = torch.relu(norms[0](convs[0](image)))
+        for i in range(1, 19, 2):
+            out = torch.relu(norms[i](convs[i](x)))
+            out = norms[i + 1](convs[i + 1](out))
+            shortcut = x
+            if out.shape != x.shape:
+                shortcut = torch.cat([x[:, :, ::2, ::2], torch.zeros_like(x[:, :, ::2, ::2])], dim=1)
+            x = torch.relu(out + shortcut if "resnet" in name else out)
+        assert x.shape == (2, 64, 8, 8)
+        assert relative_error(net(image), net.fc(x.mean(dim=(2, 3)))) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["cifar_preact_resnet110", "cifar_preact_resnet164", "cifar_wide_resnet28_10"])
+def test_preactivation_for_cifar_against_the_paper_written_out(name, randomize, relative_error):
+    """arXiv 1603.05027, section 4.1: x + F(x), F from norm, ReLU and convolution; all norms are in one row."""
+    net = randomize(build_network(name, num_classes=10, width=0.25)).eval()
+    image = torch.randn(2, 3, 32, 32)
+    norms = iter([module for module in net.modules() if isinstance(module, nn.BatchNorm2d)])
+    if net.layer1[0].bn1 is not None:
+        assert not hasattr(net, "bn1")
+    with torch.no_grad():
+        x = net.conv1(image)
+        for layer in (net.layer1, net.layer2, net.layer3):
+            for block in [module for module in layer if hasattr(module, "conv1")]:
+                activated = torch.relu(next(norms)(x))
+                out = block.conv1(activated)
+                for conv in [getattr(block, key) for key in ("conv2", "conv3") if hasattr(block, key)]:
+                    out = conv(torch.relu(next(norms)(out)))
+                x = out + (x if block.downsample is None else block.downsample(activated))
+        pooled = torch.relu(next(norms)(x)).mean(dim=(2, 3))
+        assert next(norms, None) is None
+        assert relative_error(net(image), net.fc(pooled)) < 1e-5
+
+
+def test_the_walkthrough_pads_three_pixels():
+    with torch.device("meta"):
+        net = build_network("cifar_resnet18", num_classes=10)
+        features = net.forward_features(torch.empty(1, 3, 32, 32), list(net.feature_info))
+    assert [tuple(f.shape[1:]) for f in features.values()] == [
+        *((16, 36, 36), (16, 36, 36), (32, 18, 18), (64, 9, 9), (128, 5, 5))
+    ]
+
+
+def test_plain_networks_are_the_residual_ones_without_their_projections():
+    with torch.device("meta"):
+        plain, residual = build_network("plain34"), build_network("resnet34")
+        padded = build_network("resnet34", shortcut="A")
+    without = [key for key in residual.state_dict() if "downsample" not in key]
+    assert list(plain.state_dict()) == list(padded.state_dict()) == without
+    assert multiply_adds(plain) == pytest.approx(3.6e9, rel=0.02)
+    # Option A adds nothing that is counted.
+    assert multiply_adds(padded) == multiply_adds(plain)
+
+
+def test_option_c_projects_in_every_block_of_the_network():
+    with torch.device("meta"):
+        net = build_network("resnet34", shortcut="C")
+    assert sum(name.endswith("downsample.0") for name, _ in net.named_modules()) == 16
+
+
+def test_zero_initialised_last_norms_make_every_block_the_identity_at_first():
+    for name, last in (("resnet18", "bn2"), ("resnet50", "bn3")):
+        net = build_network(name, width=0.125, zero_init_last_norm=True)
+        zero = {key for key, module in net.named_modules() if getattr(module, "weight", None) is not None}
+        zero = {key for key in zero if not net.get_submodule(key).weight.any()}
+        assert zero == {key for key, _ in net.named_modules() if key.endswith(last)}
+    x = torch.rand(1, net.layer1[1].conv1.in_channels, 8, 8)
+    assert torch.equal(net.layer1[1].eval()(x), x)
+
+
+def test_a_dilated_last_stage_sees_as_far_at_twice_the_resolution():
+    """With stride 1 images' every second pixel is what the strided stage gives, where only 3×3s look around."""
+    torch.manual_seed(0)
+    strided = build_network("resnet50", width=0.125, stages=("res5",)).eval()
+    dilated = build_network("resnet50", width=0.125, stages=("res5",), res5_dilation=2).eval()
+    dilated.load_state_dict(strided.state_dict())
+    assert dilated.feature_info["res5"].stride == 16
+    x = torch.randn(1, strided.layer4[0].conv1.in_channels, 12, 12)
+    with torch.no_grad():
+        value, expected = dilated(x), strided(x)
+    assert value.shape[-2:] == (12, 12)
+    # Dilating all 3×3s but the first (torchvision's way) keeps the strided values; Detectron2 dilates the first too.
+    dilated.layer4[0].conv2.dilation = dilated.layer4[0].conv2.padding = (1, 1)
+    with torch.no_grad():
+        assert torch.allclose(dilated(x)[..., ::2, ::2], expected, atol=1e-4)
+    with pytest.raises(ValueError, match="res5_dilation is 4, expected 1 or 2"):
+        build_network("resnet50", res5_dilation=4)

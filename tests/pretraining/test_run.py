@@ -40,7 +40,8 @@ def test_learns_what_is_trivially_separable(pretrain_config, bright_and_dark, tm
     checkpoint = read_checkpoint(tmp_path / "model_final.pth")
     metadata = checkpoint.metadata
     assert (metadata.kind, metadata.architecture, metadata.norm_statistics) == ("classifier", "resnet18", "precise")
-    assert metadata.arguments == {"width": 0.125, "stride_in_1x1": False, "norm": "BN"}
+    arguments = {"width": 0.125, "shortcut": "B", "stride_in_1x1": False, "norm": "BN"}
+    assert metadata.arguments == {**arguments, "zero_init_last_norm": False, "res5_dilation": 1}
     assert metadata.class_names == ("bright", "dark") and metadata.crop == (32, 32)
     assert metadata.channel_order == "RGB" and metadata.pixel_mean == (123.675, 116.28, 103.53)
     assert metadata.origin["top1"] == results["top1"] and metadata.origin["iterations"] == 12
