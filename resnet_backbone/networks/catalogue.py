@@ -109,5 +109,7 @@ def _find_row(name: str) -> tuple[type[StagedNetwork], dict[str, Any]]:
 
 def _nearest(word: str, known) -> str:
     """Return a question that offers the known word nearest to `word`, or nothing where none is near."""
-    matches = get_close_matches(str(word).lower(), known, n=1)
+    word = str(word).lower()
+    longer = [name for name in known if len(word) > 4 and word in name]  # resnet110 for cifar_resnet110
+    matches = longer or get_close_matches(word, known, n=1)
     return f", did you mean {matches[0]!r}?" if matches else ""

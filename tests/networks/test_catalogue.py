@@ -89,6 +89,8 @@ def test_unknown_name_offers_the_nearest():
         build_network("resnet_101")
     with pytest.raises(ValueError, match=r"'VGG16', did you mean 'vgg16'\?"):
         network_arguments("VGG16")
+    with pytest.raises(ValueError, match=r"'resnet110', did you mean 'cifar_resnet110'\?"):
+        build_network("resnet110")
     with pytest.raises(ValueError, match=r"no network is named 'swin'; list_networks\(\)"):
         build_network("swin")
 
