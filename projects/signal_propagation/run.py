@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Draw signal and gradient by depth for plain and residual networks, at initialisation and after a short training."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from signal_propagation.figure import draw
+from signal_propagation.measure import EXPERIMENT, measure
+
+from resnet_backbone.weights import atomic_write
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets propagation.png, results.json")
+    output = parser.parse_args(words).output
+    # One thread, so that sums are in the same order everywhere.
+    torch.set_num_threads(1)
+    start = time.process_time()
+    results = measure(EXPERIMENT, report=print)
+    setting = {
+        "experiment": asdict(EXPERIMENT),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "machine": f"one of {os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()} {platform.release()}",
+        "cpu_seconds": round(time.process_time() - start),
+    }
+    with atomic_write(output / "results.json") as file:
+        # A line for each entry: a curve indented by JSON's own rule would be a line for each number.
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in (setting | results).items()]
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    draw(results, EXPERIMENT, output / "propagation.png")
+    print(f"{output / 'propagation.png'} after {setting['cpu_seconds']} seconds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,452 @@
+"""What a network is made of and what it costs, stage by stage: the ResNet paper's Table 1 for any network.
+
+Nothing is read off a name: layers, shapes and receptive fields are those of the modules that ran, in the order in which
+they ran. A multiply-add counts once (the paper's "FLOPs"), in convolutions and linear layers alone; activations are the
+elements that these write.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnet_backbone.errors import InputError
+from resnet_backbone.networks.blocks import Block, Bottleneck, PreActBottleneck
+from resnet_backbone.networks.catalogue import CATALOGUE, build_network, list_networks
+from resnet_backbone.networks.resnet import IMAGENET_STEM
+from resnet_backbone.networks.stages import StagedNetwork
+
+WEIGHTED = (nn.Conv2d, nn.Linear)
+
+
+class PaperNumbers(NamedTuple):
+    """What He et al. 2015 print about a network."""
+
+    multiply_adds: float | None = None
+    parameters: float | None = None
+
+
+# Multiply-adds: Table 1, section 3.3 (plain-34), section 4.1 (VGG). Parameters: Table 6.
+PAPER = {
+    "resnet18": PaperNumbers(multiply_adds=1.8e9),
+    "resnet34": PaperNumbers(multiply_adds=3.6e9),
+    "resnet50": PaperNumbers(multiply_adds=3.8e9),
+    "resnet101": PaperNumbers(multiply_adds=7.6e9),
+    "resnet152": PaperNumbers(multiply_adds=11.3e9),
+    "plain34": PaperNumbers(multiply_adds=3.6e9),
+    "vgg16": PaperNumbers(multiply_adds=15.3e9),
+    "vgg19": PaperNumbers(multiply_adds=19.6e9),
+    "cifar_resnet20": PaperNumbers(parameters=0.27e6),
+    "cifar_resnet32": PaperNumbers(parameters=0.46e6),
+    "cifar_resnet44": PaperNumbers(parameters=0.66e6),
+    "cifar_resnet56": PaperNumbers(parameters=0.85e6),
+    "cifar_resnet110": PaperNumbers(parameters=1.7e6),
+    "cifar_resnet1202": PaperNumbers(parameters=19.4e6),
+}
+
+
+class Unit(NamedTuple):
+    """A block, or a layer outside of blocks, and how often it follows itself: `[3×3, 64; 3×3, 64] × 2`."""
+
+    layers: tuple[str, ...]
+    count: int
+
+    @property
+    def bracketed(self) -> bool:
+        return self.count > 1 or len(self.layers) > 1
+
+    def __str__(self) -> str:
+        text = "; ".join(self.layers)
+        return f"[{text}] × {self.count}" if self.bracketed else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageAnalysis:
+    """One stage, or the classifier, which is called "fc".
+
+    Attributes:
+        structure: what runs, without norms, activations and projections.
+        output_shape: (C, H, W), or (C,) of a vector.
+        layers: convolutions and linear layers on the main path; projections are not counted, as in the paper.
+        receptive_field: side, in pixels of the image, of what an output pixel depends on; None for a vector.
+        stride: pixels of the image from one output pixel to the next; None for a vector.
+    """
+
+    name: str
+    structure: tuple[Unit, ...]
+    output_shape: tuple[int, ...]
+    layers: int
+    parameters: int
+    multiply_adds: int
+    activations: int
+    receptive_field: int | None
+    stride: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkAnalysis:
+    """A network at an image size, with the paper's numbers if it prints some for just this.
+
+    `stride_in_1x1` is None for a network without bottlenecks, where it means nothing.
+    """
+
+    name: str
+    image_size: int
+    stride_in_1x1: bool | None
+    stages: tuple[StageAnalysis, ...]
+    paper: PaperNumbers | None = None
+
+    @property
+    def layers(self) -> int:
+        return sum(stage.layers for stage in self.stages)
+
+    @property
+    def parameters(self) -> int:
+        return sum(stage.parameters for stage in self.stages)
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(stage.multiply_adds for stage in self.stages)
+
+    @property
+    def activations(self) -> int:
+        return sum(stage.activations for stage in self.stages)
+
+    def totals(self) -> dict[str, Any]:
+        """What identifies the network, and its counts, as plain values."""
+        keys = ("name", "stride_in_1x1", "image_size", "layers", "parameters", "multiply_adds", "activations")
+        return {key: getattr(self, key) for key in keys}
+
+    def details(self) -> dict[str, Any]:
+        """The totals and every stage, as plain values."""
+        stages = [
+            {**vars(stage), "structure": "; ".join(map(str, stage.structure)), "output_shape": list(stage.output_shape)}
+            for stage in self.stages
+        ]
+        return {**self.totals(), "stages": stages}
+
+
+def analyze(name: str, *, image_size: int | None = None, **arguments: Any) -> NetworkAnalysis:
+    """Analyse `build_network(name, **arguments)`, at the image size of its data set unless another is given.
+
+    It is built on the meta device and for its data set's classes: ImageNet's 1000 at 224 pixels, CIFAR's 10 at 32.
+    """
+    # An unknown name is left to build_network, which says so. VGG has no stem, and is ImageNet's.
+    stem = CATALOGUE[name][1].get("stem", IMAGENET_STEM) if name in CATALOGUE else IMAGENET_STEM
+    usual_size, num_classes = (224, 1000) if stem.pooling else (32, 10)
+    size = usual_size if image_size is None else image_size
+    with torch.device("meta"):
+        net = build_network(name, num_classes, **arguments)
+    # The placement of the stride is the one argument that the paper's own networks differ in from the defaults.
+    published = size == usual_size and set(arguments) <= {"stride_in_1x1"}
+    return replace(analyze_network(net, image_size=size), name=name, paper=PAPER.get(name) if published else None)
+
+
+def analyze_catalogue() -> list[NetworkAnalysis]:
+    """Analyse every network, and those with bottlenecks also with the stride in their first 1×1 convolution."""
+    analyses = []
+    for name in list_networks():
+        analyses.append(analyze(name))
+        if analyses[-1].stride_in_1x1 is not None:
+            analyses.append(analyze(name, stride_in_1x1=True))
+    return analyses
+
+
+def analyze_network(net: StagedNetwork, *, image_size: int) -> NetworkAnalysis:
+    """Analyse a network, whole or its first stages, by running it once on one image, in evaluation mode.
+
+    On the meta device (`with torch.device("meta"): net = build_network(…)`) nothing is computed and no memory is used.
+    Parameters are those that can be trained: the constants of FrozenBatchNorm2d are not among them.
+    """
+    if net.stage_names[0] != net.all_stages[0]:
+        raise InputError(
+            f"the network begins at {net.stage_names[0]!r}, expected a network that takes images: "
+            f"build it from {net.all_stages[0]!r} on"
+        )
+    total_stride = max(info.stride for info in net.feature_info.values())
+    if image_size < total_stride:
+        raise InputError(f"image_size is {image_size}, expected at least {total_stride}, the stride of the network")
+    bottlenecks = [module for module in net.modules() if isinstance(module, Bottleneck | PreActBottleneck)]
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad():
+            stages = tuple(_run_stages(net, image_size))
+    finally:
+        net.train(training)
+    return NetworkAnalysis(
+        name=type(net).__name__,
+        image_size=image_size,
+        stride_in_1x1=any(block.conv1.stride != (1, 1) for block in bottlenecks) if bottlenecks else None,
+        stages=stages,
+    )
+
+
+class _Call(NamedTuple):
+    """A layer that ran, and the shapes of what it read and wrote."""
+
+    layer: nn.Module
+    input_shape: torch.Size
+    output_shape: torch.Size
+
+
+def _run_stages(net: StagedNetwork, image_size: int) -> Iterator[StageAnalysis]:
+    """Run one image through the stages and the classifier, and describe each."""
+    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    block_of = {layer: block for block in blocks for layer in block.modules()}
+    projections = {layer for block in blocks if block.downsample is not None for layer in block.downsample.modules()}
+    weight = next(net.parameters())
+    x = weight.new_zeros(1, 3, image_size, image_size)
+    field = stride = 1
+    remaining_parameters = _count_parameters([net])
+    for name in (*net.stage_names, *(("fc",) if net.has_classifier else ())):
+        with _recorded(net) as calls, FlopCounterMode(display=False) as counter:
+            x = net.run_classifier(x) if name == "fc" else net.run_stage(name, x)
+        path = [call for call in calls if call.layer not in projections]
+        for call in path:
+            if isinstance(call.layer, nn.Conv2d | nn.MaxPool2d):
+                field += (_side(call.layer.kernel_size) - 1) * _side(call.layer.dilation) * stride
+                stride *= _side(call.layer.stride)
+        parameters = remaining_parameters if name == "fc" else _count_parameters(net.stage_modules(name))
+        remaining_parameters -= parameters
+        spatial = x.dim() == 4
+        yield StageAnalysis(
+            name=name,
+            structure=tuple(_units(path, block_of)),
+            output_shape=tuple(x.shape[1:]),
+            layers=sum(isinstance(call.layer, WEIGHTED) for call in path),
+            parameters=parameters,
+            multiply_adds=counter.get_total_flops() // 2,  # it counts a multiply-add as two
+            activations=sum(call.output_shape.numel() for call in calls if isinstance(call.layer, WEIGHTED)),
+            receptive_field=field if spatial else None,
+            stride=stride if spatial else None,
+        )
+
+
+@contextmanager
+def _recorded(net: nn.Module) -> Iterator[list[_Call]]:
+    """A list that gets every convolution, pooling and linear layer of `net` as it runs."""
+    calls: list[_Call] = []
+
+    def record(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        calls.append(_Call(layer, inputs[0].shape, output.shape))
+
+    handles = [
+        module.register_forward_hook(record)
+        for module in net.modules()
+        if isinstance(module, (*WEIGHTED, nn.MaxPool2d, nn.AdaptiveAvgPool2d))
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _count_parameters(modules: Sequence[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _side(value: int | tuple[int, int]) -> int:
+    """A kernel's size, stride or dilation as one number: all of them are square here."""
+    return value if isinstance(value, int) else value[0]
+
+
+def _units(path: Sequence[_Call], block_of: dict[nn.Module, Block]) -> Iterator[Unit]:
+    """Describe the calls of a stage's main path, equal neighbours together."""
+    described = [
+        # A block's own stride is left to the table's output sizes, as in the paper; else the first block would differ.
+        tuple(_describe(call, inside_block=isinstance(owner, Block)) for call in calls)
+        for owner, calls in groupby(path, key=lambda call: block_of.get(call.layer, call.layer))
+    ]
+    for layers, equal in groupby(filter(any, described)):
+        yield Unit(tuple(filter(None, layers)), len(list(equal)))
+
+
+def _describe(call: _Call, *, inside_block: bool) -> str:
+    """A layer as Table 1 and Figure 3 write it: `3×3, 64`; empty for a pooling that changes nothing."""
+    layer, size = call.layer, call.output_shape[-1]
+    if isinstance(layer, nn.Linear):
+        return f"{layer.out_features}-d fc"
+    if isinstance(layer, nn.AdaptiveAvgPool2d):
+        if call.output_shape == call.input_shape and size > 1:
+            return ""
+        return "average pool" if size == 1 else f"average pool to {size}×{size}"
+    kernel = f"{_side(layer.kernel_size)}×{_side(layer.kernel_size)}"
+    if isinstance(layer, nn.MaxPool2d):
+        return f"{kernel} max pool, /{_side(layer.stride)}"
+    parts = [kernel, str(layer.out_channels)]
+    if layer.groups > 1:
+        parts.append(f"C={layer.groups}")
+    if _side(layer.dilation) > 1:
+        parts.append(f"dilation {_side(layer.dilation)}")
+    if _side(layer.stride) > 1 and not inside_block:
+        parts.append(f"/{_side(layer.stride)}")
+    return ", ".join(parts)
+
+
+# A table's cell is a list of lines, one below the other; its first row is the header.
+_Row = list[list[str]]
+
+
+def format_table(analyses: Sequence[NetworkAnalysis], *, markdown: bool = False) -> str:
+    """The paper's Table 1 for these networks, and under it what each stage costs and sees.
+
+    Stages with equal output size are beside each other, as in the paper's Figure 3. As text, up to five networks fit
+    into 120 columns.
+    """
+    stages = _aligned(analyses)
+    structure: list[_Row] = [[[], ["output"], *([analysis.name] for analysis in analyses)]]
+    for row in stages:
+        size = next(_output_size(stage) for stage in row if stage)
+        cells = [[] if stage is None else _structure_lines(stage, markdown) for stage in row]
+        structure.append([[", ".join(_names(row))], [f"{size}×{size}"], *cells])
+    structure += [[title.split("\n"), [], *([text] for text in texts)] for title, texts in _totals(analyses)]
+    counts = [[[], *map(_names, stages), ["total"]], *_counts(analyses, stages)]
+    tables = [_render(structure, markdown), _render(counts, markdown, numbers_from=1)]
+    return "\n\n".join([_setting(analyses), *tables])
+
+
+def format_overview(analyses: Sequence[NetworkAnalysis], *, markdown: bool = False) -> str:
+    """One row for each network: its totals beside the paper's numbers, and its last feature map's receptive field."""
+    header = ("network", "image", "layers", "parameters", "paper", "multiply-\nadds", "paper", "activations")
+    rows = [[column.split("\n") for column in (*header, "receptive\nfield")]]
+    for analysis in analyses:
+        last = [stage for stage in analysis.stages if stage.receptive_field is not None][-1]
+        texts = (
+            analysis.name + (", stride in 1×1" if analysis.stride_in_1x1 else ""),
+            str(analysis.image_size),
+            str(analysis.layers),
+            f"{analysis.parameters:,}",
+            _paper_parameters(analysis),
+            _short(analysis.multiply_adds),
+            _paper_multiply_adds(analysis),
+            _short(analysis.activations),
+            str(last.receptive_field),
+        )
+        rows.append([[text] for text in texts])
+    return _render(rows, markdown, numbers_from=1)
+
+
+def _aligned(analyses: Sequence[NetworkAnalysis]) -> list[tuple[StageAnalysis | None, ...]]:
+    """The stages in rows of equal output size; of several with one size, each network's last are in the last row."""
+    rows: list[tuple[StageAnalysis | None, ...]] = []
+    sizes = {_output_size(stage) for analysis in analyses for stage in analysis.stages}
+    for size in sorted(sizes, reverse=True):
+        columns = [[stage for stage in analysis.stages if _output_size(stage) == size] for analysis in analyses]
+        height = max(map(len, columns))
+        rows += zip(*([None] * (height - len(column)) + column for column in columns), strict=True)
+    return rows
+
+
+def _output_size(stage: StageAnalysis) -> int:
+    return stage.output_shape[1] if len(stage.output_shape) == 3 else 1
+
+
+def _names(row: Sequence[StageAnalysis | None]) -> list[str]:
+    return list(dict.fromkeys(stage.name for stage in row if stage))
+
+
+def _setting(analyses: Sequence[NetworkAnalysis]) -> str:
+    """The sentences above the table: image size, and where the stride is if that matters."""
+    sizes = " and ".join(dict.fromkeys(f"{analysis.image_size}×{analysis.image_size}" for analysis in analyses))
+    text = f"Images of {sizes} pixels; stem, res2, res3 … are the paper's conv1, conv2_x, conv3_x …"
+    if any(analysis.stride_in_1x1 for analysis in analyses):
+        text += "\nBottlenecks have their stride in the first 1×1 convolution, as in the paper."
+    elif any(analysis.stride_in_1x1 is False for analysis in analyses):
+        text += (
+            "\nBottlenecks have their stride in the 3×3 convolution, as torchvision's; the paper's in the first 1×1."
+        )
+    return text
+
+
+def _structure_lines(stage: StageAnalysis, markdown: bool) -> list[str]:
+    """Table 1's cell: in text with a block's layers below each other, in Markdown with a line for each block."""
+    if markdown:
+        return [str(unit) for unit in stage.structure]
+    lines = []
+    for unit in stage.structure:
+        if unit.bracketed:
+            width = max(map(len, unit.layers))
+            bracket = [f"[{layer:<{width}}]" for layer in unit.layers]
+            bracket[len(bracket) // 2] += f" × {unit.count}"
+            lines += bracket
+        else:
+            lines += unit.layers
+    return lines
+
+
+def _totals(analyses: Sequence[NetworkAnalysis]) -> Iterator[tuple[str, list[str]]]:
+    """The rows at the foot of Table 1; those with the paper's numbers only where it has any."""
+    yield "layers", [str(analysis.layers) for analysis in analyses]
+    yield "parameters", [f"{analysis.parameters:,}" for analysis in analyses]
+    if any(texts := [_paper_parameters(analysis) for analysis in analyses]):
+        yield "  paper", texts
+    yield "multiply-\nadds", [_short(analysis.multiply_adds) for analysis in analyses]
+    if any(texts := [_paper_multiply_adds(analysis) for analysis in analyses]):
+        yield "  paper", texts
+    yield "activations", [_short(analysis.activations) for analysis in analyses]
+
+
+def _paper_parameters(analysis: NetworkAnalysis) -> str:
+    return f"{analysis.paper.parameters / 1e6:g}e6" if analysis.paper and analysis.paper.parameters else ""
+
+
+def _paper_multiply_adds(analysis: NetworkAnalysis) -> str:
+    return f"{analysis.paper.multiply_adds / 1e9:g}e9" if analysis.paper and analysis.paper.multiply_adds else ""
+
+
+def _counts(analyses: Sequence[NetworkAnalysis], stages: Sequence[tuple[StageAnalysis | None, ...]]) -> Iterator[_Row]:
+    """For each count a row with its title, and one for each network: its stages and the total."""
+    for title, key in (
+        ("parameters", "parameters"),
+        ("multiply-adds", "multiply_adds"),
+        ("activations", "activations"),
+        ("receptive field", "receptive_field"),
+        ("stride", "stride"),
+    ):
+        totals = [getattr(analysis, key, None) for analysis in analyses]
+        exponent = 0 if None in totals else _exponent(max(totals))
+        unit = f"1e{exponent}" if exponent else "pixels"
+        yield [[f"{title}, {unit}"], *([] for _ in range(len(stages) + 1))]
+        for i, analysis in enumerate(analyses):
+            values = [*(getattr(row[i], key, None) for row in stages), totals[i]]
+            texts = ["" if value is None else f"{value / 10**exponent:.{2 if exponent else 0}f}" for value in values]
+            yield [[f"  {analysis.name}"], *([text] for text in texts)]
+
+
+def _exponent(value: int) -> int:
+    return next((exponent for exponent in (9, 6) if value >= 10**exponent), 3)
+
+
+def _short(value: int) -> str:
+    return f"{value / 10 ** _exponent(value):.2f}e{_exponent(value)}"
+
+
+def _render(rows: Sequence[_Row], markdown: bool, numbers_from: int | None = None) -> str:
+    """Put the rows into columns; those from `numbers_from` on are set to the right."""
+    right = [numbers_from is not None and i >= numbers_from for i in range(len(rows[0]))]
+    if markdown:
+        # Words that a terminal's narrow columns broke at a hyphen are whole again here.
+        joined = [["<br>".join(cell).replace("-<br>", "-") for cell in row] for row in rows]
+        lines = ["| " + " | ".join(row) + " |" for row in joined]
+        lines.insert(1, "|" + "|".join("--:" if to_right else "---" for to_right in right) + "|")
+        return "\n".join(lines)
+    widths = [max(len(line) for row in rows for line in (*row[i], "")) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        for i in range(max(map(len, row))):
+            texts = [cell[i] if i < len(cell) else "" for cell in row]
+            padded = [
+                text.rjust(width) if to_right else text.ljust(width)
+                for text, width, to_right in zip(texts, widths, right, strict=True)
+            ]
+            lines.append("  ".join(padded).rstrip())
+        if row is rows[0]:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
