@@ -9,13 +9,8 @@ from typing import Any
 
 from resnet_backbone.errors import InputError
 from resnet_backbone.networks import list_networks, network_arguments
-from resnet_backbone.networks.analysis import (
-    NetworkAnalysis,
-    analyze,
-    analyze_catalogue,
-    format_overview,
-    format_table,
-)
+from resnet_backbone.networks.analysis import NetworkAnalysis, analyze, analyze_catalogue
+from resnet_backbone.networks.tables import format_overview, format_table
 
 EXIT_BAD_INPUT = 2
 

@@ -14,7 +14,8 @@ from fvcore.nn.jit_handles import conv_flop_jit, generic_activation_jit, linear_
 from torch import nn
 
 from resnet_backbone.networks import build_network, list_networks
-from resnet_backbone.networks.analysis import analyze, analyze_catalogue, analyze_network, format_overview, format_table
+from resnet_backbone.networks.analysis import analyze, analyze_catalogue, analyze_network
+from resnet_backbone.networks.tables import format_overview, format_table
 
 # `python tools/analyze_model.py --all --json > tests/networks/golden.json` writes it anew.
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())

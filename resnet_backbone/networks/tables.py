@@ -1,0 +1,166 @@
+"""The analysis of networks as text: the ResNet paper's Table 1 for the terminal and for Markdown."""
+
+from collections.abc import Iterator, Sequence
+
+from resnet_backbone.networks.analysis import NetworkAnalysis, StageAnalysis
+
+# A table's cell is a list of lines, one below the other; its first row is the header.
+_Row = list[list[str]]
+
+
+def format_table(analyses: Sequence[NetworkAnalysis], *, markdown: bool = False) -> str:
+    """The paper's Table 1 for these networks, and under it what each stage costs and sees.
+
+    Stages with equal output size are beside each other, as in the paper's Figure 3. As text, up to five networks fit
+    into 120 columns.
+    """
+    stages = _aligned(analyses)
+    structure: list[_Row] = [[[], ["output"], *([analysis.name] for analysis in analyses)]]
+    for row in stages:
+        size = next(_output_size(stage) for stage in row if stage)
+        cells = [[] if stage is None else _structure_lines(stage, markdown) for stage in row]
+        structure.append([[", ".join(_names(row))], [f"{size}×{size}"], *cells])
+    structure += [[title.split("\n"), [], *([text] for text in texts)] for title, texts in _totals(analyses)]
+    counts = [[[], *map(_names, stages), ["total"]], *_counts(analyses, stages)]
+    tables = [_render(structure, markdown), _render(counts, markdown, numbers_from=1)]
+    return "\n\n".join([_setting(analyses), *tables])
+
+
+def format_overview(analyses: Sequence[NetworkAnalysis], *, markdown: bool = False) -> str:
+    """One row for each network: its totals beside the paper's numbers, and its last feature map's receptive field."""
+    header = ("network", "image", "layers", "parameters", "paper", "multiply-\nadds", "paper", "activations")
+    rows = [[column.split("\n") for column in (*header, "receptive\nfield")]]
+    for analysis in analyses:
+        last = [stage for stage in analysis.stages if stage.receptive_field is not None][-1]
+        texts = (
+            analysis.name + (", stride in 1×1" if analysis.stride_in_1x1 else ""),
+            str(analysis.image_size),
+            str(analysis.layers),
+            f"{analysis.parameters:,}",
+            _paper_parameters(analysis),
+            _short(analysis.multiply_adds),
+            _paper_multiply_adds(analysis),
+            _short(analysis.activations),
+            str(last.receptive_field),
+        )
+        rows.append([[text] for text in texts])
+    return _render(rows, markdown, numbers_from=1)
+
+
+def _aligned(analyses: Sequence[NetworkAnalysis]) -> list[tuple[StageAnalysis | None, ...]]:
+    """The stages in rows of equal output size; of several with one size, each network's last are in the last row."""
+    rows: list[tuple[StageAnalysis | None, ...]] = []
+    sizes = {_output_size(stage) for analysis in analyses for stage in analysis.stages}
+    for size in sorted(sizes, reverse=True):
+        columns = [[stage for stage in analysis.stages if _output_size(stage) == size] for analysis in analyses]
+        height = max(map(len, columns))
+        rows += zip(*([None] * (height - len(column)) + column for column in columns), strict=True)
+    return rows
+
+
+def _output_size(stage: StageAnalysis) -> int:
+    return stage.output_shape[1] if len(stage.output_shape) == 3 else 1
+
+
+def _names(row: Sequence[StageAnalysis | None]) -> list[str]:
+    return list(dict.fromkeys(stage.name for stage in row if stage))
+
+
+def _setting(analyses: Sequence[NetworkAnalysis]) -> str:
+    """The sentences above the table: image size, and where the stride is if that matters."""
+    sizes = " and ".join(dict.fromkeys(f"{analysis.image_size}×{analysis.image_size}" for analysis in analyses))
+    text = f"Images of {sizes} pixels; stem, res2, res3 … are the paper's conv1, conv2_x, conv3_x …"
+    if any(analysis.stride_in_1x1 for analysis in analyses):
+        text += "\nBottlenecks have their stride in the first 1×1 convolution, as in the paper."
+    elif any(analysis.stride_in_1x1 is False for analysis in analyses):
+        text += (
+            "\nBottlenecks have their stride in the 3×3 convolution, as torchvision's; the paper's in the first 1×1."
+        )
+    return text
+
+
+def _structure_lines(stage: StageAnalysis, markdown: bool) -> list[str]:
+    """Table 1's cell: in text with a block's layers below each other, in Markdown with a line for each block."""
+    if markdown:
+        return [str(unit) for unit in stage.structure]
+    lines = []
+    for unit in stage.structure:
+        if unit.bracketed:
+            width = max(map(len, unit.layers))
+            bracket = [f"[{layer:<{width}}]" for layer in unit.layers]
+            bracket[len(bracket) // 2] += f" × {unit.count}"
+            lines += bracket
+        else:
+            lines += unit.layers
+    return lines
+
+
+def _totals(analyses: Sequence[NetworkAnalysis]) -> Iterator[tuple[str, list[str]]]:
+    """The rows at the foot of Table 1; those with the paper's numbers only where it has any."""
+    yield "layers", [str(analysis.layers) for analysis in analyses]
+    yield "parameters", [f"{analysis.parameters:,}" for analysis in analyses]
+    if any(texts := [_paper_parameters(analysis) for analysis in analyses]):
+        yield "  paper", texts
+    yield "multiply-\nadds", [_short(analysis.multiply_adds) for analysis in analyses]
+    if any(texts := [_paper_multiply_adds(analysis) for analysis in analyses]):
+        yield "  paper", texts
+    yield "activations", [_short(analysis.activations) for analysis in analyses]
+
+
+def _paper_parameters(analysis: NetworkAnalysis) -> str:
+    return f"{analysis.paper.parameters / 1e6:g}e6" if analysis.paper and analysis.paper.parameters else ""
+
+
+def _paper_multiply_adds(analysis: NetworkAnalysis) -> str:
+    return f"{analysis.paper.multiply_adds / 1e9:g}e9" if analysis.paper and analysis.paper.multiply_adds else ""
+
+
+def _counts(analyses: Sequence[NetworkAnalysis], stages: Sequence[tuple[StageAnalysis | None, ...]]) -> Iterator[_Row]:
+    """For each count a row with its title, and one for each network: its stages and the total."""
+    for title, key in (
+        ("parameters", "parameters"),
+        ("multiply-adds", "multiply_adds"),
+        ("activations", "activations"),
+        ("receptive field", "receptive_field"),
+        ("stride", "stride"),
+    ):
+        totals = [getattr(analysis, key, None) for analysis in analyses]
+        exponent = 0 if None in totals else _exponent(max(totals))
+        unit = f"1e{exponent}" if exponent else "pixels"
+        yield [[f"{title}, {unit}"], *([] for _ in range(len(stages) + 1))]
+        for i, analysis in enumerate(analyses):
+            values = [*(getattr(row[i], key, None) for row in stages), totals[i]]
+            texts = ["" if value is None else f"{value / 10**exponent:.{2 if exponent else 0}f}" for value in values]
+            yield [[f"  {analysis.name}"], *([text] for text in texts)]
+
+
+def _exponent(value: int) -> int:
+    return next((exponent for exponent in (9, 6) if value >= 10**exponent), 3)
+
+
+def _short(value: int) -> str:
+    return f"{value / 10 ** _exponent(value):.2f}e{_exponent(value)}"
+
+
+def _render(rows: Sequence[_Row], markdown: bool, numbers_from: int | None = None) -> str:
+    """Put the rows into columns; those from `numbers_from` on are set to the right."""
+    right = [numbers_from is not None and i >= numbers_from for i in range(len(rows[0]))]
+    if markdown:
+        # Words that a terminal's narrow columns broke at a hyphen are whole again here.
+        joined = [["<br>".join(cell).replace("-<br>", "-") for cell in row] for row in rows]
+        lines = ["| " + " | ".join(row) + " |" for row in joined]
+        lines.insert(1, "|" + "|".join("--:" if to_right else "---" for to_right in right) + "|")
+        return "\n".join(lines)
+    widths = [max(len(line) for row in rows for line in (*row[i], "")) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        for i in range(max(map(len, row))):
+            texts = [cell[i] if i < len(cell) else "" for cell in row]
+            padded = [
+                text.rjust(width) if to_right else text.ljust(width)
+                for text, width, to_right in zip(texts, widths, right, strict=True)
+            ]
+            lines.append("  ".join(padded).rstrip())
+        if row is rows[0]:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
