@@ -1,4 +1,4 @@
-"""Initialise parts of a detector from a classifier's checkpoint, while they are built.
+"""Initialise parts of a detector from a classifier's weights, while they are built.
 
 The builders call this, not the training tool alone, so that a network named in anybody's Detectron2 script gets its
 weights whole and fed as they were trained, or an error. `DetectionCheckpointer`, which such a script calls afterwards,
@@ -11,6 +11,7 @@ import os
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -18,6 +19,7 @@ from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
 from torch import nn
 
 from resnet_backbone.engine.config import ConfigError, get_key, preprocessing_keys, same_value
+from resnet_backbone.engine.pretrained import read_with_statements, statements
 from resnet_backbone.networks import FrozenBatchNorm2d
 from resnet_backbone.weights import Checkpoint, CheckpointError, Route, load_state, read_checkpoint
 
@@ -66,8 +68,8 @@ def load_pretrained(module: nn.Module, cfg: CfgNode, *, part: str, routes: Itera
 
 
 def read_pretrained(cfg: CfgNode) -> Checkpoint | None:
-    """The project's checkpoint in MODEL.WEIGHTS, read once for all who ask in turn; None if the key is empty."""
-    return _read(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+    """What is in MODEL.WEIGHTS, read once for all who ask in turn; None if the key is empty."""
+    return _read(cfg.MODEL.WEIGHTS, tuple(statements(cfg).items())) if cfg.MODEL.WEIGHTS else None
 
 
 def forget_pretrained() -> None:
@@ -112,21 +114,20 @@ def _has_roi_heads(cfg: CfgNode) -> bool:
     return cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
 
 
-def _read(path: str) -> Checkpoint:
+def _read(path: str, stated: tuple[tuple[str, Any], ...]) -> Checkpoint:
     """The builders of backbone and heads read the same file in turn: keep the last one, while it is unchanged."""
     if not Path(path).is_file():
         if "://" in path:
             raise CheckpointError(
-                f"MODEL.WEIGHTS is {path}, a download of a format that is not supported yet. Give a file written by "
-                "tools/pretrain.py or tools/train_net.py."
+                f"MODEL.WEIGHTS is {path}, and nothing is downloaded here. Download it, and give the file's path."
             )
         return read_checkpoint(path)  # raises, naming what is near
-    return _read_unchanged(path, os.stat(path).st_mtime_ns)
+    return _read_unchanged(path, os.stat(path).st_mtime_ns, stated)
 
 
 @functools.lru_cache(maxsize=1)
-def _read_unchanged(path: str, modified: int) -> Checkpoint:
-    return read_checkpoint(path)
+def _read_unchanged(path: str, modified: int, stated: tuple[tuple[str, Any], ...]) -> Checkpoint:
+    return read_with_statements(path, dict(stated))
 
 
 def _is_detectron2_detector(path: str) -> bool:

@@ -1,5 +1,6 @@
 """Train or evaluate a detector by the configuration, end to end."""
 
+import contextlib
 import difflib
 import logging
 import pickle
@@ -53,6 +54,7 @@ from resnet_backbone.weights import (
     CheckpointError,
     Metadata,
     load_state,
+    read_checkpoint,
     write_checkpoint,
     write_json,
 )
@@ -175,23 +177,23 @@ def _check_names(cfg: CfgNode) -> None:
 
 
 def _read_weights(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoint | None, str]:
-    """The project's checkpoint that this run starts from, its metadata entered into `cfg`, and the file's name.
+    """The weights that this run starts from, their metadata entered into `cfg`, and the file's name.
 
-    None for random weights, and for Detectron2's own formats with one of its own backbones.
+    None for random weights, and for anything but this project's checkpoints with one of Detectron2's backbones, which
+    Detectron2 itself loads.
     """
     file = str(folder / (folder / LAST).read_text().strip()) if last else cfg.MODEL.WEIGHTS
     weights = last
-    if weights is None and file:
-        try:
-            weights = read_pretrained(cfg)
-        except CheckpointError:
-            if _is_own(cfg):
-                raise
     if _is_own(cfg):
         _follow_depth(cfg)
+        if weights is None and file:
+            weights = read_pretrained(cfg)
         if weights is not None:
             fill_from_metadata(cfg, weights.metadata, file)
-    elif weights is not None:
+    elif weights is None and file:
+        with contextlib.suppress(CheckpointError):
+            weights = read_checkpoint(file)
+    if not _is_own(cfg) and weights is not None:
         if weights.metadata.kind == "classifier":
             raise ConfigError(
                 f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, but {file} was written by tools/pretrain.py for "

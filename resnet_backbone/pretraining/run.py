@@ -20,12 +20,13 @@ from resnet_backbone.engine.config import ConfigError, fill_from_metadata, netwo
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, versions, write_config
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics
+from resnet_backbone.engine.pretrained import read_with_statements, statements
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, choose_seed, train
 from resnet_backbone.networks import FrozenBatchNorm2d, build_network
 from resnet_backbone.networks import network_arguments as arguments_of
 from resnet_backbone.pretraining.evaluation import evaluate_classifier
-from resnet_backbone.weights import Checkpoint, Metadata, load_state, read_checkpoint, write_checkpoint, write_json
+from resnet_backbone.weights import Checkpoint, Metadata, load_state, write_checkpoint, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +248,7 @@ def _read_weights(
         if eval_only:
             raise ConfigError("MODEL.WEIGHTS is empty, so --eval-only would test random weights. Name a checkpoint.")
         return None
-    weights = read_checkpoint(cfg.MODEL.WEIGHTS) if last is None else last
+    weights = read_with_statements(cfg.MODEL.WEIGHTS, statements(cfg)) if last is None else last
     file = cfg.MODEL.WEIGHTS if last is None else f"the last checkpoint in {cfg.OUTPUT_DIR}"
     logger.info("%s: %s", file, weights.metadata.describe())
     if weights.metadata.kind != "classifier":
@@ -260,7 +261,9 @@ def _read_weights(
         # Who sets it may: the same weights serve larger crops with the pooling and smaller ones without.
         set_key(cfg, "MODEL.NETWORK.POOL5", weights.metadata.arguments["pool5"], f"metadata of {file}")
     theirs, ours = list(weights.metadata.class_names), list(test_source.class_names)
-    if eval_only and theirs != ours:
+    if "converted_from" in weights.metadata.origin and len(theirs) == len(ours):
+        logger.info("%s does not name its classes; they are taken for those of DATASETS.TEST, in their order", file)
+    elif eval_only and theirs != ours:
         raise ConfigError(
             f"the {len(theirs)} classes of {file} ({', '.join(theirs[:3])} …) are not the {len(ours)} of DATASETS.TEST "
             f"{cfg.DATASETS.TEST[0]} ({', '.join(ours[:3])} …). Evaluate on data with the same class names, in the "

@@ -3,9 +3,9 @@
 Detectron2's `DetectionCheckpointer` reads the same file: it looks for the key `model` and leaves the rest alone.
 """
 
+import contextlib
 import os
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,16 @@ import torch
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights.files import atomic_write
 from resnet_backbone.weights.metadata import Metadata
+from resnet_backbone.weights.pickles import Unreadable
+from resnet_backbone.weights.torch_files import load_torch
 
 FORMAT = "resnet_backbone"
 VERSION = 1
+
+_EXPECTED = (
+    "Expected a file written by tools/pretrain.py, tools/train_net.py or tools/convert_weights.py, which reads other "
+    "formats."
+)
 
 
 class CheckpointError(InputError):
@@ -75,26 +82,33 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Read a file that `write_checkpoint` wrote, onto the CPU, executing nothing in it.
 
     Raises:
-        CheckpointError: the file is missing, cut off, altered, or of a format that is not supported.
+        CheckpointError: the file is missing, cut off, altered, or of another format.
     """
     path = Path(path)
-    _check_archive(path)
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the restricted unpickler meets in a foreign file
+    head = read_head(path)
+    if not head.startswith(b"PK"):
+        raise CheckpointError(f"{path} is {_guess(head)}. {_EXPECTED}")
+    with about(path):
+        payload = load_torch(path)
+    if not is_ours(payload):
         raise CheckpointError(
-            f"{path} cannot be read as weights ({_first_sentence(error)}); nothing in it was executed. Expected a file "
-            "written by tools/pretrain.py or tools/train_net.py."
-        ) from error
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is a torch file without this project's metadata, a format that is not supported yet: nothing in "
-            "it says the architecture, the channel order or the pixel mean. Give a file written by tools/pretrain.py "
-            "or tools/train_net.py."
+            f"{path} is a torch file without this project's metadata: nothing in it says the architecture, the channel "
+            f"order or the pixel mean. {_EXPECTED}"
         )
-    if payload.get("version") != VERSION:
+    return checkpoint_from(payload, path)
+
+
+def is_ours(payload: Any) -> bool:
+    """Whether what a torch file holds was written by `write_checkpoint`."""
+    return isinstance(payload, dict) and payload.get("format") == FORMAT
+
+
+def checkpoint_from(payload: Mapping[str, Any], path: Path) -> Checkpoint:
+    """The checkpoint that `write_checkpoint` made `payload` of; raises CheckpointError, which names `path`."""
+    version = payload.get("version")
+    if not isinstance(version, int) or version != VERSION:
         raise CheckpointError(
-            f"{path} is a checkpoint of version {payload.get('version')}, this code reads version {VERSION}. "
+            f"{path} is a checkpoint of version {version!s:.40}, this code reads version {VERSION}. "
             "Use the release of resnet_backbone that wrote it."
         )
     model = payload.get("model")
@@ -107,8 +121,12 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(model, metadata, payload.get("iteration"), payload.get("trainer"))
 
 
-def _check_archive(path: Path) -> None:
-    """Tell a missing, foreign, cut off or altered file apart before torch's reader sees it."""
+def read_head(path: Path) -> bytes:
+    """The first bytes of a file that is there, can be read, and is neither empty nor a web page.
+
+    Raises:
+        CheckpointError: it is not so.
+    """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; {_what_is_near(path)}.")
     try:
@@ -116,45 +134,39 @@ def _check_archive(path: Path) -> None:
             head = file.read(64)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    if not head.startswith(b"PK"):
+    if not head:
+        raise CheckpointError(f"{path} is an empty file, not a checkpoint. Copy or download it again.")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise CheckpointError(
-            f"{path} is {_guess(head)}. Give a file written by tools/pretrain.py or tools/train_net.py."
+            f"{path} is an HTML page, not a checkpoint; the download probably failed. Download it again."
         )
+    return head
+
+
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Turn what the readers of formats say about a file into a CheckpointError that names it."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # a damaged header may claim anything: a password, another compression, a bad date
-        raise CheckpointError(
-            f"{path} is cut off or damaged ({path.stat().st_size:,} bytes; {_first_sentence(error)}). "
-            "Copy it again or use an earlier checkpoint."
-        ) from error
-    if damaged is not None:
-        raise CheckpointError(
-            f"{path} was altered after it was written: the checksum of its record {damaged} does not fit. "
-            "Copy it again or use an earlier checkpoint."
-        )
+        yield
+    except Unreadable as error:
+        raise CheckpointError(f"{path} {error}") from error
 
 
 def _what_is_near(path: Path) -> str:
+    suffix = path.suffix or ".pth"
     if path.is_dir():
-        candidates = sorted(p.name for p in path.glob("*.pth"))
-        return "it is a folder" + (f" with {', '.join(candidates[:5])}: name one of them" if candidates else "")
+        candidates = _names(path, ".pth")
+        return "it is a folder" + (f" with {', '.join(candidates)}: name one of them" if candidates else "")
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
-    candidates = sorted(p.name for p in path.parent.glob("*.pth"))
-    return f"its folder has {', '.join(candidates[:5]) if candidates else 'no .pth file'}"
+    return f"its folder has {', '.join(_names(path.parent, suffix)) or f'no {suffix} file'}"
+
+
+def _names(folder: Path, suffix: str) -> list[str]:
+    return sorted(path.name for path in folder.glob("*") if path.suffix == suffix)[:5]
 
 
 def _guess(head: bytes) -> str:
-    if not head:
-        return "an empty file, not a checkpoint"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "an HTML page, not a checkpoint; the download probably failed"
     if head.startswith(b"\x80"):
-        return "a pickle, a format that is not supported yet (it was not opened, since pickles can execute code)"
-    return f"not a torch checkpoint (it starts with {head[:8]!r}), a format that is not supported yet"
-
-
-def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text.split(". ")[0][:120] or type(error).__name__).rstrip(".")
+        return "a pickle, not a checkpoint of this project (it was not opened, since pickles can execute code)"
+    return f"not a torch checkpoint (it starts with {head[:8]!r})"

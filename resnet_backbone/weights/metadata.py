@@ -10,7 +10,7 @@ from resnet_backbone.errors import InputError
 
 KINDS = ("classifier", "detector")
 CHANNEL_ORDERS = ("RGB", "BGR")
-NORM_STATISTICS = ("none", "never", "running", "precise")
+NORM_STATISTICS = ("none", "never", "running", "precise", "folded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class Metadata:
         pixel_mean: subtracted from each channel, in that order, in the range 0…255.
         pixel_std: each channel is divided by it after the subtraction, in the range 0…255.
         norm_statistics: "none" (no batch normalisation in the network), "never" (never estimated), "running" (averages
-            kept in training) or "precise" (computed over training images with the weights fixed).
+            kept in training), "precise" (computed over training images with the weights fixed) or "folded" (taken up
+            into scale and shift by whoever wrote the weights, so that mean 0 and variance 1 - epsilon remain).
         norm_epsilon: epsilon of the batch normalisation; None where there is none.
         class_names: in the order of the outputs.
         crop: height and width in pixels of the training images; None for detectors.

@@ -119,9 +119,11 @@ def test_missing_tensors_stop_unless_their_prefix_is_allowed(own_script, tmp_pat
 def test_the_file_is_read_once_for_backbone_and_head(own_script, monkeypatch):
     from resnet_backbone.detection import pretrained
 
-    read, reads = pretrained.read_checkpoint, []
+    read, reads = pretrained.read_with_statements, []
     pretrained.forget_pretrained()
-    monkeypatch.setattr(pretrained, "read_checkpoint", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(
+        pretrained, "read_with_statements", lambda path, stated: reads.append(path) or read(path, stated)
+    )
     build_model(own_script)
     assert reads == [own_script.MODEL.WEIGHTS]
 
@@ -138,7 +140,7 @@ def test_a_changed_file_is_read_again(own_script, tmp_path):
 
 @pytest.mark.parametrize(
     ("weights", "words"),
-    [("detectron2://ImageNetPretrained/MSRA/R-50.pkl", ("download", "tools/pretrain.py")), ("/no/such.pth", ("/no",))],
+    [("detectron2://ImageNetPretrained/MSRA/R-50.pkl", ("nothing is downloaded", "path")), ("/no/such.pth", ("/no",))],
 )
 def test_weights_that_are_not_there_stop(own_script, weights, words):
     own_script.MODEL.WEIGHTS = weights
@@ -147,10 +149,10 @@ def test_weights_that_are_not_there_stop(own_script, weights, words):
     assert all(word in str(error.value) for word in words)
 
 
-def test_a_plain_torch_file_without_metadata_stops(own_script, tmp_path):
+def test_a_torch_file_that_is_no_network_stops(own_script, tmp_path):
     torch.save({"conv1.weight": torch.zeros(8, 3, 7, 7)}, tmp_path / "plain.pth")
     own_script.MODEL.WEIGHTS = str(tmp_path / "plain.pth")
-    with pytest.raises(CheckpointError, match="not supported"):
+    with pytest.raises(CheckpointError, match=r"plain\.pth fits no network"):
         build_model(own_script)
 
 

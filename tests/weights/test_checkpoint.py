@@ -242,3 +242,15 @@ write_checkpoint(sys.argv[1], dataclasses.replace(checkpoint, model={"big": torc
 def test_needs_no_detectron2():
     script = "import sys; sys.modules['detectron2'] = None; import resnet_backbone.weights"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_checkpoint_that_would_take_all_memory_is_refused_before_it_does(tmp_path, checkpoint, metadata):
+    """torch.load makes the bytearray: it runs no code, but the file says how much memory it takes."""
+
+    class Zeros:
+        def __reduce__(self):
+            return bytearray, (10**13,)
+
+    payload = {"format": FORMAT, "version": VERSION, "model": checkpoint.model, "metadata": metadata().to_dict()}
+    torch.save({**payload, "trainer": Zeros()}, tmp_path / "model.pth")
+    assert "asks for '__builtin__.bytearray'" in refusal(tmp_path / "model.pth")

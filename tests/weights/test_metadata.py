@@ -15,6 +15,13 @@ def test_dict_and_back_through_json(metadata):
     )
 
 
+@pytest.mark.parametrize("statistics", ["none", "never", "running", "precise", "folded"])
+def test_norm_statistics_through_json(metadata, statistics):
+    made = metadata(norm_statistics=statistics)
+    assert Metadata.from_dict(json.loads(json.dumps(made.to_dict()))).norm_statistics == statistics
+    assert f"batch norm statistics: {statistics}" in made.describe()
+
+
 def test_numpy_numbers_become_plain(metadata):
     made = metadata(
         origin={"AP": np.float64(48.5), "AP50": np.float32(0.5), "images": np.int64(3), "nan": float("nan")}
@@ -28,7 +35,7 @@ def test_numpy_numbers_become_plain(metadata):
     [
         ({"kind": "segmenter"}, ["kind", "'segmenter'", "classifier", "detector"]),
         ({"channel_order": "rgb"}, ["channel_order", "'rgb'", "RGB, BGR"]),
-        ({"norm_statistics": None}, ["norm_statistics", "None", "precise"]),
+        ({"norm_statistics": None}, ["norm_statistics", "None", "precise", "folded"]),
         ({"architecture": ""}, ["architecture", "''"]),
         ({"pixel_mean": (1.0, 2.0)}, ["pixel_mean", "(1.0, 2.0)", "three numbers"]),
         ({"pixel_mean": None}, ["pixel_mean", "None", "three numbers"]),

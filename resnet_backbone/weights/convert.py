@@ -1,0 +1,366 @@
+"""Read weights of other libraries as our checkpoints, with every tensor accounted for."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_backbone.errors import InputError
+from resnet_backbone.networks import network_arguments
+from resnet_backbone.weights.architectures import find_architecture, has_bottleneck_blocks
+from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from resnet_backbone.weights.metadata import Metadata
+from resnet_backbone.weights.names import FORMATS, Renamed, recognise, rename, some
+from resnet_backbone.weights.preprocessing import (
+    describe,
+    preprocessing_of,
+    preset_values,
+    refuse_contradiction,
+    settle,
+)
+from resnet_backbone.weights.readers import TensorFile, read_tensors
+from resnet_backbone.weights.writers import METADATA_KEY, OWN, output_format, write_weights
+
+# What every network here is built with. The difference to another epsilon goes into the running variance.
+EPSILON = 1e-5
+_EPSILONS = {"keras": 1.001e-5}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of a file.
+
+    Attributes:
+        checkpoint: weights under our names, and what they mean.
+        source: the file's name.
+        container: what kind of file it is (`readers.TensorFile`).
+        format: whose names its tensors have: one of `names.FORMATS`, or "resnet_backbone".
+        mapped: names in the file to our names; several go to one where a bias is folded into a norm.
+        dropped: names in the file to the reason why the network has no use for them.
+        said_by: who says what the preprocessing is, by entry.
+    """
+
+    checkpoint: Checkpoint
+    source: str
+    container: str
+    format: str
+    mapped: Mapping[str, str]
+    dropped: Mapping[str, str]
+    said_by: Mapping[str, str]
+
+    def summary(self) -> str:
+        """What was found, in a few lines for the terminal or the log."""
+        metadata = self.checkpoint.metadata
+        classes = f"{len(metadata.class_names)} classes" if metadata.class_names else "no classifier"
+        arguments = ", ".join(f"{k}={v}" for k, v in sorted(metadata.arguments.items()))
+        lines = [
+            f"{self.source}: {self.container} file with {self.format}'s names",
+            f"network: {metadata.architecture}({arguments}), {classes}, norm statistics: {metadata.norm_statistics}",
+            f"tensors: {len(self.mapped)} mapped, {len(self.dropped)} dropped, none left over",
+        ]
+        for reason in dict.fromkeys(self.dropped.values()):
+            names = [name for name, why in self.dropped.items() if why == reason]
+            lines.append(f"  {len(names)} dropped ({reason}): {some(names)}")
+        values = {name: getattr(metadata, name, metadata.arguments.get(name)) for name in self.said_by}
+        for who in dict.fromkeys(self.said_by.values()):
+            said = {name: values[name] for name in self.said_by if self.said_by[name] == who}
+            lines.append(f"preprocessing: {describe(said)} ({who})")
+        return "\n".join(lines)
+
+
+def read_weights(
+    path: str | os.PathLike,
+    *,
+    architecture: str | None = None,
+    preprocessing: str | None = None,
+    channel_order: str | None = None,
+    pixel_mean: tuple[float, float, float] | None = None,
+    pixel_std: tuple[float, float, float] | None = None,
+    stride_in_1x1: bool | None = None,
+    norm_epsilon: float | None = None,
+) -> Conversion:
+    """Read weights of any format in `names.FORMATS` or of this project, and say what they are.
+
+    What is stated counts where the file itself says nothing, and goes before its format's convention.
+
+    Args:
+        path: the file.
+        architecture: name in the catalogue, where the tensors leave a choice.
+        preprocessing: a name in `preprocessing.PRESETS`, which states the following four at once.
+        channel_order: "RGB" or "BGR".
+        pixel_mean, pixel_std: in that order, in the range 0…255.
+        stride_in_1x1: whether a bottleneck's stride is in its first 1×1 convolution.
+        norm_epsilon: of the batch normalization that the weights were trained with.
+
+    Raises:
+        CheckpointError: the file cannot be read, has tensors that nothing explains, or fits no network.
+        InputError: what must be known about the weights is known by nobody, or contradicts the file.
+    """
+    stated = {
+        "channel_order": channel_order,
+        "pixel_mean": None if pixel_mean is None else tuple(pixel_mean),
+        "pixel_std": None if pixel_std is None else tuple(pixel_std),
+        "stride_in_1x1": stride_in_1x1,
+    }
+    stated = {name: value for name, value in stated.items() if value is not None}
+    file, source = read_tensors(path), str(path)
+    if file.container == OWN:
+        own = read_checkpoint(path)
+        metadata, left_out = own.metadata, {} if own.trainer is None else {"trainer": "the optimizer's state and more"}
+    else:
+        metadata, left_out = _metadata_beside(file, source), {}
+    if metadata is not None:
+        for name, value in preprocessing_of(metadata).items():
+            refuse_contradiction(name, stated.get(name, preset_values(preprocessing).get(name)), value, source)
+        refuse_contradiction("--norm-epsilon", norm_epsilon, metadata.norm_epsilon, source)
+        refuse_contradiction("--arch", architecture, metadata.architecture, source)
+        return _read_own(file, metadata, source, left_out)
+    return _read_foreign(file, source, architecture, preprocessing, stated, norm_epsilon)
+
+
+def convert(
+    source: str | os.PathLike, target: str | os.PathLike, *, format: str | None = None, **statements: Any
+) -> tuple[Conversion, str]:
+    """Read `source` as `read_weights(source, **statements)` does and write it to `target` as `write_weights` does.
+
+    Returns:
+        What was found, and what the reader of `target` must be told.
+    """
+    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
+        raise InputError(f"{target} is the file to read. Give the result another name.")
+    output_format(Path(target), format)  # refuses before minutes of reading
+    conversion = read_weights(source, **statements)
+    return conversion, write_weights(target, conversion.checkpoint, format)
+
+
+def _read_foreign(
+    file: TensorFile,
+    source: str,
+    architecture: str | None,
+    preset: str | None,
+    stated: Mapping[str, Any],
+    norm_epsilon: float | None,
+) -> Conversion:
+    """What somebody else wrote, with metadata from its format's convention and from what is stated."""
+    format = recognise(file.tensors)
+    if format is None:
+        raise CheckpointError(
+            f"{source} has tensors with names such as {some(file.tensors)}, which are none of {', '.join(FORMATS)}. "
+            "Give weights of a network in list_networks() in one of these formats."
+        )
+    renamed = _rename(format, file, source)
+    model, folded = _in_our_layout(format, file, renamed.mapped)
+    found = find_architecture(model, name=architecture, source=source)
+    has_bottlenecks = has_bottleneck_blocks(model)
+    if "stride_in_1x1" in stated and not has_bottlenecks:
+        raise InputError(
+            f"--stride-in-1x1 is {stated['stride_in_1x1']}, but {found.name} has no bottlenecks, whose stride it would "
+            "be. Leave the flag out."
+        )
+    known = settle(
+        found,
+        format=format,
+        container=file.container,
+        has_bottlenecks=has_bottlenecks,
+        stated=stated,
+        in_file=_stated_in(file, renamed.dropped),
+        preset=preset,
+        source=source,
+    )
+    # What a network has besides, without any effect on the tensors, is as everybody builds it.
+    accepted = network_arguments(found.name)
+    arguments = {name: value for name, value in (("stride_in_1x1", False), ("pool5", True)) if name in accepted}
+    if has_bottlenecks:
+        arguments["stride_in_1x1"] = known.values["stride_in_1x1"]
+    statistics = _norm_statistics(model, folded=folded)
+    if norm_epsilon is not None and statistics in ("none", "folded"):
+        raise InputError(
+            f"--norm-epsilon is {norm_epsilon}, but {source} has no batch normalization with a variance of its own. "
+            "Leave the flag out."
+        )
+    epsilon = _EPSILONS.get(format, EPSILON) if norm_epsilon is None else norm_epsilon
+    if statistics != "folded":
+        _take_up_epsilon(model, epsilon)
+    metadata = Metadata(
+        kind="classifier",
+        architecture=found.name,
+        arguments={**found.arguments, **arguments},
+        channel_order=known.values["channel_order"],
+        pixel_mean=known.values["pixel_mean"],
+        pixel_std=known.values["pixel_std"],
+        norm_statistics=statistics,
+        norm_epsilon=None if statistics == "none" else EPSILON,
+        # No format names them. A data set's own names would claim an order that nobody stated.
+        class_names=tuple(f"class {i}" for i in range(found.num_classes or 0)),
+        origin={
+            "converted_from": {
+                "file": Path(source).name,
+                "format": format,
+                "norm_epsilon": None if statistics in ("none", "folded") else epsilon,
+                "preprocessing": known.sources,
+            }
+        },
+    )
+    return Conversion(
+        Checkpoint(model, metadata), source, file.container, format, renamed.mapped, renamed.dropped, known.sources
+    )
+
+
+def _metadata_beside(file: TensorFile, source: str) -> Metadata | None:
+    """The metadata that `write_weights` wrote along in another format; None in a foreign file."""
+    text = file.header.get(METADATA_KEY)
+    if text is None:
+        return None
+    try:
+        return Metadata.from_dict(json.loads(text))
+    except (TypeError, ValueError) as error:  # InputError is a ValueError
+        raise CheckpointError(
+            f"{source}: its entry {METADATA_KEY} is not this project's metadata ({error}). Convert the "
+            "weights again from where they came from."
+        ) from error
+
+
+def _read_own(file: TensorFile, metadata: Metadata, source: str, dropped: Mapping[str, str]) -> Conversion:
+    """What this project wrote, as it is: nothing is computed, so that every bit stays."""
+    format, mapped = OWN, {name: name for name in file.tensors}
+    if file.container == "pickle":
+        format, mapped = "detectron2", _rename("detectron2", file, source).mapped
+    model = {ours: file.tensors[name] for name, ours in mapped.items()}
+    said_by = dict.fromkeys(preprocessing_of(metadata), "the file's own metadata")
+    return Conversion(Checkpoint(model, metadata), source, file.container, format, mapped, dropped, said_by)
+
+
+def _rename(format: str, file: TensorFile, source: str) -> Renamed:
+    """`names.rename` of all tensors; raises CheckpointError for one that is left over or comes twice."""
+    renamed = rename(format, file.tensors)
+    if renamed.unknown:
+        raise CheckpointError(
+            f"{source} has {len(renamed.unknown)} tensors that {format}'s names do not explain "
+            f"({some(renamed.unknown)}); none is dropped without a reason. Take them out of the file if they are not "
+            "needed, or give weights of a network in list_networks()."
+        )
+    seen: dict[str, str] = {}
+    for name, ours in renamed.mapped.items():
+        if ours in seen:
+            raise CheckpointError(
+                f"{source} has both {seen[ours]} and {name} for the network's {ours}. Take out the one not meant."
+            )
+        seen[ours] = name
+    return renamed
+
+
+def _in_our_layout(format: str, file: TensorFile, mapped: Mapping[str, str]) -> tuple[dict[str, Tensor], bool]:
+    """The tensors under our names and in our layout, and whether some norm had no statistics."""
+    arrange = {"keras": _from_keras, "timm": _from_timm}.get(format, lambda ours, tensor: tensor)
+    model = {ours: arrange(ours, file.tensors[name]) for name, ours in mapped.items()}
+    for ours in [name for name in model if name.endswith(".scale_factor")]:
+        _divide_statistics(model, ours)
+    folded = False
+    if format == "caffe2":
+        for ours in [name for name in model if _is_norm(name) and name.endswith(".weight")]:
+            folded |= _add_folded_statistics(model, ours.removesuffix("weight"))
+    if format in ("caffe2", "keras", "caffe"):
+        for ours in [name for name in model if name.endswith(".bias")]:
+            mean = f"{_norm_behind(ours)}.running_mean"
+            # Of another shape it stays, and the comparison with the network names it.
+            if mean in model and model[mean].shape == model[ours].shape:
+                model[mean] = (model[mean].double() - model.pop(ours).double()).to(model[mean].dtype)
+    return model, folded
+
+
+def _take_up_epsilon(model: dict[str, Tensor], epsilon: float) -> None:
+    """Put the difference between the source's epsilon and ours into the variances, rounded once."""
+    if epsilon != EPSILON:
+        for ours in [name for name in model if name.endswith(".running_var")]:
+            model[ours] = (model[ours].double() + (epsilon - EPSILON)).to(model[ours].dtype)
+
+
+def _from_keras(ours: str, tensor: Tensor) -> Tensor:
+    """Kernels (H, W, in, out) to (out, in, H, W), and (in, out) to (out, in); fc6 reads channel by channel."""
+    if tensor.dim() == 4:
+        return tensor.permute(3, 2, 0, 1).contiguous()
+    if tensor.dim() != 2:
+        return tensor
+    if ours == "classifier.0.weight" and tensor.shape[0] % 49 == 0:
+        tensor = tensor.view(7, 7, -1, tensor.shape[1]).permute(2, 0, 1, 3).reshape(tensor.shape)
+    return tensor.t().contiguous()
+
+
+def _from_timm(ours: str, tensor: Tensor) -> Tensor:
+    """timm writes fully connected layers as convolutions."""
+    return tensor.flatten(1) if ours.startswith(("fc.", "classifier.")) and tensor.dim() == 4 else tensor
+
+
+def _divide_statistics(model: dict[str, Tensor], scale_factor: str) -> None:
+    """Caffe keeps sums of the statistics and the number that they are to be divided by."""
+    norm = scale_factor.removesuffix("scale_factor")
+    factor = model.pop(scale_factor).double()
+    if factor.numel() != 1 or factor <= 0:
+        raise CheckpointError(
+            f"{norm}scale_factor is {factor.flatten().tolist()[:3]}, expected one number above 0: the statistics of "
+            "this batch normalization were never estimated. Give weights of a trained network."
+        )
+    for name in (f"{norm}running_mean", f"{norm}running_var"):
+        if name in model:
+            model[name] = (model[name].double() / factor.view(())).to(model[name].dtype)
+
+
+def _add_folded_statistics(model: dict[str, Tensor], norm: str) -> bool:
+    """Give a norm that is scale and shift alone the statistics with which it is just that; return whether it was one.
+
+    A variance of 1 - epsilon makes the divisor sqrt(variance + epsilon) 1, to the last bit in float32. Detectron2's
+    frozen batch norm starts with the same.
+    """
+    if f"{norm}running_mean" in model or f"{norm}running_var" in model:
+        return False
+    weight = model[f"{norm}weight"]
+    model[f"{norm}running_mean"] = torch.zeros_like(weight)
+    model[f"{norm}running_var"] = torch.full_like(weight, 1 - EPSILON)
+    return True
+
+
+def _is_norm(ours: str) -> bool:
+    module = ours.rpartition(".")[0]
+    return module.endswith((".downsample.1", ".norm")) or module.rpartition(".")[2] in ("bn1", "bn2", "bn3")
+
+
+def _norm_behind(ours: str) -> str | None:
+    """The norm behind a convolution of a residual network, by its name; None for anything else."""
+    place, _, last = ours.rpartition(".")[0].rpartition(".")
+    prefix = f"{place}." if place else ""
+    if last in ("conv1", "conv2", "conv3"):
+        return f"{prefix}bn{last[-1]}"
+    return f"{place}.1" if last == "0" and place.endswith(".downsample") else None
+
+
+def _norm_statistics(model: Mapping[str, Tensor], *, folded: bool) -> str:
+    """`Metadata.norm_statistics` of a file that does not say it, from the values."""
+    norms = [name.removesuffix("running_var") for name in model if name.endswith(".running_var")]
+    if not norms:
+        return "none"
+    if folded:
+        return "folded"
+    # As a network is built, before any image: mean 0 and variance 1, or 1 - epsilon in Detectron2's frozen norm.
+    untouched = all(
+        not model[f"{norm}running_mean"].any() and ((model[f"{norm}running_var"] - 1).abs() <= 1.5 * EPSILON).all()
+        for norm in norms
+    )
+    if not untouched:
+        return "running"
+    initial = all(
+        ((model[f"{norm}weight"] == 0) | (model[f"{norm}weight"] == 1)).all() and not model[f"{norm}bias"].any()
+        for norm in norms
+    )
+    return "never" if initial else "folded"
+
+
+def _stated_in(file: TensorFile, dropped: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
+    """The pixel mean and deviation that older Detectron2 detectors keep among their tensors."""
+    names = [name for name in ("pixel_mean", "pixel_std") if name in dropped and file.tensors[name].numel() == 3]
+    # float32 holds 103.53 as 103.52999878; the digits that were written come back.
+    return {name: tuple(round(value, 4) for value in file.tensors[name].flatten().tolist()) for name in names}

@@ -1,0 +1,174 @@
+"""How networks of known origin were fed, and who says so for the weights at hand."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from resnet_backbone.errors import InputError
+from resnet_backbone.weights.architectures import Architecture, Unstated
+from resnet_backbone.weights.metadata import Metadata
+
+IMAGENET = {
+    "channel_order": "RGB",
+    "pixel_mean": (123.675, 116.28, 103.53),
+    "pixel_std": (58.395, 57.12, 57.375),
+    "stride_in_1x1": False,
+}
+# As Detectron2 feeds MSRA's networks; Caffe2's Detectron subtracted (102.9801, 115.9465, 122.7717).
+MSRA = {
+    "channel_order": "BGR",
+    "pixel_mean": (103.53, 116.28, 123.675),
+    "pixel_std": (1.0, 1.0, 1.0),
+    "stride_in_1x1": True,
+}
+# Detectron2's X-101-32x8d.pkl (its model zoo's configs say so).
+_CAFFE2_RESNEXT = {**MSRA, "pixel_std": (57.375, 57.12, 58.395), "stride_in_1x1": False}
+# VGG's published mean, which Keras took over for its ResNets.
+_VGG_MEAN = {**MSRA, "pixel_mean": (103.939, 116.779, 123.68)}
+# The channels' means of the mean image that was published with MSRA's Caffe networks.
+_MSRA_MEAN_IMAGE = {**MSRA, "pixel_mean": (103.0626, 115.9029, 123.1516)}
+_HALF = {**IMAGENET, "pixel_mean": (127.5, 127.5, 127.5), "pixel_std": (127.5, 127.5, 127.5)}
+
+PRESETS = {"torchvision": IMAGENET, "msra": MSRA}
+
+_VGGS = ("vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
+_BOTTLENECKS = ("resnet50", "resnet101", "resnet152")
+_BOTH = (
+    *("resnet18", "resnet34", *_BOTTLENECKS, "resnext50_32x4d", "resnext101_32x8d"),
+    *("wide_resnet50_2", "wide_resnet101_2", *_VGGS),
+)
+# The networks that a format's library hands out, each with the one preprocessing that all its weights share. timm has
+# no weights for preact_resnet152, hence no known preprocessing.
+_KNOWN: dict[str, dict[str, Mapping[str, Any]]] = {
+    "torchvision": dict.fromkeys(_BOTH, IMAGENET),
+    "timm": {**dict.fromkeys(_VGGS, IMAGENET), "preact_resnet50": _HALF, "preact_resnet101": _HALF},
+    "detectron2": {},
+    "caffe2": {**dict.fromkeys(_BOTTLENECKS, MSRA), "resnext101_32x8d": _CAFFE2_RESNEXT},
+    "keras": dict.fromkeys((*_BOTTLENECKS, "vgg16", "vgg19"), _VGG_MEAN),
+    "caffe": {**dict.fromkeys(_BOTTLENECKS, _MSRA_MEAN_IMAGE), "vgg16": _VGG_MEAN, "vgg19": _VGG_MEAN},
+}
+
+# What must be known, in the words of the tool's flags.
+FLAGS = {
+    "channel_order": "--channel-order",
+    "pixel_mean": "--pixel-mean",
+    "pixel_std": "--pixel-std",
+    "stride_in_1x1": "--stride-in-1x1",
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is known about how weights were trained.
+
+    Attributes:
+        values: by the names of `FLAGS`.
+        sources: who says so, by the same names.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Any], source: str) -> None:
+        """Enter what is not known yet."""
+        for name, value in values.items():
+            if name not in self.values:
+                self.values[name], self.sources[name] = value, source
+
+
+def settle(
+    architecture: Architecture,
+    *,
+    format: str,
+    container: str,
+    has_bottlenecks: bool,
+    stated: Mapping[str, Any],
+    in_file: Mapping[str, Any],
+    preset: str | None,
+    source: str,
+) -> Preprocessing:
+    """Everything of `FLAGS` that matters to this network, each with who says so.
+
+    Args:
+        architecture: the network.
+        format: of `names.FORMATS`.
+        container: of `readers.TensorFile`.
+        has_bottlenecks: whether the place of the stride matters.
+        stated: what the user said of each, which goes before the preset and before the format's convention.
+        in_file: what the file itself says, which must not be contradicted.
+        preset: a name in `PRESETS` or None.
+        source: the file's name in messages.
+
+    Raises:
+        InputError: something is known by nobody, or the user contradicts the file.
+    """
+    in_preset = preset_values(preset)
+    for name, value in in_file.items():
+        refuse_contradiction(name, stated.get(name, in_preset.get(name)), value, source)
+    known = Preprocessing()
+    known.add(in_file, "the file")
+    known.add(stated, "stated")
+    known.add(in_preset, f"--preprocessing {preset}")
+    # torchvision hands out .pth only; of timm's resnet34, which also comes as .safetensors, one was trained with 0.5.
+    two_origins = (format, container, architecture.name) == ("torchvision", "safetensors", "resnet34")
+    if _is_published(architecture) and not two_origins:
+        convention = _KNOWN[format].get(architecture.name, {})
+        known.add(convention, f"by convention of {format}'s published weights")
+    wanted = [name for name in FLAGS if name != "stride_in_1x1" or has_bottlenecks]
+    if missing := [name for name in wanted if name not in known.values]:
+        reason = "of which timm hands out weights with two preprocessings" if two_origins else "which does not say it"
+        presets = " or ".join(f"--preprocessing {name} ({describe(values)})" for name, values in PRESETS.items())
+        raise Unstated(
+            f"{source} holds {architecture.name} in {format}'s names, {reason}: {', '.join(missing)} must be known.",
+            f"State what it was trained with by {' '.join(FLAGS[name] for name in missing)}, or all at once by "
+            f"{presets}.",
+            missing,
+        )
+    return Preprocessing({n: known.values[n] for n in wanted}, {n: known.sources[n] for n in wanted})
+
+
+def preprocessing_of(metadata: Metadata) -> dict[str, Any]:
+    """The entries of `FLAGS` that `metadata` has."""
+    values = {name: getattr(metadata, name, metadata.arguments.get(name)) for name in FLAGS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def preset_values(name: str | None) -> Mapping[str, Any]:
+    """What a name in `PRESETS` states; nothing for None."""
+    if name is not None and name not in PRESETS:
+        raise InputError(f"--preprocessing is {name}, expected one of {', '.join(PRESETS)}.")
+    return {} if name is None else PRESETS[name]
+
+
+def refuse_contradiction(name: str, stated: Any, found: Any, source: str) -> None:
+    """Raise InputError if the user states something else than the file."""
+    if stated is None:
+        return
+    is_list = isinstance(found, (tuple, list))
+    same = all(abs(a - b) < 1e-3 for a, b in zip(stated, found, strict=True)) if is_list else stated == found
+    if not same:
+        raise InputError(
+            f"{FLAGS.get(name, name)} is {_text(stated)}, but {source} itself says {_text(found)}. Leave the flag out."
+        )
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """`values` in one line, for messages."""
+    texts = {
+        "channel_order": "{}",
+        "pixel_mean": "mean {}",
+        "pixel_std": "std {}",
+    }
+    parts = [text.format(_text(values[name])) for name, text in texts.items() if name in values]
+    if "stride_in_1x1" in values:
+        parts.append(f"stride in the {'first 1×1' if values['stride_in_1x1'] else '3×3'}")
+    return ", ".join(parts)
+
+
+def _is_published(architecture: Architecture) -> bool:
+    """Whether this is the network as its name says: nobody hands out a narrow one or one with other shortcuts."""
+    return architecture.arguments["width"] == 1 and architecture.arguments.get("shortcut", "B") == "B"
+
+
+def _text(value: Any) -> str:
+    return f"[{', '.join(f'{v:g}' for v in value)}]" if isinstance(value, (tuple, list)) else str(value)

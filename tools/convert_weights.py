@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Convert weights between our checkpoints and other libraries' formats, with every tensor accounted for."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from resnet_backbone.errors import InputError
+from resnet_backbone.weights.convert import convert
+from resnet_backbone.weights.preprocessing import PRESETS
+from resnet_backbone.weights.writers import WRITTEN_FORMATS
+
+EXAMPLE = """examples:
+  python tools/convert_weights.py resnet50-0676ba61.pth resnet50.pth
+  python tools/convert_weights.py R-50.pkl resnet50.safetensors
+  python tools/convert_weights.py model_final.pkl backbone.pth --preprocessing msra
+  python tools/convert_weights.py output/resnet50/model_final.pth resnet50.pkl
+
+Reads torchvision's, timm's and Detectron2's state dicts (.pth, .safetensors), MSRA's and Caffe2's .pkl, Keras' and
+Caffe's names in .npz, and our own. Writes our checkpoint (.pth), torchvision's (.pth with --format torchvision),
+Detectron2's (.pkl), .safetensors, or .onnx. docs/weights.md has the table."""
+
+
+def boolean(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false")
+    return word.lower() == "true"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SRC", help="the file to read; its format is found in it, not in its suffix")
+    parser.add_argument("target", metavar="DST", help="the file to write; its suffix is the format")
+    parser.add_argument(
+        "--arch", metavar="NAME", dest="architecture", help="the network, where the tensors fit several"
+    )
+    parser.add_argument("--format", choices=WRITTEN_FORMATS, help="of DST, where its suffix stands for two")
+    parser.add_argument("--preprocessing", choices=tuple(PRESETS), help="how the weights were trained, in one word")
+    parser.add_argument("--channel-order", choices=("RGB", "BGR"))
+    parser.add_argument("--pixel-mean", type=float, nargs=3, metavar="X", help="in that order, 0…255")
+    parser.add_argument("--pixel-std", type=float, nargs=3, metavar="X", help="in that order, 0…255")
+    parser.add_argument("--stride-in-1x1", type=boolean, metavar="true|false", help="of the bottlenecks")
+    parser.add_argument("--norm-epsilon", type=float, metavar="X", help="of the batch normalization in SRC")
+    try:
+        conversion, note = convert(**vars(parser.parse_args(words)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(conversion.summary())
+    print(note or "the result carries this preprocessing in its metadata")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
