@@ -90,6 +90,7 @@ def test_the_report_shows_a_row_for_each_and_the_papers_numbers(finished):
     assert "41.5 / 21.2" in rows[2]
     assert "nan" not in report
     assert "need not be the paper's" in " ".join(report.split())
+    assert "The networks have 0.125 of their channels." in report
 
 
 def test_the_figures_are_pictures_with_something_on_them(finished):

@@ -17,7 +17,7 @@ from detectron2.modeling.backbone import build_resnet_backbone
 from torch import nn
 
 from resnet_backbone.networks import build_network
-from resnet_backbone.weights import read_weights
+from resnet_backbone.weights import convert, read_weights
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = """
@@ -131,6 +131,40 @@ def keras_resnet50(folder: Path) -> Path:
     return folder / "keras.npz"
 
 
+def caffe_resnet50(folder: Path) -> Path:
+    """Caffe's layers and numbered blobs, whose norms keep sums and a count, at an eighth of the channels."""
+    net = trained(build_network("resnet50", 8, width=0.125, stride_in_1x1=True))
+    arrays = {}
+
+    def take(conv, norm, name):
+        suffix = name.removeprefix("res") if name.startswith("res") else f"_{name}"
+        arrays[f"{name}/0"] = conv.weight.detach().numpy()
+        count = np.array([999.98], np.float32)
+        for i, tensor in enumerate((norm.running_mean, norm.running_var)):
+            arrays[f"bn{suffix}/{i}"] = tensor.numpy() * count
+        arrays[f"bn{suffix}/2"] = count
+        for i, tensor in enumerate((norm.weight, norm.bias)):
+            arrays[f"scale{suffix}/{i}"] = tensor.detach().numpy()
+
+    take(net.conv1, net.bn1, "conv1")
+    for i, layer in enumerate((net.layer1, net.layer2, net.layer3, net.layer4)):
+        for block, letter in zip(layer, "abcdef", strict=False):
+            for k, branch in enumerate("abc", start=1):
+                name = f"res{i + 2}{letter}_branch2{branch}"
+                take(getattr(block, f"conv{k}"), getattr(block, f"bn{k}"), name)
+            if block.downsample is not None:
+                take(*block.downsample, f"res{i + 2}{letter}_branch1")
+    arrays["fc1000/0"], arrays["fc1000/1"] = net.fc.weight.detach().numpy(), net.fc.bias.detach().numpy()
+    np.savez(folder / "caffe.npz", **arrays)
+    return folder / "caffe.npz"
+
+
+def ours(folder: Path) -> Path:
+    """Our own format, made of torchvision's by the converter's function."""
+    convert(torchvisions(folder), folder / "resnet18.pth")
+    return folder / "resnet18.pth"
+
+
 # A file's maker, the network's name, how to tell the training tools what the file leaves open, and how the converter.
 SOURCES = {
     "torchvision": (torchvisions, "resnet18", "", ""),
@@ -138,27 +172,29 @@ SOURCES = {
     "detectron2": (detectron2s, "resnet18", BGR, "--preprocessing msra"),
     "caffe2": (caffe2s, "resnet50", f"{BGR} MODEL.RESNETS.STRIDE_IN_1X1 True", "--preprocessing msra"),
     "keras": (keras_resnet50, "resnet50", f"{BGR} MODEL.RESNETS.STRIDE_IN_1X1 True", "--preprocessing msra"),
+    "caffe": (caffe_resnet50, "resnet50", f"{BGR} MODEL.RESNETS.STRIDE_IN_1X1 True", "--preprocessing msra"),
+    "ours": (ours, "resnet18", "", ""),
 }
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_from_another_library_and_back(tool, shapes, scenes, tmp_path, capsys, source):
+def test_into_our_training_and_out_again(tool, shapes, scenes, tmp_path, capsys, source):
     make, name, keys, flags = SOURCES[source]
     file = make(tmp_path)
-    convert, pretrain, train_net = tool("convert_weights"), tool("pretrain"), tool("train_net")
+    convert_weights, pretrain, train_net = tool("convert_weights"), tool("pretrain"), tool("train_net")
     width = "MODEL.NETWORK.WIDTH 0.125" if name == "resnet50" else ""
     data = ["DATASETS.TRAIN", shapes, "DATASETS.TEST", shapes, "MODEL.NETWORK.NAME", name, *width.split()]
     classify = ["--config-file", str(ROOT / "configs/pretrain/imagenet.yaml"), *PRETRAIN.split(), *data]
 
     # Evaluated as it is, and converted: the same.
-    direct, ours, tuned = tmp_path / "direct", tmp_path / "ours.pth", tmp_path / "tuned"
+    direct, converted, tuned = tmp_path / "direct", tmp_path / "converted.pth", tmp_path / "tuned"
     weights = ["MODEL.WEIGHTS", str(file), *keys.split()]
     assert pretrain(["--eval-only", *classify, *weights, "OUTPUT_DIR", str(direct)]) == 0
-    assert convert([str(file), str(ours), *flags.split()]) == 0
+    assert convert_weights([str(file), str(converted), *flags.split()]) == 0
     if keys:  # the recipe's own preprocessing is another, which is said, not overridden
-        assert pretrain([*classify, "MODEL.WEIGHTS", str(ours), "OUTPUT_DIR", str(tuned)]) == 2
+        assert pretrain([*classify, "MODEL.WEIGHTS", str(converted), "OUTPUT_DIR", str(tuned)]) == 2
         assert "INPUT.FORMAT is RGB" in capsys.readouterr().err
-    fed = ["MODEL.WEIGHTS", str(ours), *keys.split(), "OUTPUT_DIR", str(tuned)]
+    fed = ["MODEL.WEIGHTS", str(converted), *keys.split(), "OUTPUT_DIR", str(tuned)]
     assert pretrain([*classify, *fed, "SOLVER.MAX_ITER", "0", "TEST.PRECISE_BN.ENABLED", "False"]) == 0
     untouched = json.loads((tuned / "results.json").read_text())
     logged = (direct / "log.txt").read_text()
@@ -180,7 +216,7 @@ def test_from_another_library_and_back(tool, shapes, scenes, tmp_path, capsys, s
     targets = [["out.safetensors"], ["out.pkl"]]
     targets += [] if "1X1" in keys else [["out.pth", "--format", "torchvision"]]
     for target, *more in targets:
-        assert convert([str(final), str(tmp_path / target), *more]) == 0
+        assert convert_weights([str(final), str(tmp_path / target), *more]) == 0
         again = read_weights(tmp_path / target).checkpoint.model
         for key, tensor in after.model.items():
             if not key.endswith("num_batches_tracked"):
@@ -191,7 +227,7 @@ def _statements(flags: str) -> dict[str, str]:
     return {"preprocessing": flags.split()[1]} if flags else {}
 
 
-def test_a_fine_tuned_network_as_onnx(tool, shapes, tmp_path, capsys):
+def test_from_torchvision_to_onnx(tool, tmp_path, capsys):
     torchvisions(tmp_path)
     assert tool("convert_weights")([str(tmp_path / "torchvision.pth"), str(tmp_path / "network.onnx")]) == 0
     assert "takes RGB images in 0…255" in capsys.readouterr().out

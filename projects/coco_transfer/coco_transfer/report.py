@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from coco_transfer.plan import Plan
@@ -39,7 +40,8 @@ def collect_results(plan: Plan) -> dict[str, Any]:
         "scale": plan.scale,
         "seed": plan.seed,
         "versions": versions(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()} {platform.release()}",
+        "machine": f"{os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}, {platform.machine()}, "
+        f"{platform.system()} {platform.release()}",
         "networks": networks,
     }
 
@@ -56,7 +58,7 @@ def write_report(results: dict[str, Any], path: Path) -> str:
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 9)
     parts = [
         f"# VGG-16 and ResNet-101 in Faster R-CNN: {results['scale']}",
-        WHAT_IT_IS[results["scale"]],
+        _what_it_is(results),
         table,
         "Top-1 accuracy of the pretrained classifier, box AP of the detector, all in per cent. A control is the same "
         "detector and schedule on the network's initial weights (He initialisation, batch norm statistics estimated on "
@@ -95,6 +97,15 @@ def _network(plan: Plan, net: str, *, control: bool) -> dict[str, Any]:
         "pooler": cfgs[1].MODEL.ROI_BOX_HEAD.POOLER_TYPE,
         "roi_size": cfgs[1].MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION,
     }
+
+
+def _what_it_is(results: dict[str, Any]) -> str:
+    """The scale in words, and where the networks are not the paper's."""
+    text = WHAT_IT_IS[results["scale"]]
+    widths = {f"{row['width']:g}" for row in results["networks"].values()} - {"1"}
+    if widths and results["scale"] != "demo":  # whose words say it
+        text += f" The networks have {' and '.join(sorted(widths))} of their channels."
+    return text
 
 
 def _average_precision(bbox: dict[str, float | None]) -> dict[str, float | None]:
