@@ -157,8 +157,8 @@ def _setup(results: dict[str, Any]) -> str:
     plan = results["plan"]
     for key in ("pretrain_data", "detection_data"):
         if plan[key]:
-            lines.append(f"- {key.replace('_', ' ')}: {', '.join(plan[key])}")
+            lines.append(f"- {key.replace('_', ' ')}: `{'`, `'.join(plan[key])}`")
     for key in ("pretrain_keys", "detection_keys"):
         if plan[key]:
-            lines.append(f"- set over the scale's own: {' '.join(plan[key])}")
+            lines.append(f"- {key.replace('_', ' ')} set over the scale's own: `{' '.join(plan[key])}`")
     return "\n".join(lines)
