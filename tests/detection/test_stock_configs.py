@@ -127,7 +127,7 @@ def test_a_stock_config_builds_and_takes_a_step(resnet50, name, changes, expecte
         losses = model.train()([annotated_image()])
     assert set(losses) == expected
     total = sum(losses.values())
-    assert math.isfinite(total)
+    assert math.isfinite(total.item())
     total.backward()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
