@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet_backbone.errors import InputError
 from resnet_backbone.networks import network_arguments
 from resnet_backbone.weights.architectures import find_architecture, has_bottleneck_blocks
-from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError
 from resnet_backbone.weights.metadata import Metadata
 from resnet_backbone.weights.names import FORMATS, Renamed, recognise, rename, some
 from resnet_backbone.weights.preprocessing import (
@@ -109,8 +109,7 @@ def read_weights(
     }
     stated = {name: value for name, value in stated.items() if value is not None}
     file, source = read_tensors(path), str(path)
-    if file.container == OWN:
-        own = read_checkpoint(path)
+    if (own := file.checkpoint) is not None:
         metadata, left_out = own.metadata, {} if own.trainer is None else {"trainer": "the optimizer's state and more"}
     else:
         metadata, left_out = _metadata_beside(file, source), {}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from resnet_backbone.weights.checkpoint import CheckpointError, about, checkpoint_from, is_ours, read_head
+from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError, about, checkpoint_from, is_ours, read_head
 from resnet_backbone.weights.pickles import Array, Unreadable, read_arrays
 from resnet_backbone.weights.torch_files import DAMAGED, LEGACY_START, first_sentence, load_torch, open_zip
 
@@ -46,11 +46,13 @@ class TensorFile:
             "state_dict" and the prefix "module." are removed.
         header: what else the file says: the metadata of safetensors; text, numbers and booleans beside the tensors
             of torch files and pickles, such as "epoch" or "__author__".
+        checkpoint: all that a checkpoint of this project says; None for other files.
     """
 
     container: str
     tensors: Mapping[str, torch.Tensor]
     header: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,9 @@ def _read(path: Path, head: bytes, size: int, most: int) -> TensorFile:
 
 def _read_torch(path: Path, most: int) -> TensorFile:
     payload = load_torch(path)
-    if is_ours(payload):
-        container, state, header = "resnet_backbone", checkpoint_from(payload, path).model, _plain(payload)
-    else:
-        container, (state, header) = "torch", _unwrap(payload, torch.Tensor)
+    own = checkpoint_from(payload, path) if is_ours(payload) else None
+    state, header = _unwrap(payload, torch.Tensor) if own is None else (own.model, _plain(payload))
+    container = "torch" if own is None else "resnet_backbone"
 
     def entry(name: str, tensor: torch.Tensor) -> _Entry:
         # A copy, since tensors may be views of one storage.
@@ -124,7 +125,7 @@ def _read_torch(path: Path, most: int) -> TensorFile:
             lambda: tensor.detach().clone(memory_format=torch.contiguous_format),
         )
 
-    return TensorFile(container, _collect((entry(*item) for item in state.items()), most), header)
+    return TensorFile(container, _collect((entry(*item) for item in state.items()), most), header, own)
 
 
 def _read_pickle(path: Path, most: int) -> TensorFile:
