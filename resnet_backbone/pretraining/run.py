@@ -1,21 +1,16 @@
 """Pretrain a classifier by the configuration, end to end."""
 
-import contextlib
 import itertools
 import logging
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
-from torch.utils.data import DataLoader
 
-from resnet_backbone.data.classification import evaluation_loader, train_loader
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source
-from resnet_backbone.data.transforms import EvalTransform, TrainTransform
 from resnet_backbone.engine.config import ConfigError, fill_from_metadata, network_arguments, origin, set_key
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, versions, write_config
@@ -25,7 +20,8 @@ from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, choose_seed, train
 from resnet_backbone.networks import FrozenBatchNorm2d, build_network
 from resnet_backbone.networks import network_arguments as arguments_of
-from resnet_backbone.pretraining.evaluation import evaluate_classifier
+from resnet_backbone.pretraining.batches import Normalise, TrainBatches, as_config_error, crop_size
+from resnet_backbone.pretraining.evaluation import Evaluator
 from resnet_backbone.weights import Checkpoint, Metadata, load_state, write_checkpoint, write_json
 
 logger = logging.getLogger(__name__)
@@ -74,7 +70,7 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
             norm_statistics=statistics if norms else "none",
             norm_epsilon=norms[0].eps if norms else None,
             class_names=tuple(source.class_names),
-            crop=_crop(cfg),
+            crop=crop_size(cfg),
             origin={
                 "written_by": versions(),
                 "dataset": str(cfg.DATASETS.TRAIN[0]),
@@ -87,8 +83,8 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
 
     metadata(0)  # refuses now, not at the first checkpoint, a preprocessing that no checkpoint could state
     prepare = Normalise(cfg)
-    batches = _BatchFactory(cfg, source)
-    evaluate = _Evaluator(cfg, model, test_source, prepare)
+    batches = TrainBatches(cfg, source)
+    evaluate = Evaluator(cfg, model, test_source, prepare)
     evaluate.try_two_images()
     if eval_only:
         return evaluate()
@@ -128,90 +124,6 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         logger.info("wrote %s: %s", folder / FINAL, final.describe())
     comm.synchronize()
     return results
-
-
-class Normalise:
-    """From uint8 images `(N, 3, H, W)` to the network's input: on the device, less the mean, by the deviation."""
-
-    def __init__(self, cfg: CfgNode):
-        self.device = torch.device(cfg.MODEL.DEVICE)
-        self.mean = torch.tensor(cfg.MODEL.PIXEL_MEAN, device=self.device).view(3, 1, 1)
-        self.scale = 1 / torch.tensor(cfg.MODEL.PIXEL_STD, device=self.device).view(3, 1, 1)
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.to(self.device, non_blocking=True).to(memory_format=torch.channels_last)
-        return (images.float() - self.mean) * self.scale
-
-
-class _BatchFactory:
-    """Training batches of this process from any iteration on."""
-
-    def __init__(self, cfg: CfgNode, source: ClassificationSource):
-        self._cfg = cfg
-        self._source = source
-        if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
-            raise ConfigError(f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}, expected horizontal or none.")
-        with _as_config_error("INPUT"):
-            self._transform = TrainTransform(
-                short_side=(min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)),
-                crop=_crop(cfg),
-                crop_type=cfg.INPUT.CROP.TYPE,
-                flip=0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
-                pca_std=cfg.INPUT.PCA_COLOR_STD,
-                channel_order=cfg.INPUT.FORMAT,
-            )
-
-    def __call__(self, start_iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return iter(
-            train_loader(
-                self._source,
-                self._transform,
-                batch_size=self._cfg.SOLVER.IMS_PER_BATCH,
-                seed=self._cfg.SEED,
-                start_iteration=start_iteration,
-                workers=self._cfg.DATALOADER.NUM_WORKERS,
-                rank=comm.get_rank(),
-                world_size=comm.get_world_size(),
-                pin_memory=self._cfg.MODEL.DEVICE.startswith("cuda"),
-            )
-        )
-
-
-class _Evaluator:
-    """Accuracy on DATASETS.TEST, and the same on two images to find out early whether it will work."""
-
-    def __init__(self, cfg: CfgNode, model: nn.Module, source: ClassificationSource, prepare: Normalise):
-        self._cfg = cfg
-        self._model = model
-        self._source = source
-        self._prepare = prepare
-        with _as_config_error("INPUT"):
-            self._transform = EvalTransform(
-                short_side=cfg.INPUT.MIN_SIZE_TEST, crop=_crop(cfg), channel_order=cfg.INPUT.FORMAT
-            )
-
-    def __call__(self) -> dict[str, float]:
-        # TEST.IMS_PER_BATCH counts over all processes, a loader's batch is its process's share.
-        images = self._cfg.TEST.IMS_PER_BATCH or self._cfg.SOLVER.IMS_PER_BATCH
-        loader = self._loader(max(1, images // comm.get_world_size()), self._cfg.DATALOADER.NUM_WORKERS)
-        results = evaluate_classifier(self._model, loader, self._prepare)
-        logger.info("top-1 %.2f %%, top-5 %.2f %% of %d images", results["top1"], results["top5"], results["images"])
-        return results
-
-    def try_two_images(self) -> None:
-        # A process without images takes part all the same: the others wait for its counts.
-        evaluate_classifier(self._model, itertools.islice(self._loader(2, workers=0), 1), self._prepare)
-
-    def _loader(self, batch_size: int, workers: int) -> DataLoader:
-        return evaluation_loader(
-            self._source,
-            self._transform,
-            batch_size=batch_size,
-            workers=workers,
-            rank=comm.get_rank(),
-            world_size=comm.get_world_size(),
-            pin_memory=self._cfg.MODEL.DEVICE.startswith("cuda"),
-        )
 
 
 def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSource]:
@@ -276,7 +188,7 @@ def _build_model(
     cfg: CfgNode, weights: Checkpoint | None, num_classes: int
 ) -> tuple[nn.Module, dict[str, bool | float | str]]:
     """The network on its device, with the weights that it starts from, and the arguments that it was built with."""
-    with _as_config_error("MODEL.NETWORK"):
+    with as_config_error("MODEL.NETWORK"):
         arguments = network_arguments(cfg, arguments_of(cfg.MODEL.NETWORK.NAME))
         model = build_network(cfg.MODEL.NETWORK.NAME, num_classes, **arguments)
     if weights is not None:
@@ -288,22 +200,3 @@ def _build_model(
             "weights is the identity and is never trained. Set it to BN."
         )
     return model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last), arguments
-
-
-def _crop(cfg: CfgNode) -> tuple[int, int]:
-    """INPUT.CROP.SIZE as height and width in pixels (Detectron2's default is a share of the image)."""
-    size = cfg.INPUT.CROP.SIZE
-    if len(size) != 2 or any(length != int(length) for length in size):
-        raise ConfigError(f"INPUT.CROP.SIZE is {tuple(size)}, expected height and width in pixels, e.g. (224, 224).")
-    return int(size[0]), int(size[1])
-
-
-@contextlib.contextmanager
-def _as_config_error(keys: str) -> Iterator[None]:
-    """Networks and transforms know no configuration; name the keys that their complaint is about."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{keys}: {error}.") from error

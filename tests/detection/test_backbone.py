@@ -7,7 +7,7 @@ from resnet_backbone import build_network
 from resnet_backbone.detection import NetworkBackbone
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.networks import FrozenBatchNorm2d
-from resnet_backbone.pretraining.run import Normalise
+from resnet_backbone.pretraining.batches import Normalise
 from resnet_backbone.weights import read_checkpoint
 
 UNTRAINED = ("MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN", True)

@@ -11,7 +11,7 @@ from resnet_backbone import build_network, pretraining
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.errors import InputError
-from resnet_backbone.pretraining.run import Normalise
+from resnet_backbone.pretraining.batches import Normalise, TrainBatches
 from resnet_backbone.weights import CheckpointError, read_checkpoint
 
 
@@ -73,9 +73,9 @@ def test_no_iterations_give_the_initial_network_with_statistics_of_training_imag
     for name, parameter in fresh.named_parameters():
         assert torch.equal(checkpoint.model[name], parameter), name
     # conv1's outputs over the batches that were averaged: the mean of their means (fvcore's estimate).
-    from resnet_backbone.pretraining.run import _BatchFactory, _open_sources
+    from resnet_backbone.pretraining.run import _open_sources
 
-    batches = _BatchFactory(cfg, _open_sources(cfg)[0])(0)
+    batches = TrainBatches(cfg, _open_sources(cfg)[0])(0)
     means = [fresh.conv1(Normalise(cfg)(next(batches)[0])).mean((0, 2, 3)) for _ in range(2)]
     torch.testing.assert_close(checkpoint.model["bn1.running_mean"], (means[0] + means[1]) / 2)
 
