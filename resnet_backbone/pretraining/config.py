@@ -17,6 +17,29 @@ def get_config() -> CfgNode:
     cfg.MODEL.NETWORK.NUM_CLASSES = 0
     # Standard deviation of the PCA colour shift (ResNet paper, section 3.4: "the standard color augmentation", 0.1).
     cfg.INPUT.PCA_COLOR_STD = 0.0
+    # CROP.TYPE padded (ResNet paper, section 4.2): black pixels added on each side before the crop.
+    cfg.INPUT.CROP.PADDING = 4
+    # CROP.TYPE random_resized: smallest and largest share of the image's area.
+    cfg.INPUT.CROP.AREA = (0.08, 1.0)
+    # Decode JPEGs at a half, a quarter or an eighth of their size where what is cut out of them stays large enough.
+    cfg.INPUT.REDUCED_DECODING = True
+    # Training images, drawn once for all seeds, that are tested on instead of DATASETS.TEST (ResNet paper, section
+    # 4.2: 5,000 of 50,000).
+    cfg.DATASETS.HOLD_OUT = 0
+    # Who decodes and augments: "workers"; "device" (workers only read files); "resident": the device, which holds all
+    # images.
+    cfg.DATALOADER.PIPELINE = "workers"
+    # An unreadable image in training: "stop", or "skip": put another one in its place, up to this share of the images.
+    cfg.DATALOADER.ON_CORRUPT = "stop"
+    cfg.DATALOADER.MAX_CORRUPT = 0.001
+    cfg.SOLVER.LABEL_SMOOTHING = 0.0
+    # Crops that an image's prediction is averaged over: 1, the middle, or 10, that and the corners, each mirrored too.
+    cfg.TEST.CROPS = 1
+    # Shorter sides that the whole image is tested at, fully convolutionally, instead of crops (ResNet paper, section
+    # 3.4).
+    cfg.TEST.SCALES = ()
+    # Further checkpoints, whose predictions are averaged with those of MODEL.WEIGHTS (--eval-only).
+    cfg.TEST.ENSEMBLE = ()
     # Images a step in evaluation, over all processes; 0: as many as in training.
     cfg.TEST.IMS_PER_BATCH = 0
     return cfg
