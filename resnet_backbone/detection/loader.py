@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.sampler import BatchSampler, seeded_globals
+from resnet_backbone.data.workers import prepare_worker
 from resnet_backbone.engine.config import ConfigError
 
 
@@ -47,6 +48,9 @@ class PositionDataset(Dataset):
     def __len__(self) -> int:
         return len(self._dicts)
 
+    def file_name(self, index: int) -> str:
+        return self._dicts[index]["file_name"]
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         position, index = key
         with seeded_globals(self._seed, position):
@@ -75,8 +79,12 @@ class TrainBatches:
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             self._groups = np.array([record["width"] > record["height"] for record in dicts], dtype=np.int8)
 
-    def __call__(self, start_iteration: int) -> Iterator[list[dict[str, Any]]]:
-        sampler = BatchSampler(
+    def names(self, iteration: int) -> list[str]:
+        """The files of this process's images at an iteration."""
+        return [self._dataset.file_name(index) for _, index in self._sampler(iteration).batch(iteration)]
+
+    def _sampler(self, start_iteration: int) -> BatchSampler:
+        return BatchSampler(
             self.num_images,
             self._cfg.SOLVER.IMS_PER_BATCH,
             seed=self._cfg.SEED,
@@ -85,14 +93,16 @@ class TrainBatches:
             world_size=comm.get_world_size(),
             groups=self._groups,
         )
+
+    def __call__(self, start_iteration: int) -> Iterator[list[dict[str, Any]]]:
         workers = self._cfg.DATALOADER.NUM_WORKERS
         return iter(
             DataLoader(
                 self._dataset,
-                batch_sampler=sampler,
+                batch_sampler=self._sampler(start_iteration),
                 num_workers=workers,
                 collate_fn=_as_list,
-                worker_init_fn=_one_thread,
+                worker_init_fn=prepare_worker,
                 # The loader draws a number for its workers; from the global generator it would shift everybody else's.
                 generator=torch.Generator(),
             )
@@ -101,7 +111,3 @@ class TrainBatches:
 
 def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return batch
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

@@ -111,24 +111,27 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
 
     batches = TrainBatches(cfg)
 
-    train(
+    trained = train(
         cfg,
         model=model,
         optimizer=build_optimizer(cfg, model),
         batches=batches,
         compute=lambda model, batch: (model(batch), {}),
-        evaluate=lambda: evaluate(cfg, model, folder),
+        evaluate=lambda model: evaluate(cfg, model, folder),
         metadata=metadata,
         num_images=batches.num_images,
         folder=folder,
         resume_from=last,
+        best_metric="bbox/AP",
+        names=batches.names,
+        compiled=model.backbone,
     )
 
-    results = evaluate(cfg, model, folder)
+    results = evaluate(cfg, trained, folder)
     if comm.is_main_process():
         metrics = results.get("bbox", {})
         final = metadata(cfg.SOLVER.MAX_ITER, **{key: metrics[key] for key in ("AP", "AP50") if key in metrics})
-        write_checkpoint(folder / FINAL, Checkpoint(model.state_dict(), final))
+        write_checkpoint(folder / FINAL, Checkpoint(trained.state_dict(), final))
         write_json(folder / "results.json", results)
         logger.info("wrote %s: %s", folder / FINAL, final.describe())
     comm.synchronize()

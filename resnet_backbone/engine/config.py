@@ -7,6 +7,8 @@ metadata may replace; a key with one is the user's word, which a contradiction n
 import ast
 import difflib
 import functools
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,31 @@ def fill_from_metadata(cfg: CfgNode, metadata: Metadata, file: str) -> None:
                 f"Remove {key} from the configuration, or give weights that were trained with {_plain(current)}."
             )
         set_key(cfg, key, value, f"metadata of {file}")
+
+
+def flat_config(cfg: CfgNode) -> dict[str, str]:
+    """Every key with its value as text, for a checkpoint or a report."""
+    return {key: str(value) for key, value in _flatten(cfg)}
+
+
+def config_hash(flat: Mapping[str, str]) -> str:
+    """SHA-256 of a configuration, by which two can be told apart; of `flat_config`."""
+    return hashlib.sha256(json.dumps(dict(sorted(flat.items()))).encode()).hexdigest()
+
+
+def differences(before: Mapping[str, str], cfg: CfgNode) -> list[str]:
+    """What differs between the configuration of a checkpoint (`flat_config`) and `cfg`: "KEY was A, is B (origin)".
+
+    OUTPUT_DIR, which may have been moved, does not count.
+    """
+    now = flat_config(cfg)
+    if not before or config_hash(before) == config_hash(now):
+        return []
+    return [
+        f"{key} was {before.get(key, 'not there')}, is {now.get(key, 'not there')} ({origin(cfg, key) or 'default'})"
+        for key in sorted({*before, *now})
+        if key != "OUTPUT_DIR" and before.get(key) != now.get(key)
+    ]
 
 
 def preprocessing_keys(metadata: Metadata) -> dict[str, Any]:

@@ -1,65 +1,125 @@
-"""Hooks of the training loop: learning rate, checkpoints, progress."""
+"""Hooks of the training loop: learning rate, checkpoints, evaluation, metrics."""
 
-import datetime
-import logging
-import time
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import EventWriter
 from fvcore.common.param_scheduler import ParamScheduler
 
-from resnet_backbone.engine.schedule import set_learning_rate
-
-logger = logging.getLogger(__name__)
+from resnet_backbone.engine.schedule import Plateau, WarmUpUntil, set_learning_rate
 
 
 class LearningRate(HookBase):
-    """Set the learning rate before each iteration, as a function of the iteration alone.
+    """Set the learning rate before each iteration, as a function of the iteration and of what has been measured.
 
-    Nothing is accumulated, so a resumed run needs no scheduler state, and a changed schedule takes effect at once.
+    Without `plateau` and `warm_up` nothing is accumulated, so a resumed run needs no state, and a changed schedule
+    takes effect at once.
     """
 
-    def __init__(self, multiplier: ParamScheduler):
+    def __init__(
+        self, multiplier: ParamScheduler, *, plateau: Plateau | None = None, warm_up: WarmUpUntil | None = None
+    ):
         self.multiplier = multiplier
+        self.plateau = plateau
+        self.warm_up = warm_up
 
     def before_step(self) -> None:
-        set_learning_rate(self.trainer.optimizer, self.multiplier, self.trainer.iter / self.trainer.max_iter)
-        self.trainer.storage.put_scalar("lr", self.trainer.optimizer.param_groups[0]["lr"], smoothing_hint=False)
+        factor = self.multiplier(self.trainer.iter / self.trainer.max_iter)
+        if self.plateau is not None:
+            factor *= self.plateau.factor
+        if self.warm_up is not None:
+            factor *= self.warm_up.factor
+        rate = set_learning_rate(self.trainer.optimizer, factor)
+        self.trainer.storage.put_scalar("lr", rate, smoothing_hint=False)
+
+    def after_step(self) -> None:
+        if self.warm_up is not None:
+            value, iteration = self.trainer.storage.latest().get(self.warm_up.metric, (0.0, -1))
+            if iteration == self.trainer.iter:
+                self.warm_up.update(value)
 
 
 class Checkpoints(HookBase):
     """Call `save(iteration)` every `period` iterations and after the last one, on the main process."""
 
     def __init__(self, save: Callable[[int], None], period: int):
-        self.save = save
+        self._save = save
         self.period = period
+        self._saved = -1
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or (self.period > 0 and done % self.period == 0):
-            self.trainer.check_finite()
-            if comm.is_main_process():
-                self.save(self.trainer.iter)
-            comm.synchronize()
+            self.save(self.trainer.iter)
+
+    def save(self, iteration: int) -> None:
+        """Save the state after `iteration`, unless that was done already; called in all processes."""
+        if iteration == self._saved:
+            return
+        self.trainer.check_finite()
+        if comm.is_main_process():
+            self._save(iteration)
+        self._saved = iteration
+        comm.synchronize()
 
 
 class Evaluation(HookBase):
-    """Evaluate every `period` iterations, but not after the last: the run's end evaluates what it saves."""
+    """Evaluate after every `period` iterations, but not after the last: the run's end evaluates what it saves.
 
-    def __init__(self, evaluate: Callable[[], dict], period: int):
-        self.evaluate = evaluate
+    It is done as the next iteration begins, so after the checkpoint: a run that is killed while it evaluates does it
+    again when it is resumed, and everything that follows from the result is as if it had not been killed.
+
+    Args:
+        evaluate: gives metrics for the log.
+        metric: the one of them, the higher the better, by which the best weights are chosen and the plateau is found.
+        save_best: called with all metrics whenever `metric` is higher than ever before, on the main process.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], dict],
+        period: int,
+        *,
+        metric: str = "",
+        save_best: Callable[[dict[str, float]], None] | None = None,
+        plateau: Plateau | None = None,
+    ):
+        self._evaluate = evaluate
         self.period = period
+        self.metric = metric
+        self.best: float | None = None
+        self._save_best = save_best
+        self._plateau = plateau
 
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if self.period > 0 and done % self.period == 0 and done != self.trainer.max_iter:
-            self.trainer.check_finite()  # evaluators fail in their own words on boxes that are not numbers
-            results = flatten_results_dict(self.evaluate())
-            self.trainer.storage.put_scalars(**{k: float(v) for k, v in results.items()}, smoothing_hint=False)
-            comm.synchronize()
+    def before_step(self) -> None:
+        if self.period <= 0 or self.trainer.iter == 0 or self.trainer.iter % self.period:
+            return
+        self.trainer.check_finite()  # evaluators fail in their own words on boxes that are not numbers
+        with torch.compiler.set_stance("force_eager"):  # its shapes are not those of training
+            results = flatten_results_dict(self._evaluate())
+        results = {name: float(value) for name, value in results.items()}
+        self.trainer.storage.put_scalars(**results, smoothing_hint=False)
+        # Detectron2's evaluators have results on the main process alone.
+        score = comm.all_gather(results.get(self.metric))[0]
+        if score is None:
+            return
+        if self._plateau is not None:
+            self._plateau.update(score)
+        if self.best is None or score > self.best:
+            self.best = score
+            if self._save_best is not None and comm.is_main_process():
+                self._save_best(results)
+        comm.synchronize()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
 
 
 class Writers(HookBase):
@@ -79,30 +139,3 @@ class Writers(HookBase):
         for writer in self.writers:
             writer.write()  # what was stored since, where training stopped early
             writer.close()
-
-
-class Progress(EventWriter):
-    """One line of progress: time left, losses, images per second, the share of time spent waiting for data.
-
-    Written once for each reading of the metrics. The time left counts evaluations and checkpoints in.
-    """
-
-    def __init__(self, max_iter: int, start_iter: int):
-        self.max_iter = max_iter
-        self._start_iter = start_iter
-        self._start_time = time.perf_counter()
-        self._last = start_iter
-
-    def write(self) -> None:
-        stored = get_event_storage().latest()
-        done = stored["images_per_second"][1] + 1 if "images_per_second" in stored else self._last
-        if done == self._last:
-            return
-        self._last = done
-        seconds = (time.perf_counter() - self._start_time) / (done - self._start_iter)
-        latest = {name: value for name, (value, _) in stored.items()}
-        losses = [f"{name} {value:.3f}" for name, value in latest.items() if "loss" in name]
-        others = [f"{name} {latest[name]:.3g}" for name in ("top1_error", "lr") if name in latest]
-        rate = f"{latest['images_per_second']:.4g} images/s, waiting for data {latest['data_share']:.0%}"
-        left = datetime.timedelta(seconds=round(seconds * (self.max_iter - done)))
-        logger.info("  ".join([f"{done}/{self.max_iter}", f"left {left}", *losses, *others, rate]))

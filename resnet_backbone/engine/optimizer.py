@@ -20,7 +20,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
     )
     sgd = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
-    return sgd(
+    optimizer = sgd(
         parameters,
         lr=cfg.SOLVER.BASE_LR,
         momentum=cfg.SOLVER.MOMENTUM,
@@ -28,3 +28,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
         fused=True,
     )
+    if cfg.SOLVER.MOMENTUM > 0:
+        # torch makes the buffers in the first step, and leaves them unset where that step is skipped (by a loss scale
+        # that is too high). Zeros give the same first step.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer

@@ -23,6 +23,7 @@ from resnet_backbone.weights import Checkpoint, CheckpointError, atomic_write, r
 logger = logging.getLogger(__name__)
 
 FINAL = "model_final.pth"
+BEST = "model_best.pth"
 LAST = "last_checkpoint"
 LOWEST_FREE_SPACE = 2**28  # bytes; below it not even a small network's checkpoints fit
 
@@ -93,14 +94,33 @@ def write_config(cfg: CfgNode, folder: Path) -> None:
             file.write(cfg.dump().encode())
 
 
-def save_training_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `model_0001234.pth` and note its name in `last_checkpoint`, each atomically, in this order."""
+def save_training_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 0) -> Path:
+    """Write `model_0001234.pth` and note its name in `last_checkpoint`, each atomically, in this order.
+
+    Then remove all but the `keep` newest (0: none is removed). So at each moment a whole checkpoint is there.
+    """
     path = folder / f"model_{checkpoint.iteration:07d}.pth"
     write_checkpoint(path, checkpoint)
     with atomic_write(folder / LAST) as file:
         file.write(path.name.encode())
     logger.info("saved %s", path)
+    if keep:
+        for old in _training_checkpoints(folder)[:-keep]:
+            if old != path:
+                old.unlink()
     return path
+
+
+def save_best_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `model_best.pth`, atomically: weights to use, not to resume from."""
+    write_checkpoint(folder / BEST, checkpoint)
+    logger.info("saved %s, the best so far", folder / BEST)
+
+
+def _training_checkpoints(folder: Path) -> list[Path]:
+    """From the oldest to the newest."""
+    found = [path for path in folder.glob("model_*.pth") if re.fullmatch(r"model_\d+\.pth", path.name)]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("model_")))
 
 
 def read_last_checkpoint(folder: Path) -> Checkpoint | None:
@@ -110,6 +130,9 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
         CheckpointError: `last_checkpoint` names a file that is missing or damaged; an earlier one is named if there is
             one.
     """
+    if comm.is_main_process():
+        for torn in folder.glob(".*.tmp"):  # what a killed process was writing
+            torn.unlink(missing_ok=True)
     tag = folder / LAST
     if not tag.is_file():
         logger.warning("nothing to resume: there is no %s, so training starts at iteration 0", tag)
@@ -118,9 +141,7 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
     try:
         return read_checkpoint(path)
     except CheckpointError as error:
-        earlier = [
-            p for p in sorted(folder.glob("model_*.pth")) if re.fullmatch(r"model_\d+\.pth", p.name) and p != path
-        ]
+        earlier = [other for other in _training_checkpoints(folder) if other != path]
         hint = (
             f" An earlier one is {earlier[-1].name}: write its name into {tag} to go on from there." if earlier else ""
         )

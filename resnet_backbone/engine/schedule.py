@@ -1,16 +1,26 @@
 """Learning rate over iterations, linear rescaling for another batch size, and the table of what was resolved."""
 
 import itertools
+import logging
+import math
+from collections.abc import Mapping
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.lr_scheduler import WarmupParamScheduler
-from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler, ParamScheduler
+from fvcore.common.param_scheduler import (
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    MultiStepParamScheduler,
+    ParamScheduler,
+)
 from tabulate import tabulate
 
 from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, get_key, origin, set_key
 
-SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR")
+logger = logging.getLogger(__name__)
+
+SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPlateauLR")
 WARMUP_METHODS = ("linear", "constant")
 
 
@@ -71,22 +81,123 @@ def build_multiplier(cfg: CfgNode) -> ParamScheduler:
                 "learning rate would stay near 0. Set SOLVER.WARMUP_ITERS lower."
             )
         multiplier = CosineParamScheduler(1.0, 0.0)
+    elif cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR":
+        if cfg.TEST.EVAL_PERIOD <= 0:
+            raise ConfigError(
+                "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, which follows the evaluations, but TEST.EVAL_PERIOD is "
+                f"{cfg.TEST.EVAL_PERIOD}. Set it to the number of iterations between two."
+            )
+        multiplier = ConstantParamScheduler(1.0)  # `Plateau` does the rest
     else:
         raise ConfigError(
             f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}, expected one of {', '.join(SCHEDULES)}."
         )
-    if cfg.SOLVER.WARMUP_ITERS <= 0:
+    if cfg.SOLVER.WARMUP_ITERS <= 0 or cfg.SOLVER.WARMUP_UNTIL_ERROR > 0:
         return multiplier
     return WarmupParamScheduler(
         multiplier, cfg.SOLVER.WARMUP_FACTOR, min(cfg.SOLVER.WARMUP_ITERS / total, 1.0), cfg.SOLVER.WARMUP_METHOD
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: ParamScheduler, share: float) -> None:
-    """Give every parameter group its base rate times the multiplier at `share` (0…1) of the training."""
-    factor = multiplier(share)
+class Plateau:
+    """Divide the learning rate when a metric no longer improves ("when the error plateaus", ResNet paper, section 3.4).
+
+    The rule of torch's `ReduceLROnPlateau` (mode "max", threshold mode "abs"), as a factor.
+
+    Args:
+        gamma: multiplies the factor each time.
+        patience: measurements without improvement that are put up with.
+        threshold: what counts as an improvement, in the metric's unit.
+    """
+
+    def __init__(self, *, gamma: float, patience: int, threshold: float):
+        self._gamma = gamma
+        self._patience = patience
+        self._threshold = threshold
+        self._drops = 0
+        self._best = -math.inf
+        self._waited = 0
+
+    @property
+    def factor(self) -> float:
+        return self._gamma**self._drops
+
+    def update(self, score: float) -> None:
+        """Take the next measurement, the higher the better, into account."""
+        if score > self._best + self._threshold:
+            self._best, self._waited = score, 0
+        else:
+            self._waited += 1
+        if self._waited > self._patience:
+            self._drops, self._waited = self._drops + 1, 0
+            logger.info("the metric has not risen above %.2f: learning rate × %g", self._best, self.factor)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"drops": self._drops, "best": self._best, "waited": self._waited}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._drops, self._best, self._waited = state["drops"], state["best"], state["waited"]
+
+
+class WarmUpUntil:
+    """Train at a low rate until the training error is below a limit (ResNet paper, section 4.2, for 110 layers).
+
+    Args:
+        metric: name of the training error, in per cent.
+        limit: below it, warm-up is over for good.
+        low: the factor until then.
+    """
+
+    def __init__(self, *, metric: str, limit: float, low: float):
+        self.metric = metric
+        self._limit = limit
+        self._low = low
+        self._over = False
+
+    @property
+    def factor(self) -> float:
+        return 1.0 if self._over else self._low
+
+    def update(self, error: float) -> None:
+        if not self._over and error < self._limit:
+            self._over = True
+            logger.info("%s is %.1f, below %g: warm-up is over", self.metric, error, self._limit)
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"over": self._over}
+
+    def load_state_dict(self, state: Mapping[str, bool]) -> None:
+        self._over = state["over"]
+
+
+def build_plateau(cfg: CfgNode) -> Plateau | None:
+    """By SOLVER.PLATEAU_PATIENCE, PLATEAU_THRESHOLD and GAMMA; None with another schedule."""
+    if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupPlateauLR":
+        return None
+    return Plateau(
+        gamma=cfg.SOLVER.GAMMA, patience=cfg.SOLVER.PLATEAU_PATIENCE, threshold=cfg.SOLVER.PLATEAU_THRESHOLD
+    )
+
+
+def build_warm_up(cfg: CfgNode) -> WarmUpUntil | None:
+    """By SOLVER.WARMUP_UNTIL_ERROR and WARMUP_FACTOR; None where warm-up is by iterations."""
+    if cfg.SOLVER.WARMUP_UNTIL_ERROR <= 0:
+        return None
+    return WarmUpUntil(metric="top1_error", limit=cfg.SOLVER.WARMUP_UNTIL_ERROR, low=cfg.SOLVER.WARMUP_FACTOR)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Give every parameter group its base rate times `factor`; return the first group's rate.
+
+    A rate that is a tensor (for CUDA graphs, which remember addresses) is changed in place.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        rate = group.setdefault("initial_lr", float(group["lr"])) * factor
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    return optimizer.param_groups[0]["initial_lr"] * factor
 
 
 def describe_schedule(cfg: CfgNode, images: int, world_size: int) -> str:
@@ -111,6 +222,10 @@ def describe_schedule(cfg: CfgNode, images: int, world_size: int) -> str:
     ]
     if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
         keys = [key for key in keys if key not in ("SOLVER.STEPS", "SOLVER.GAMMA")]
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR":
+        keys += ["SOLVER.GAMMA", "SOLVER.PLATEAU_PATIENCE", "SOLVER.PLATEAU_THRESHOLD"]
+    keys += [f"SOLVER.{name}" for name in ("WARMUP_UNTIL_ERROR", "EMA_DECAY") if cfg.SOLVER[name] > 0]
+    keys += ["SOLVER.ACCUMULATE"] if cfg.SOLVER.ACCUMULATE > 1 else []
     rows = [(key, get_key(cfg, key), origin(cfg, key) or "default") for key in keys]
     epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / images
     rows.append(("epochs", f"{epochs:.2f}", f"{images:,} training images"))

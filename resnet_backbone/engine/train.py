@@ -2,22 +2,25 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from torch import nn
 
 from resnet_backbone.engine import hooks
-from resnet_backbone.engine.config import ConfigError, origin, set_key
+from resnet_backbone.engine.config import ConfigError, config_hash, differences, flat_config, origin, set_key
+from resnet_backbone.engine.ema import MovingAverage
 from resnet_backbone.engine.launch import unwrap, wrap_for_processes
-from resnet_backbone.engine.output import keep_metrics_before, save_training_checkpoint
-from resnet_backbone.engine.schedule import build_multiplier, describe_schedule
-from resnet_backbone.engine.trainer import Losses, Trainer
+from resnet_backbone.engine.output import keep_metrics_before, save_best_checkpoint, save_training_checkpoint
+from resnet_backbone.engine.preemption import Preemption
+from resnet_backbone.engine.schedule import build_multiplier, build_plateau, build_warm_up, describe_schedule
+from resnet_backbone.engine.trainer import PRECISIONS, Losses, Trainer
+from resnet_backbone.engine.writers import Progress, WeightsAndBiases
 from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, load_state
 
 logger = logging.getLogger(__name__)
@@ -30,31 +33,48 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: Callable[[int], Iterable[Any]],
     compute: Callable[[nn.Module, Any], tuple[Losses, Losses]],
-    evaluate: Callable[[], dict[str, Any]],
-    metadata: Callable[[int], Metadata],
+    evaluate: Callable[[nn.Module], dict[str, Any]],
+    metadata: Callable[..., Metadata],
     num_images: int,
     folder: Path,
     resume_from: Checkpoint | None,
-) -> None:
+    best_metric: str = "",
+    names: Callable[[int], Sequence[str]] | None = None,
+    compiled: nn.Module | None = None,
+) -> nn.Module:
     """Train `model` in place for SOLVER.MAX_ITER iterations, from `resume_from` on where it is given.
 
     Args:
         batches: given an iteration, the batches of this process from there on.
         compute: given model and batch, losses and further metrics.
-        evaluate: called each TEST.EVAL_PERIOD iterations (not after the last one); returns metrics for the log.
-        metadata: given the number of finished iterations, what a checkpoint says about itself.
+        evaluate: called with the model after each TEST.EVAL_PERIOD iterations (not after the last one); returns metrics
+            for the log.
+        metadata: given the number of finished iterations, and results by name, what a checkpoint says about itself.
         num_images: of the training set, to print the number of epochs.
         folder: for checkpoints, metrics.json and TensorBoard.
+        best_metric: of the evaluation, the higher the better; chooses `model_best.pth` and drives WarmupPlateauLR.
+        names: given an iteration, the names of its images of this process.
+        compiled: the part of the model that SOLVER.COMPILE compiles; by default all of it.
+
+    Returns:
+        What is to be evaluated and saved: the model, or with SOLVER.EMA_DECAY the moving average of its weights.
 
     Raises:
         ConfigError: a SOLVER key has a value that the loop cannot use; before the first iteration.
         CheckpointError: `resume_from` is of another model.
         InputError: the metadata has an impossible entry.
         NonFiniteLossError: training diverged.
+        Interrupted: a signal asked to leave; everything is saved.
     """
     check_solver(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     logger.info("\n%s", describe_schedule(cfg, num_images, comm.get_world_size()))
+    average = MovingAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
+    if cfg.SOLVER.COMPILE:
+        (model if compiled is None else compiled).compile()
+    if cfg.SOLVER.CUDA_GRAPH:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=cfg.MODEL.DEVICE)
     trainer = Trainer(
         model=wrap_for_processes(model),
         optimizer=optimizer,
@@ -64,33 +84,71 @@ def train(
         seed=cfg.SEED,
         precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32",
         log_period=cfg.SOLVER.LOG_PERIOD,
+        accumulate=cfg.SOLVER.ACCUMULATE,
+        average=average,
+        cuda_graph=cfg.SOLVER.CUDA_GRAPH,
+        names=names,
     )
-    start = 0 if resume_from is None else _resume(trainer, resume_from)
-    if start >= cfg.SOLVER.MAX_ITER:
-        logger.info("all %d iterations are done", cfg.SOLVER.MAX_ITER)
-        return
 
-    metadata(start)  # an impossible entry is found now, not at the first checkpoint
+    def result() -> nn.Module:
+        return model if average is None else average.evaluated()
 
     def save(iteration: int) -> None:
-        checkpoint = Checkpoint(
-            unwrap(trainer.model).state_dict(), metadata(iteration + 1), iteration, trainer.state_dict()
-        )
-        save_training_checkpoint(folder, checkpoint)
+        config = flat_config(cfg)
+        state = {**trainer.state_dict(), "config": config, "config_sha256": config_hash(config)}
+        state |= {name: part.state_dict() for name, part in stateful.items()}
+        checkpoint = Checkpoint(model.state_dict(), metadata(iteration + 1), iteration, state)
+        save_training_checkpoint(folder, checkpoint, keep=cfg.SOLVER.CHECKPOINT_KEEP)
 
-    progress = hooks.Progress(cfg.SOLVER.MAX_ITER, start)
+    def save_best(results: dict[str, float]) -> None:
+        save_best_checkpoint(folder, Checkpoint(result().state_dict(), metadata(trainer.iter, **results)))
+
+    plateau, warm_up = build_plateau(cfg), build_warm_up(cfg)
+    checkpoints = hooks.Checkpoints(save, cfg.SOLVER.CHECKPOINT_PERIOD)
+    preemption = Preemption(checkpoints, cfg.SOLVER.LOG_PERIOD)
+    evaluation = hooks.Evaluation(
+        lambda: preemption.interruptible(lambda: evaluate(result())),
+        cfg.TEST.EVAL_PERIOD,
+        metric=best_metric,
+        save_best=save_best,
+        plateau=plateau,
+    )
+    stateful = {"plateau": plateau, "warm_up": warm_up, "evaluation": evaluation}
+    stateful = {name: part for name, part in stateful.items() if part is not None}
+
+    start = 0
+    if resume_from is not None:
+        start = _resume(cfg, trainer, resume_from)
+        for name, part in stateful.items():
+            if name in resume_from.trainer:
+                part.load_state_dict(resume_from.trainer[name])
+    if start >= cfg.SOLVER.MAX_ITER:
+        logger.info("all %d iterations are done", cfg.SOLVER.MAX_ITER)
+        return result()
+
+    metadata(start)  # an impossible entry is found now, not at the first checkpoint
+    # In this order: what was measured after an iteration decides the next one's learning rate; a checkpoint holds what
+    # the hooks before it know.
     trainer.register_hooks(
-        [
-            hooks.LearningRate(build_multiplier(cfg)),
-            hooks.Checkpoints(save, cfg.SOLVER.CHECKPOINT_PERIOD),
-            hooks.Evaluation(evaluate, cfg.TEST.EVAL_PERIOD),
-        ]
+        [evaluation, hooks.LearningRate(build_multiplier(cfg), plateau=plateau, warm_up=warm_up), checkpoints]
     )
     if comm.is_main_process():
         keep_metrics_before(folder, start)
-        writers = [progress, JSONWriter(str(folder / "metrics.json")), TensorboardXWriter(str(folder))]
-        trainer.register_hooks([hooks.Writers(writers, cfg.SOLVER.LOG_PERIOD)])
+        trainer.register_hooks([hooks.Writers(_writers(cfg, folder, start), cfg.SOLVER.LOG_PERIOD)])
+    trainer.register_hooks([preemption])  # last: it leaves when all else is done
     trainer.train(start, cfg.SOLVER.MAX_ITER)
+    return result()
+
+
+def _writers(cfg: CfgNode, folder: Path, start: int) -> list[EventWriter]:
+    writers = [
+        Progress(cfg.SOLVER.MAX_ITER, start),
+        JSONWriter(str(folder / "metrics.json")),
+        TensorboardXWriter(str(folder)),
+    ]
+    if cfg.WANDB_PROJECT:
+        writers.append(WeightsAndBiases(cfg.WANDB_PROJECT, folder, flat_config(cfg)))
+    return writers
 
 
 def choose_seed(cfg: CfgNode, resume_from: Checkpoint | None) -> None:
@@ -112,26 +170,46 @@ def choose_seed(cfg: CfgNode, resume_from: Checkpoint | None) -> None:
 
 
 def check_solver(cfg: CfgNode) -> None:
-    """Refuse a precision that the loop does not have and numbers of iterations that it cannot count."""
-    for key, lowest in (("MAX_ITER", 0), ("LOG_PERIOD", 1)):
-        if cfg.SOLVER[key] < lowest:
-            raise ConfigError(f"SOLVER.{key} is {cfg.SOLVER[key]}, expected at least {lowest}.")
-    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION not in ("fp32", "bf16"):
-        raise ConfigError(f"SOLVER.AMP.PRECISION is {cfg.SOLVER.AMP.PRECISION!r}, expected fp32 or bf16.")
+    """Refuse what the loop does not have and numbers that it cannot use."""
+    solver = cfg.SOLVER
+    for key, lowest in (("MAX_ITER", 0), ("LOG_PERIOD", 1), ("CHECKPOINT_KEEP", 0), ("PLATEAU_PATIENCE", 0)):
+        if solver[key] < lowest:
+            raise ConfigError(f"SOLVER.{key} is {solver[key]}, expected at least {lowest}.")
+    if not 0 <= solver.EMA_DECAY < 1:
+        raise ConfigError(f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}, expected 0 (none) or a number below 1, as 0.9999.")
+    if solver.AMP.ENABLED and solver.AMP.PRECISION not in PRECISIONS:
+        raise ConfigError(f"SOLVER.AMP.PRECISION is {solver.AMP.PRECISION!r}, expected {' or '.join(PRECISIONS)}.")
+    if solver.CUDA_GRAPH:
+        _check_graph(cfg)
+
+
+def _check_graph(cfg: CfgNode) -> None:
+    found = None
+    if not cfg.MODEL.DEVICE.startswith("cuda"):
+        found = f"MODEL.DEVICE is {cfg.MODEL.DEVICE}"
+    elif comm.get_world_size() > 1:
+        found = f"there are {comm.get_world_size()} processes"
+    elif cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "fp16":
+        found = "SOLVER.AMP.PRECISION is fp16, whose loss scale is decided by the host"
+    if found:
+        raise ConfigError(f"SOLVER.CUDA_GRAPH records the step of one GPU, but {found}. Set it to False.")
 
 
 def check_batch(cfg: CfgNode) -> None:
-    """Refuse a batch that is empty or does not divide by the number of processes."""
-    processes = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH < 1:
-        raise ConfigError(f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected at least 1.")
-    if cfg.SOLVER.IMS_PER_BATCH % processes:
+    """Refuse a batch that is empty or does not divide by the number of processes and of parts."""
+    images, processes, parts = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), cfg.SOLVER.ACCUMULATE
+    for key, value in (("IMS_PER_BATCH", images), ("ACCUMULATE", parts)):
+        if value < 1:
+            raise ConfigError(f"SOLVER.{key} is {value}, expected at least 1.")
+    if images % processes:
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH is {images}, which does not divide by {processes} processes.")
+    if images // processes % parts:
         raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which does not divide by {processes} processes."
+            f"SOLVER.ACCUMULATE is {parts}, into which the {images // processes} images of a process do not divide."
         )
 
 
-def _resume(trainer: Trainer, checkpoint: Checkpoint) -> int:
+def _resume(cfg: CfgNode, trainer: Trainer, checkpoint: Checkpoint) -> int:
     """Load model and optimizer; return the next iteration."""
     if checkpoint.iteration is None or checkpoint.trainer is None:
         raise CheckpointError("cannot resume: the checkpoint holds weights only, no optimizer state.")
@@ -149,5 +227,7 @@ def _resume(trainer: Trainer, checkpoint: Checkpoint) -> int:
             f"cannot resume: the optimizer's state does not fit ({error}). Freeze what was frozen when the run was "
             "started, or start a new run in another OUTPUT_DIR with MODEL.WEIGHTS."
         ) from error
+    for line in differences(checkpoint.trainer.get("config", {}), cfg):
+        logger.warning("resumed with another configuration: %s", line)
     logger.info("resumed: the next iteration is %d", checkpoint.iteration + 1)
     return checkpoint.iteration + 1

@@ -84,10 +84,13 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
     metadata(0)  # refuses now, not at the first checkpoint, a preprocessing that no checkpoint could state
     prepare = Normalise(cfg)
     batches = TrainBatches(cfg, source)
-    evaluate = Evaluator(cfg, model, test_source, prepare)
-    evaluate.try_two_images()
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return Evaluator(cfg, model, test_source, prepare)()
+
+    Evaluator(cfg, model, test_source, prepare).try_two_images()
     if eval_only:
-        return evaluate()
+        return evaluate(model)
     write_config(cfg, folder)
 
     def compute(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]):
@@ -96,7 +99,7 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         wrong = (logits.detach().argmax(dim=1) != labels).float().mean()
         return {"loss_cls": F.cross_entropy(logits.float(), labels)}, {"top1_error": 100 * wrong}
 
-    train(
+    trained = train(
         cfg,
         model=model,
         optimizer=build_optimizer(cfg, model),
@@ -107,19 +110,20 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         num_images=len(source),
         folder=folder,
         resume_from=last,
+        best_metric="top1",
     )
 
     precise = False
     if cfg.TEST.PRECISE_BN.ENABLED:
         iterations = cfg.TEST.PRECISE_BN.NUM_ITER
         images = (prepare(images) for images, _ in itertools.islice(batches(0), iterations))
-        if layers := estimate_norm_statistics(model, images, iterations):
+        if layers := estimate_norm_statistics(trained, images, iterations):
             precise = True
             logger.info("precise BN: %d layers over %d batches", layers, iterations)
-    results = evaluate()
+    results = evaluate(trained)
     if comm.is_main_process():
         final = metadata(cfg.SOLVER.MAX_ITER, precise=precise, top1=results["top1"], top5=results["top5"])
-        write_checkpoint(folder / FINAL, Checkpoint(model.state_dict(), final))
+        write_checkpoint(folder / FINAL, Checkpoint(trained.state_dict(), final))
         write_json(folder / "results.json", results)
         logger.info("wrote %s: %s", folder / FINAL, final.describe())
     comm.synchronize()

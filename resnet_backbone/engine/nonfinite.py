@@ -1,0 +1,87 @@
+"""Where a loss or gradient that is not finite comes from: the batch is run again, and looked at layer by layer."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def find_cause(model: nn.Module, parts: Iterable[Any], losses_of: Callable[[Any], dict[str, torch.Tensor]]) -> str:
+    """Name the first thing in one iteration that is infinite or not a number; change nothing in the model.
+
+    Args:
+        model: with the weights that the iteration began with, in training mode.
+        parts: of the batch.
+        losses_of: from a part to its losses, by way of the model.
+
+    Returns:
+        The end of a sentence, for instance "the output of layer2.0.conv1".
+    """
+    watched = _Watch(model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        for part in parts:
+            losses = losses_of(part)
+            if watched.found is None:
+                bad = [name for name, loss in losses.items() if not _is_finite(loss)]
+                watched.found = f"the loss {bad[0]} (all layers' outputs are finite)" if bad else None
+            if watched.found is None:
+                sum(losses.values()).backward()
+            if watched.found is None:
+                bad = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
+                watched.found = f"the gradient of {bad[0]}" if bad else None
+            if watched.found is not None:
+                return watched.found
+    finally:
+        watched.remove()
+        model.zero_grad(set_to_none=True)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return "nothing in a second run of the same batch, so the device or a nondeterministic operation is to blame"
+
+
+class _Watch:
+    """The first output of a layer, or gradient of one, that is not finite."""
+
+    def __init__(self, model: nn.Module):
+        self.found: str | None = None
+        leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+        self._handles = [module.register_forward_hook(self._look(name)) for name, module in leaves]
+
+    def _look(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            if self.found is not None:
+                return
+            if not all(_is_finite(tensor) for tensor in _tensors(outputs)):
+                whole = all(_is_finite(tensor) for tensor in _tensors(inputs))
+                self.found = f"the output of {name}" if whole else f"the input of {name}"
+                return
+            for tensor in _tensors(outputs):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self._look_at_gradient(name, gradient))
+
+        return hook
+
+    def _look_at_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        if self.found is None and not _is_finite(gradient):
+            self.found = f"the gradient of the output of {name}"
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,90 @@
+"""Signals that ask a run to make room: the step is finished, its state saved, and the run leaves."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from resnet_backbone.engine.hooks import Checkpoints
+from resnet_backbone.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class _EvaluationLeft(BaseException):
+    """Raised in the middle of an evaluation, which may take longer than a queue waits."""
+
+
+class Preemption(HookBase):
+    """On SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, raise Interrupted. A second Ctrl-C ends the run at once.
+
+    Several processes leave together, after the same iteration: they agree every `period` iterations, so that one of
+    them may be the only one that got the signal.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, period: int):
+        self._checkpoints = checkpoints
+        self._period = period
+        self._received: str | None = None
+        self._may_leave = False
+        self._former: dict[signal.Signals, Any] = {}
+        self._process = os.getpid()
+
+    def before_train(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def after_train(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        received = self._received
+        if comm.get_world_size() > 1:
+            if done % self._period:
+                return
+            received = next(filter(None, comm.all_gather(received)), None)
+        if received is not None and done < self.trainer.max_iter:
+            self._leave(received, self.trainer.iter)
+
+    def interruptible(self, evaluate: Callable[[], dict]) -> dict:
+        """Call `evaluate`, which a signal ends at once: it is done again after the resume.
+
+        Not with several processes, which would wait for each other: there it runs to its end.
+        """
+        try:
+            self._may_leave = comm.get_world_size() == 1
+            if self._may_leave and self._received is not None:
+                raise _EvaluationLeft
+            return evaluate()
+        except _EvaluationLeft:
+            self._leave(self._received, self.trainer.iter - 1)
+        finally:
+            self._may_leave = False
+
+    def _leave(self, received: str, iteration: int) -> None:
+        self._checkpoints.save(iteration)
+        raise Interrupted(
+            f"{received}: saved after {iteration + 1} of {self.trainer.max_iter} iterations. Go on with --resume."
+        )
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if os.getpid() != self._process:
+            return  # a loader's worker, which shares the handlers: the training process decides
+        again = self._received is not None
+        self._received = signal.Signals(number).name
+        if number == signal.SIGINT and again:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        if not again:
+            # Not by the logger, which may be in the middle of a line.
+            os.write(2, f"{self._received}: finishing the step, then saving\n".encode())
+        if self._may_leave:
+            self._may_leave = False
+            raise _EvaluationLeft

@@ -1,0 +1,79 @@
+"""Where metrics go besides metrics.json and TensorBoard: lines of progress, Weights & Biases."""
+
+import datetime
+import logging
+import time
+from pathlib import Path
+
+from detectron2.utils.events import EventWriter, get_event_storage
+
+from resnet_backbone.engine.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(EventWriter):
+    """One line of progress: time left, losses, images per second, the share of time spent waiting for data.
+
+    Written once for each reading of the metrics. The time left counts evaluations and checkpoints in.
+    """
+
+    def __init__(self, max_iter: int, start_iter: int):
+        self.max_iter = max_iter
+        self._start_iter = start_iter
+        self._start_time = time.perf_counter()
+        self._last = start_iter
+
+    def write(self) -> None:
+        stored = get_event_storage().latest()
+        done = stored["images_per_second"][1] + 1 if "images_per_second" in stored else self._last
+        if done == self._last:
+            return
+        self._last = done
+        seconds = (time.perf_counter() - self._start_time) / (done - self._start_iter)
+        latest = {name: value for name, (value, _) in stored.items()}
+        losses = [f"{name} {value:.3f}" for name, value in latest.items() if "loss" in name and name != "loss_scale"]
+        others = [f"{name} {latest[name]:.3g}" for name in ("top1_error", "lr") if name in latest]
+        rate = f"{latest['images_per_second']:.4g} images/s, waiting for data {latest['data_share']:.0%}"
+        left = datetime.timedelta(seconds=round(seconds * (self.max_iter - done)))
+        logger.info("  ".join([f"{done}/{self.max_iter}", f"left {left}", *losses, *others, rate]))
+
+
+class WeightsAndBiases(EventWriter):
+    """Sends each metric once to a project of Weights & Biases; a resumed run goes on as the same one.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
+
+    def __init__(self, project: str, folder: Path, config: dict[str, str]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"WANDB_PROJECT is {project}, but wandb is not installed. pip install wandb, or leave WANDB_PROJECT "
+                "empty: metrics.json and TensorBoard have the same numbers."
+            ) from error
+        note = folder / "wandb_run"
+        self._run = wandb.init(
+            project=project,
+            name=folder.name,
+            dir=str(folder),
+            config=config,
+            id=note.read_text() if note.is_file() else None,
+            resume="allow",
+        )
+        note.write_text(self._run.id)
+        self._last = -1
+
+    def write(self) -> None:
+        by_iteration: dict[int, dict[str, float]] = {}
+        for name, (value, iteration) in get_event_storage().latest().items():
+            if iteration > self._last:
+                by_iteration.setdefault(iteration, {})[name] = value
+        for iteration, values in sorted(by_iteration.items()):
+            self._run.log(values, step=iteration)
+            self._last = iteration
+
+    def close(self) -> None:
+        self._run.finish()
