@@ -13,7 +13,15 @@ from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from torch import nn
 
 from resnet_backbone.engine import hooks
-from resnet_backbone.engine.config import ConfigError, config_hash, differences, flat_config, origin, set_key
+from resnet_backbone.engine.config import (
+    COMMAND_LINE,
+    ConfigError,
+    config_hash,
+    differences,
+    flat_config,
+    origin,
+    set_key,
+)
 from resnet_backbone.engine.ema import MovingAverage
 from resnet_backbone.engine.launch import unwrap, wrap_for_processes
 from resnet_backbone.engine.output import keep_metrics_before, save_best_checkpoint, save_training_checkpoint
@@ -71,7 +79,7 @@ def train(
     logger.info("\n%s", describe_schedule(cfg, num_images, comm.get_world_size()))
     average = MovingAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     if cfg.SOLVER.COMPILE:
-        (model if compiled is None else compiled).compile()
+        _compile(cfg, model if compiled is None else compiled)
     if cfg.SOLVER.CUDA_GRAPH:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], device=cfg.MODEL.DEVICE)
@@ -138,6 +146,18 @@ def train(
     trainer.register_hooks([preemption])  # last: it leaves when all else is done
     trainer.train(start, cfg.SOLVER.MAX_ITER)
     return result()
+
+
+def _compile(cfg: CfgNode, module: nn.Module) -> None:
+    """Compile a module in place, at its first call; on CPUs only where the command line says so.
+
+    The recipes, which are written for GPUs, ask for it. A CPU gains little, and may have no compiler.
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") or origin(cfg, "SOLVER.COMPILE") == COMMAND_LINE:
+        logger.info("the first iterations compile the network, which takes a minute or more")
+        module.compile()
+    else:
+        logger.info("SOLVER.COMPILE is left out on a CPU, unless it is given on the command line")
 
 
 def _writers(cfg: CfgNode, folder: Path, start: int) -> list[EventWriter]:

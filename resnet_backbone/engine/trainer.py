@@ -294,7 +294,8 @@ class Trainer(TrainerBase):
                 return self._compute(model, part)[0]
 
         model.train()
-        return find_cause(model, split(batch, self.accumulate), losses_of)
+        with torch.compiler.set_stance("force_eager"):  # compiled, it has no layers to look at
+            return find_cause(model, split(batch, self.accumulate), losses_of)
 
     def _rate_at(self, iteration: int) -> float:
         history = self.storage.histories().get("lr")
