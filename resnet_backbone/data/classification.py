@@ -1,33 +1,103 @@
 """Classification batches: a source, a transform and a sampler put together."""
 
-import cv2
-import torch
-from torch.utils.data import DataLoader, Dataset
+import logging
+from typing import NamedTuple
 
-from resnet_backbone.data.decode import decode
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from resnet_backbone.data.decode import decode, jpeg_size
+from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.interface import ClassificationSource
-from resnet_backbone.data.sampler import BatchSampler, EvaluationSampler, sample_rng
+from resnet_backbone.data.sampler import BatchSampler, EvaluationSampler
 from resnet_backbone.data.transforms import EvalTransform, TrainTransform
+from resnet_backbone.data.workers import prepare_worker
+from resnet_backbone.errors import InputError
+
+ON_CORRUPT = ("stop", "skip")
+
+logger = logging.getLogger(__name__)
+
+# First word of the key from which a replacement is drawn; those of sampler.py's streams are others.
+_REPLACEMENT = 4
+# Unreadable images in a row after which the data set, not the image, is taken to be at fault.
+_ATTEMPTS = 20
+
+
+class Batch(NamedTuple):
+    """What the network is trained on in one iteration.
+
+    Attributes:
+        images: `(n, 3, h, w)` uint8.
+        labels: `(n,)` int64.
+        replaced: a sentence for each image that could not be read and that another one stands for; usually none.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    replaced: list[str]
 
 
 class ClassificationDataset(Dataset):
     """`dataset[position, index]` is the transformed image `(3, H, W)` uint8 and its label.
 
     What the transform draws is a function of `seed` and `position` alone (see sampler.py).
+
+    With `reduced_decoding` a JPEG is decoded at a half, a quarter or an eighth of its size where the window that a
+    TrainTransform cuts out stays at least as large as its crop. Other transforms see whole images.
     """
 
-    def __init__(self, source: ClassificationSource, transform: TrainTransform | EvalTransform, *, seed: int) -> None:
+    def __init__(
+        self,
+        source: ClassificationSource,
+        transform: TrainTransform | EvalTransform,
+        *,
+        seed: int,
+        reduced_decoding: bool = False,
+    ) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
+        self.reduced_decoding = reduced_decoding and isinstance(transform, TrainTransform)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         position, index = key
-        image = decode(self.source.read(index), what=self.source.describe(index))
-        return self.transform(image, sample_rng(self.seed, position)), int(self.source.labels[index])
+        data, what = self.source.read(index), self.source.describe(index)
+        if self.reduced_decoding and (size := jpeg_size(data)) and min(size) > 0:
+            plan = self.transform.draw(*size, seed=self.seed, position=position)
+            factor = self.transform.reduction(plan)
+            pixels = self.transform.apply(decode(data, what=what, reduction=factor), plan.reduced(factor))
+        else:
+            pixels = self.transform(decode(data, what=what), seed=self.seed, position=position)
+        return pixels, int(self.source.labels[index])
+
+
+class ReplacingDataset(ClassificationDataset):
+    """The same with a third element, the sentences about images that could not be read.
+
+    Another image, with its own label, then stands in. Which one is drawn from the seed, the position and the number of
+    failures there, so that a resumed run sees the same.
+    """
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, list[str]]:
+        position, index = key
+        replaced = []
+        while True:
+            try:
+                return *super().__getitem__((position, index)), replaced
+            except DatasetError as error:
+                replaced.append(str(error))
+            if len(replaced) == _ATTEMPTS:
+                raise DatasetError(
+                    f"{_ATTEMPTS} images in a row, drawn at random, cannot be read; check the data set with "
+                    f"tools/check_dataset.py. The last one: {replaced[-1]}"
+                )
+            rng = np.random.default_rng((_REPLACEMENT, self.seed, position, len(replaced)))
+            index = int(rng.integers(len(self)))
 
 
 def train_loader(
@@ -42,13 +112,23 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    reduced_decoding: bool = False,
+    on_corrupt: str = "stop",
 ) -> DataLoader:
-    """Shuffled, augmented batches of `(images, labels)`, one for each iteration from `start_iteration` on.
+    """Shuffled, augmented batches, each a `Batch`, one for each iteration from `start_iteration` on.
 
-    Images are `(batch_size / world_size, 3, H, W)` uint8, labels `(batch_size / world_size,)` int64. `iterations` is
-    the number of batches to give (None: without end), `workers` the number of loading processes (0: load in this one).
+    Arguments:
+        batch_size: images in a batch of all ranks together; a rank's share is `batch_size / world_size`.
+        iterations: the number of batches to give; None: without end.
+        workers: the number of loading processes; 0: load in this one.
+        reduced_decoding: decode large JPEGs at a fraction of their size (see ClassificationDataset).
+        on_corrupt: what to do about an image that cannot be read. "stop": raise the DatasetError that names it. "skip":
+            put another image in its place and say so in the batch's `replaced`, which a CorruptCounter takes.
     """
-    dataset = ClassificationDataset(source, transform, seed=seed)
+    if on_corrupt not in ON_CORRUPT:
+        raise InputError(f"on_corrupt is {on_corrupt!r}; expected one of {', '.join(ON_CORRUPT)}")
+    kind = ReplacingDataset if on_corrupt == "skip" else ClassificationDataset
+    dataset = kind(source, transform, seed=seed, reduced_decoding=reduced_decoding)
     sampler = BatchSampler(
         len(source),
         batch_size,
@@ -58,7 +138,7 @@ def train_loader(
         rank=rank,
         world_size=world_size,
     )
-    return _loader(dataset, sampler, workers, pin_memory)
+    return _loader(dataset, sampler, workers, pin_memory, collate)
 
 
 def evaluation_loader(
@@ -73,28 +153,9 @@ def evaluation_loader(
 ) -> DataLoader:
     """Batches of `(images, labels)` with every image exactly once over all ranks, in order.
 
-    Images are `(n, 3, H, W)` uint8, labels `(n,)` int64, with `n` at most `batch_size` (of this rank alone).
+    Images are `(n, 3, H, W)` uint8, labels `(n,)` int64, with `n` at most `batch_size` (of this rank alone). They are
+    decoded at their full size, and one that cannot be read always stops.
     """
     dataset = ClassificationDataset(source, transform, seed=0)
     sampler = EvaluationSampler(len(source), batch_size=batch_size, rank=rank, world_size=world_size)
-    return _loader(dataset, sampler, workers, pin_memory)
-
-
-def _loader(dataset: Dataset, sampler: BatchSampler | EvaluationSampler, workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=_single_thread,
-        pin_memory=pin_memory,
-        # The loader draws a number for its workers from this generator; from the global one it would shift the random
-        # numbers (dropout's) of a run that was stopped and resumed.
-        generator=torch.Generator(),
-    )
-
-
-def _single_thread(worker: int) -> None:
-    """One thread per worker: the workers are the parallelism."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
+    return _loader(dataset, sampler, workers, pin_memory, default_collate)

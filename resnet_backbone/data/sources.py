@@ -1,4 +1,4 @@
-"""Where classification images come from: registered names, folders of class folders, tar shards.
+"""Where classification images come from: registered names, folders of class folders, tar shards, CIFAR-10's files.
 
 A source knows the encoded bytes, the label and the name of each image; it decodes nothing. `open_source` finds out what
 an entry of a config's data set list means.
@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from resnet_backbone.data.cifar import CifarSource, is_cifar_folder, open_cifar
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.folders import FolderSource
 from resnet_backbone.data.interface import ClassificationSource
@@ -27,14 +28,17 @@ def register_source(name: str, opener: Callable[[Path], ClassificationSource]) -
 
 register_source("imagenet_train", lambda root: FolderSource(root / "imagenet" / "train"))
 register_source("imagenet_val", lambda root: FolderSource(root / "imagenet" / "val"))
+register_source("cifar10_train", lambda root: open_cifar(root, train=True))
+register_source("cifar10_test", lambda root: open_cifar(root, train=False))
 
 
 def open_source(entry: str | Path, *, root: str | Path | None = None) -> ClassificationSource:
     """Open a data set by a registered name, a tar-shard pattern or the path of a folder of class folders.
 
     Arguments:
-        entry: `imagenet_train`, `imagenet_val` or another registered name; `'.../train-{000000..000007}.tar'` or one
-            `.tar`; or a folder.
+        entry: `imagenet_train`, `imagenet_val`, `cifar10_train`, `cifar10_test` or another registered name;
+            `'.../train-{000000..000007}.tar'` or one `.tar`; a folder; or `FOLDER/train` and `FOLDER/test` for CIFAR-10
+            in a folder such as `cifar-10-batches-py`, which holds both parts.
         root: folder of all data sets, used by registered names only; by default the environment's
             DETECTRON2_DATASETS, else `./datasets`.
 
@@ -49,6 +53,14 @@ def open_source(entry: str | Path, *, root: str | Path | None = None) -> Classif
             raise DatasetError(f"{entry}: {error} (DETECTRON2_DATASETS names the folder of all data sets)") from None
     if entry.endswith(".tar") or "{" in entry:
         return ShardSource(entry)
+    folder, part = os.path.split(entry.rstrip("/"))
+    if part in ("train", "test") and is_cifar_folder(folder) and not os.path.exists(entry):
+        return CifarSource(folder, train=part == "train")
+    if is_cifar_folder(entry):
+        raise DatasetError(
+            f"{entry} holds both parts of CIFAR-10; name one of them: {os.path.join(entry, 'train')} or "
+            f"{os.path.join(entry, 'test')}"
+        )
     if not os.path.exists(entry) and os.path.basename(entry) == entry:
         near = difflib.get_close_matches(entry, _REGISTRY, n=1)
         raise DatasetError(

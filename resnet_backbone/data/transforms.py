@@ -1,16 +1,18 @@
-"""Image augmentation for classification: a decoded image and a random generator to a uint8 tensor.
+"""Image augmentation for classification: a decoded image to a uint8 tensor.
 
-Images stay uint8 until the batch is on the device. Every random number comes from the generator that is passed in, so
-the result is a function of the image and of that generator's state.
+A transform is called as `transform(image, seed=seed, position=position)` and is a function of these alone. Images stay
+uint8 until the batch is on the device.
 """
 
 import math
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch.nn import functional
 
+from resnet_backbone.data.sampler import sample_rng
 from resnet_backbone.errors import InputError
 
 CHANNEL_ORDERS = ("RGB", "BGR")
@@ -30,10 +32,35 @@ PCA_VECTORS = np.array(
 )
 
 
+class Plan(NamedTuple):
+    """What is done with one image: the window to cut out, in source pixels, whether to mirror it, the colour shift.
+
+    `colour` holds the weights of the three principal components, `(3,)`, or is None.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    colour: np.ndarray | None
+
+    def reduced(self, factor: int) -> "Plan":
+        """The plan for the image decoded at `1 / factor` of its size.
+
+        The window's edges are rounded to whole pixels of that image, so they move by at most `factor / 2` source
+        pixels.
+        """
+        top, left = round(self.top / factor), round(self.left / factor)
+        bottom, right = round((self.top + self.height) / factor), round((self.left + self.width) / factor)
+        return Plan(top, left, bottom - top, right - left, self.flip, self.colour)
+
+
 class TrainTransform:
     """The paper's training augmentation (section 3.4), or the random-area crop of later recipes.
 
-    Called as `transform(image, rng)` with `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8.
+    Called as `transform(image, seed=seed, position=position)` with `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8. It
+    is `apply(image, draw(H, W, seed=seed, position=position))`: what is drawn depends on the image's size alone.
 
     Arguments:
         short_side: smallest and largest length in pixels, both inclusive, of the resized image's shorter side (crop
@@ -80,17 +107,31 @@ class TrainTransform:
         self.pca_std = pca_std
         self.channel_order = channel_order
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    def __call__(self, image: np.ndarray, *, seed: int, position: int) -> torch.Tensor:
+        return self.apply(image, self.draw(*image.shape[:2], seed=seed, position=position))
+
+    def draw(self, height: int, width: int, *, seed: int, position: int) -> Plan:
+        """What to do with an image of `height` by `width` pixels at this position of the run."""
+        rng = sample_rng(seed, position)
         window = self._absolute_window if self.crop_type == "absolute" else self._random_resized_window
-        top, left, height, width = window(*image.shape[:2], rng)
+        place = window(height, width, rng)
         flip = rng.random() < self.flip
-        weights = rng.normal(0.0, self.pca_std, size=3) if self.pca_std else None
-        image = resize(image[top : top + height, left : left + width], self.crop)
-        if flip:
-            image = cv2.flip(image, 1)
-        if weights is not None:
-            image = shift_colour(image, weights)
-        return to_tensor(image, self.channel_order)
+        return Plan(*place, flip, rng.normal(0.0, self.pca_std, size=3) if self.pca_std else None)
+
+    def apply(self, image: np.ndarray, plan: Plan) -> torch.Tensor:
+        """Cut out, resize, mirror and shift `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8."""
+        window = image[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
+        planes = to_planes(resize(window, self.crop))
+        if plan.colour is not None:
+            planes = shift_colour(planes, plan.colour)
+        mirrored = [0] * (self.channel_order == "BGR") + [2] * plan.flip
+        pixels = torch.from_numpy(planes)
+        return pixels.flip(mirrored) if mirrored else pixels
+
+    def reduction(self, plan: Plan) -> int:
+        """The largest of 8, 4, 2 and 1 by which the window can be reduced without becoming smaller than the crop."""
+        fitting = min(plan.height // self.crop[0], plan.width // self.crop[1])
+        return next((factor for factor in (8, 4, 2) if factor <= fitting), 1)
 
     def _absolute_window(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Top, left, height and width, in source pixels, of a window of the size `crop` in the resized image."""
@@ -122,8 +163,8 @@ class TrainTransform:
 class EvalTransform:
     """Resize the shorter side, then take the middle: the one-crop test.
 
-    Called as `transform(image, rng)` with `(H, W, 3)` uint8 RGB (nothing is drawn from `rng`); gives `(3, *crop)`
-    uint8. `short_side` and `crop` in pixels; the latter is height and width.
+    Called as `transform(image)` with `(H, W, 3)` uint8 RGB (seed and position, if given, mean nothing to it); gives
+    `(3, *crop)` uint8. `short_side` and `crop` in pixels; the latter is height and width.
     """
 
     def __init__(
@@ -135,7 +176,7 @@ class EvalTransform:
         self.crop = tuple(crop)
         self.channel_order = channel_order
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None = None) -> torch.Tensor:
+    def __call__(self, image: np.ndarray, *, seed: int = 0, position: int = 0) -> torch.Tensor:
         image = resize(image, resized_size(*image.shape[:2], self.short_side))
         top, left = (round((size - length) / 2) for size, length in zip(image.shape[:2], self.crop, strict=True))
         image = image[top : top + self.crop[0], left : left + self.crop[1]]
@@ -154,21 +195,28 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if image.shape[:2] == tuple(size):
         return image
     # OpenCV's filters differ from Pillow's (and so from what published weights were tested with) where they shrink;
-    # torch has Pillow's algorithm in vectorized form for uint8 pixels stored together.
+    # torch has Pillow's algorithm in vectorized form for uint8 pixels stored together. It gives the channels apart.
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     return functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def shift_colour(image: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Add `PCA_VECTORS @ (weights * PCA_VALUES)` to every pixel of `(H, W, 3)` uint8 RGB, rounded and clipped."""
+def shift_colour(planes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Add `PCA_VECTORS @ (weights * PCA_VALUES)` to every pixel of `(3, H, W)` uint8 RGB, rounded and clipped."""
     shift = np.rint(PCA_VECTORS @ (weights * PCA_VALUES))
-    return cv2.add(np.ascontiguousarray(image), (*shift.tolist(), 0.0))
+    return np.stack([cv2.add(plane, value) for plane, value in zip(planes, shift.tolist(), strict=True)])
+
+
+def to_planes(image: np.ndarray) -> np.ndarray:
+    """`(H, W, 3)` to contiguous `(3, H, W)`."""
+    if image.strides[2] == 1:
+        return np.stack(cv2.split(image))  # several times as fast as numpy's copy
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
 def to_tensor(image: np.ndarray, channel_order: str) -> torch.Tensor:
     """`(H, W, 3)` RGB to a contiguous `(3, H, W)` tensor of the given channel order."""
-    planes = cv2.split(image)
-    return torch.from_numpy(np.stack(planes if channel_order == "RGB" else planes[::-1]))
+    pixels = torch.from_numpy(to_planes(image))
+    return pixels if channel_order == "RGB" else pixels.flip(0)
 
 
 def _check_crop(crop: tuple[int, int], short_side: int) -> None:

@@ -22,7 +22,7 @@ class GraphedStep:
         self._stream = torch.cuda.Stream()
         self._eager = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[torch.Tensor] = []
+        self._inputs: Sequence[torch.Tensor] = ()
 
     def __call__(self, batch: Sequence[torch.Tensor]) -> None:
         if self._eager < EAGER_STEPS:
@@ -33,7 +33,8 @@ class GraphedStep:
             torch.cuda.current_stream().wait_stream(self._stream)
             return
         if self._graph is None:
-            self._inputs = [tensor.clone() for tensor in batch]
+            copies = [tensor.clone() for tensor in batch]
+            self._inputs = type(batch)(*copies) if hasattr(batch, "_fields") else tuple(copies)
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):

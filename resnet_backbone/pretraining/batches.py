@@ -1,7 +1,9 @@
 """From the configuration to training batches and to the network's input."""
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -9,6 +11,9 @@ from detectron2.utils import comm
 
 from resnet_backbone.data.classification import train_loader
 from resnet_backbone.data.interface import ClassificationSource
+from resnet_backbone.data.padded_crop import PaddedCropTransform
+from resnet_backbone.data.resident import ResidentBatches, cut
+from resnet_backbone.data.sampler import BatchSampler
 from resnet_backbone.data.transforms import TrainTransform
 from resnet_backbone.engine.config import ConfigError
 
@@ -26,37 +31,95 @@ class Normalise:
         return (images.float() - self.mean) * self.scale
 
 
+PIPELINES = ("workers", "device", "resident")
+
+
 class TrainBatches:
-    """Training batches of this process from any iteration on."""
+    """Training batches of this process from any iteration on, by DATALOADER.PIPELINE.
+
+    What a batch is depends on the pipeline; `images_of` gives its pixels and labels.
+
+    Raises:
+        ConfigError: keys of INPUT or DATALOADER that do not fit each other.
+    """
 
     def __init__(self, cfg: CfgNode, source: ClassificationSource):
+        pipeline = cfg.DATALOADER.PIPELINE
+        if pipeline not in PIPELINES:
+            raise ConfigError(f"DATALOADER.PIPELINE is {pipeline!r}, expected {' or '.join(PIPELINES)}.")
+        if cfg.SOLVER.CUDA_GRAPH and pipeline != "resident":
+            raise ConfigError(
+                f"SOLVER.CUDA_GRAPH needs batches that are on the device, but DATALOADER.PIPELINE is {pipeline}. Set "
+                "it to resident, or CUDA_GRAPH to False."
+            )
         self._cfg = cfg
         self._source = source
-        if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
-            raise ConfigError(f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}, expected horizontal or none.")
-        with as_config_error("INPUT"):
-            self._transform = TrainTransform(
-                short_side=(min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)),
-                crop=crop_size(cfg),
-                crop_type=cfg.INPUT.CROP.TYPE,
-                flip=0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0,
-                pca_std=cfg.INPUT.PCA_COLOR_STD,
-                channel_order=cfg.INPUT.FORMAT,
+        self._shares = {"rank": comm.get_rank(), "world_size": comm.get_world_size()}
+        self._transform = _train_transform(cfg)
+        self._resident: ResidentBatches | None = None
+        if pipeline == "resident":
+            if not isinstance(self._transform, PaddedCropTransform):
+                raise ConfigError(
+                    f"DATALOADER.PIPELINE is resident, which augments by INPUT.CROP.TYPE padded, not "
+                    f"{cfg.INPUT.CROP.TYPE}. Set PIPELINE to workers."
+                )
+            self._resident = ResidentBatches(
+                source,
+                self._transform,
+                batch_size=cfg.SOLVER.IMS_PER_BATCH,
+                seed=cfg.SEED,
+                device=cfg.MODEL.DEVICE,
+                **self._shares,
             )
 
-    def __call__(self, start_iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return iter(
-            train_loader(
-                self._source,
-                self._transform,
-                batch_size=self._cfg.SOLVER.IMS_PER_BATCH,
-                seed=self._cfg.SEED,
-                start_iteration=start_iteration,
-                workers=self._cfg.DATALOADER.NUM_WORKERS,
-                rank=comm.get_rank(),
-                world_size=comm.get_world_size(),
-                pin_memory=self._cfg.MODEL.DEVICE.startswith("cuda"),
-            )
+    def __call__(self, start_iteration: int) -> Iterator[Sequence[Any]]:
+        if self._resident is not None:
+            return map(self._resident.places, itertools.count(start_iteration))
+        return self._loaded(start_iteration)
+
+    def _loaded(self, start_iteration: int) -> Iterator[Sequence[Any]]:
+        cfg = self._cfg
+        loader = train_loader(
+            self._source,
+            self._transform,
+            batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            seed=cfg.SEED,
+            start_iteration=start_iteration,
+            workers=cfg.DATALOADER.NUM_WORKERS,
+            pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
+            **self._shares,
+        )
+        yield from loader
+
+    def images_of(self, batch: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch's images `(n, 3, H, W)` uint8 and labels `(n,)` on the device."""
+        if self._resident is not None:
+            return cut(self._resident.images, self._resident.labels, *batch, crop=self._transform.crop)
+        images, labels = batch[:2]
+        device = self._cfg.MODEL.DEVICE
+        return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def names(self, iteration: int) -> list[str]:
+        """What the images of this process at an iteration are called."""
+        sampler = BatchSampler(len(self._source), self._cfg.SOLVER.IMS_PER_BATCH, seed=self._cfg.SEED, **self._shares)
+        return [self._source.describe(index) for _, index in sampler.batch(iteration)]
+
+
+def _train_transform(cfg: CfgNode) -> TrainTransform | PaddedCropTransform:
+    """The augmentation that INPUT asks for."""
+    if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
+        raise ConfigError(f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}, expected horizontal or none.")
+    flip = 0.5 if cfg.INPUT.RANDOM_FLIP == "horizontal" else 0.0
+    shared = {"crop": crop_size(cfg), "flip": flip, "channel_order": cfg.INPUT.FORMAT}
+    with as_config_error("INPUT"):
+        if cfg.INPUT.CROP.TYPE == "padded":
+            return PaddedCropTransform(padding=cfg.INPUT.CROP.PADDING, **shared)
+        return TrainTransform(
+            short_side=(min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)),
+            crop_type=cfg.INPUT.CROP.TYPE,
+            area=tuple(cfg.INPUT.CROP.AREA),
+            pca_std=cfg.INPUT.PCA_COLOR_STD,
+            **shared,
         )
 
 

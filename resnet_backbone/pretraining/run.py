@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import nn
 
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source
+from resnet_backbone.data.subset import hold_out
 from resnet_backbone.engine.config import ConfigError, fill_from_metadata, network_arguments, origin, set_key
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, versions, write_config
@@ -93,11 +96,12 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         return evaluate(model)
     write_config(cfg, folder)
 
-    def compute(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]):
-        images, labels = prepare(batch[0]), batch[1].to(cfg.MODEL.DEVICE, non_blocking=True)
-        logits = model(images)
+    def compute(model: nn.Module, batch: Sequence[Any]):
+        images, labels = batches.images_of(batch)
+        logits = model(prepare(images))
         wrong = (logits.detach().argmax(dim=1) != labels).float().mean()
-        return {"loss_cls": F.cross_entropy(logits.float(), labels)}, {"top1_error": 100 * wrong}
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.SOLVER.LABEL_SMOOTHING)
+        return {"loss_cls": loss}, {"top1_error": 100 * wrong}
 
     trained = train(
         cfg,
@@ -111,12 +115,13 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         folder=folder,
         resume_from=last,
         best_metric="top1",
+        names=batches.names,
     )
 
     precise = False
     if cfg.TEST.PRECISE_BN.ENABLED:
         iterations = cfg.TEST.PRECISE_BN.NUM_ITER
-        images = (prepare(images) for images, _ in itertools.islice(batches(0), iterations))
+        images = (prepare(batches.images_of(batch)[0]) for batch in itertools.islice(batches(0), iterations))
         if layers := estimate_norm_statistics(trained, images, iterations):
             precise = True
             logger.info("precise BN: %d layers over %d batches", layers, iterations)
@@ -151,8 +156,12 @@ def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSou
             f"MODEL.NETWORK.NUM_CLASSES is {num_classes}, but {cfg.DATASETS.TRAIN[0]} has {len(source.class_names)} "
             "classes. Set it to 0 to follow the data."
         )
+    tested = cfg.DATASETS.TEST[0]
+    if cfg.DATASETS.HOLD_OUT:
+        source, test_source = hold_out(source, cfg.DATASETS.HOLD_OUT)
+        tested = f"held out of {cfg.DATASETS.TRAIN[0]}"
     logger.info("%s: %d images, %d classes", cfg.DATASETS.TRAIN[0], len(source), len(source.class_names))
-    logger.info("%s: %d images", cfg.DATASETS.TEST[0], len(test_source))
+    logger.info("%s: %d images", tested, len(test_source))
     return source, test_source
 
 

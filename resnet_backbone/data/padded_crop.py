@@ -1,0 +1,109 @@
+"""The augmentation of the ResNet paper's CIFAR-10 runs: padding, a random crop, a random mirror (section 4.2).
+
+The draws come from a counter-based hash instead of `sample_rng`: those of a whole epoch take milliseconds at once, and
+each is the same as when it is drawn alone.
+"""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.transforms import CHANNEL_ORDERS, to_tensor
+from resnet_backbone.errors import InputError
+
+# SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17): the increment of
+# its counter, and shifts and multipliers of its finaliser (variant 13 of Stafford's).
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+_HALF, _LOW_HALF = np.uint64(32), np.uint64(0xFFFFFFFF)
+
+
+class Draws(NamedTuple):
+    """What is drawn for `n` positions, each `(n,)` int64: the window's place in the padded image, and 1 for a mirror."""
+
+    top: np.ndarray
+    left: np.ndarray
+    flip: np.ndarray
+
+
+class PaddedCropTransform:
+    """Black pixels around the image, a window at a random place, mirrored left and right half of the time.
+
+    Called as `transform(image, seed=seed, position=position)` with `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8.
+
+    Arguments:
+        padding: black pixels added on each of the four sides.
+        crop: height and width of the result in pixels.
+        flip: probability of the mirror.
+        channel_order: "RGB" or "BGR", of the result.
+    """
+
+    def __init__(
+        self,
+        *,
+        padding: int = 4,
+        crop: tuple[int, int] = (32, 32),
+        flip: float = 0.5,
+        channel_order: str = "RGB",
+    ) -> None:
+        if padding < 0:
+            raise InputError(f"the padding is {padding} pixels; expected at least 0")
+        if min(crop) < 1:
+            raise InputError(f"a crop of {crop[0]}x{crop[1]} pixels is empty; expected a height and width of at least 1")
+        if not 0 <= flip <= 1:
+            raise InputError(f"flip is {flip}; expected a probability")
+        if channel_order not in CHANNEL_ORDERS:
+            raise InputError(f"unknown channel order {channel_order!r}; expected one of {', '.join(CHANNEL_ORDERS)}")
+        self.padding = padding
+        self.crop = tuple(crop)
+        self.flip = flip
+        self.channel_order = channel_order
+
+    def __call__(self, image: np.ndarray, *, seed: int, position: int) -> torch.Tensor:
+        draws = self.draw(*image.shape[:2], seed=seed, positions=np.array([position]))
+        (top,), (left,), (flip,) = draws
+        sides = [self.padding] * 4
+        image = cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+        image = image[top : top + self.crop[0], left : left + self.crop[1]]
+        return to_tensor(cv2.flip(image, 1) if flip else image, self.channel_order)
+
+    def draw(self, height: int, width: int, *, seed: int, positions: np.ndarray) -> Draws:
+        """What is done with images of `height` by `width` pixels at `positions`, `(n,)` integers."""
+        rows, columns = (length + 2 * self.padding - cut for length, cut in zip((height, width), self.crop))
+        if min(rows, columns) < 0:
+            raise DatasetError(
+                f"an image of {height}x{width} pixels with {self.padding} added on each side is smaller than the crop "
+                f"of {self.crop[0]}x{self.crop[1]}; make the crop smaller or the padding larger"
+            )
+        place, mirror = random_words(seed, positions, 2)
+        # From 32 random bits to one of n places: the high half of their product with n, whose probabilities differ from
+        # 1 / n by less than 2^-32.
+        top = ((place >> _HALF) * np.uint64(rows + 1)) >> _HALF
+        left = ((place & _LOW_HALF) * np.uint64(columns + 1)) >> _HALF
+        flip = (mirror >> _HALF) < np.uint64(round(self.flip * 2**32))
+        return Draws(top.astype(np.int64), left.astype(np.int64), flip.astype(np.int64))
+
+
+def random_words(seed: int, positions: np.ndarray, count: int) -> list[np.ndarray]:
+    """The first `count` numbers, each `(n,)` uint64, of a SplitMix64 generator of its own for each position."""
+    if seed < 0 or (positions < 0).any():
+        raise ValueError(f"a random stream's seed and position must not be negative; got {seed} and {positions.min()}")
+    key = _finalise(np.array([seed % 2**64], np.uint64) + _INCREMENT)
+    state = _finalise(key + _finalise(positions.astype(np.uint64) + _INCREMENT))
+    words = []
+    for _ in range(count):
+        state = state + _INCREMENT
+        words.append(_finalise(state))
+    return words
+
+
+def _finalise(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's one-to-one scrambling of 64 bits; arithmetic modulo 2^64."""
+    words = (words ^ (words >> _SHIFTS[0])) * _FACTORS[0]
+    words = (words ^ (words >> _SHIFTS[1])) * _FACTORS[1]
+    return words ^ (words >> _SHIFTS[2])

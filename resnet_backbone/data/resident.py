@@ -1,0 +1,170 @@
+"""Small data sets that live on the device as a whole: a batch is one gather there.
+
+The batches are those of `train_loader` with a `PaddedCropTransform`, and of `evaluation_loader`, to the last bit.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from resnet_backbone.data.decode import decode
+from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.interface import ClassificationSource
+from resnet_backbone.data.padded_crop import PaddedCropTransform
+from resnet_backbone.data.sampler import BatchSampler, EvaluationSampler
+
+
+class Places(NamedTuple):
+    """Which images a batch holds and where they are cut, each `(n,)` int64 on the device; `flip` is 0 or 1."""
+
+    indices: torch.Tensor
+    top: torch.Tensor
+    left: torch.Tensor
+    flip: torch.Tensor
+
+
+class ResidentBatches:
+    """Shuffled, augmented batches from images that all lie on the device.
+
+    `resident(start_iteration)` iterates without end over `(images, labels)`: `(n, 3, *crop)` uint8, stored channels
+    last, and `(n,)` int64, both on the device, with `n = batch_size / world_size`. It is
+    `cut(resident.images, resident.labels, *resident.places(iteration), crop=transform.crop)` for one iteration after
+    the other. `places` gives slices of what is computed and uploaded once an epoch, and `cut` is a pure function of
+    tensors of constant shapes, which a CUDA graph can record; neither waits for the device.
+
+    Attributes:
+        images: `(N, H + 2 * padding, W + 2 * padding, 3)` uint8, in the transform's channel order, the padding black.
+        labels: `(N,)` int64.
+
+    Raises DatasetError if the images differ in size.
+    """
+
+    def __init__(
+        self,
+        source: ClassificationSource,
+        transform: PaddedCropTransform,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._sampler = BatchSampler(len(source), batch_size, seed=seed, rank=rank, world_size=world_size)
+        self._transform = transform
+        self._device = torch.device(device)
+        pixels = _decode_all(source)
+        self._size = pixels.shape[1:3]
+        transform.draw(*self._size, seed=seed, positions=np.zeros(1, np.int64))  # does the crop fit?
+        if transform.channel_order == "BGR":
+            pixels = pixels[..., ::-1]
+        sides = (transform.padding, transform.padding)
+        padded = np.pad(pixels, ((0, 0), sides, sides, (0, 0)))
+        self.images = torch.from_numpy(padded).to(self._device)
+        self.labels = torch.from_numpy(source.labels).to(self._device)
+        self._block: tuple[int, torch.Tensor] | None = None
+
+    def __call__(self, start_iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        iteration = start_iteration
+        while True:
+            yield cut(self.images, self.labels, *self.places(iteration), crop=self._transform.crop)
+            iteration += 1
+
+    def places(self, iteration: int) -> Places:
+        """This rank's part of one iteration's batch; the same whenever it is asked for."""
+        sampler = self._sampler
+        length = -(-sampler.size // sampler.batch_size)  # iterations in a block: an epoch, rounded up
+        number = iteration // length
+        if self._block is None or self._block[0] != number:
+            self._block = number, self._upload(number * length, length)
+        return Places(*self._block[1][iteration % length].unbind())
+
+    def _upload(self, first: int, iterations: int) -> torch.Tensor:
+        """The places of several iterations, `(iterations, 4, n)` int64 on the device."""
+        sampler = self._sampler
+        share = sampler.batch_size // sampler.world_size
+        positions = np.arange(first, first + iterations)[:, None] * sampler.batch_size
+        positions = (positions + sampler.rank * share + np.arange(share)).reshape(-1)
+        draws = self._transform.draw(*self._size, seed=sampler.seed, positions=positions)
+        block = np.stack([sampler._indices(positions), *draws]).reshape(4, iterations, share)
+        places = torch.from_numpy(np.ascontiguousarray(block.transpose(1, 0, 2)))
+        if self._device.type == "cuda":
+            places = places.pin_memory()  # else the copy would wait for the device
+        return places.to(self._device, non_blocking=True)
+
+
+def cut(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    indices: torch.Tensor,
+    top: torch.Tensor,
+    left: torch.Tensor,
+    flip: torch.Tensor,
+    *,
+    crop: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take windows of the size `crop` out of padded images `(N, H, W, 3)`; the others as in `Places`.
+
+    Gives `(n, 3, *crop)`, stored channels last, and labels `(n,)`.
+    """
+    rows = top[:, None] + torch.arange(crop[0], device=images.device)
+    columns = torch.arange(crop[1], device=images.device)
+    columns = left[:, None] + torch.where(flip[:, None] != 0, columns.flip(0), columns)
+    windows = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return windows.permute(0, 3, 1, 2), labels[indices]
+
+
+class ResidentEvaluation:
+    """This rank's share of a source, transformed once and kept on the device, as `evaluation_loader` gives it.
+
+    Iterates, as often as wished, over `(images, labels)`: `(n, 3, H, W)` uint8 and `(n,)` int64 on the device, with `n`
+    at most `batch_size` (of this rank alone). `transform` gives images of one size and draws nothing (EvalTransform).
+    """
+
+    def __init__(
+        self,
+        source: ClassificationSource,
+        transform: Callable[..., torch.Tensor],
+        *,
+        batch_size: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._sampler = EvaluationSampler(len(source), batch_size=batch_size, rank=rank, world_size=world_size)
+        begin, end = self._sampler.begin, self._sampler.end
+        images = [transform(_decode(source, index), seed=0, position=index) for index in range(begin, end)]
+        self._images = (torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)).to(device)
+        self._labels = torch.from_numpy(source.labels[begin:end]).to(device)
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for first in range(0, len(self._labels), self._batch_size):
+            here = slice(first, first + self._batch_size)
+            yield self._images[here], self._labels[here]
+
+
+def _decode(source: ClassificationSource, index: int) -> np.ndarray:
+    return decode(source.read(index), what=source.describe(index))
+
+
+def _decode_all(source: ClassificationSource) -> np.ndarray:
+    """All images of a source, `(N, H, W, 3)` uint8 RGB."""
+    first = _decode(source, 0)
+    pixels = np.empty((len(source), *first.shape), np.uint8)
+    pixels[0] = first
+    for index in range(1, len(source)):
+        image = _decode(source, index)
+        if image.shape != first.shape:
+            raise DatasetError(
+                f"{source.describe(index)} has {image.shape[0]}x{image.shape[1]} pixels, but {source.describe(0)} "
+                f"{first.shape[0]}x{first.shape[1]}; images that are all kept on the device must be of one size: "
+                "resize them, or load them with worker processes"
+            )
+        pixels[index] = image
+    return pixels
