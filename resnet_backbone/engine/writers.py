@@ -51,8 +51,8 @@ class WeightsAndBiases(EventWriter):
             import wandb
         except ImportError as error:
             raise ConfigError(
-                f"WANDB_PROJECT is {project}, but wandb is not installed. pip install wandb, or leave WANDB_PROJECT "
-                "empty: metrics.json and TensorBoard have the same numbers."
+                f"WANDB_PROJECT is {project}, but wandb cannot be imported ({error}). pip install wandb, or leave "
+                "WANDB_PROJECT empty: metrics.json and TensorBoard have the same numbers."
             ) from error
         note = folder / "wandb_run"
         self._run = wandb.init(

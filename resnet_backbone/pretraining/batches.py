@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from resnet_backbone.data.classification import train_loader
+from resnet_backbone.data.device import DeviceAugment, DevicePrefetcher, encoded_loader
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.padded_crop import PaddedCropTransform
 from resnet_backbone.data.resident import ResidentBatches, cut
@@ -56,7 +57,15 @@ class TrainBatches:
         self._source = source
         self._shares = {"rank": comm.get_rank(), "world_size": comm.get_world_size()}
         self._transform = _train_transform(cfg)
+        self._augment: DeviceAugment | None = None
         self._resident: ResidentBatches | None = None
+        if pipeline == "device":
+            if not isinstance(self._transform, TrainTransform) or cfg.DATALOADER.ON_CORRUPT != "stop":
+                raise ConfigError(
+                    "DATALOADER.PIPELINE is device, which has neither INPUT.CROP.TYPE padded nor DATALOADER.ON_CORRUPT "
+                    "skip. Set PIPELINE to workers."
+                )
+            self._augment = DeviceAugment(self._transform, seed=cfg.SEED, device=cfg.MODEL.DEVICE)
         if pipeline == "resident":
             if not isinstance(self._transform, PaddedCropTransform):
                 raise ConfigError(
@@ -79,17 +88,17 @@ class TrainBatches:
 
     def _loaded(self, start_iteration: int) -> Iterator[Sequence[Any]]:
         cfg = self._cfg
-        loader = train_loader(
-            self._source,
-            self._transform,
-            batch_size=cfg.SOLVER.IMS_PER_BATCH,
-            seed=cfg.SEED,
-            start_iteration=start_iteration,
-            workers=cfg.DATALOADER.NUM_WORKERS,
-            pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
+        common = {
+            "batch_size": cfg.SOLVER.IMS_PER_BATCH,
+            "seed": cfg.SEED,
+            "start_iteration": start_iteration,
+            "workers": cfg.DATALOADER.NUM_WORKERS,
             **self._shares,
-        )
-        yield from loader
+        }
+        if self._augment is not None:
+            return iter(DevicePrefetcher(encoded_loader(self._source, self._transform, **common), self._augment))
+        on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+        return iter(train_loader(self._source, self._transform, pin_memory=on_gpu, **common))
 
     def images_of(self, batch: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch's images `(n, 3, H, W)` uint8 and labels `(n,)` on the device."""

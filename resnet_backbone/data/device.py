@@ -1,0 +1,250 @@
+"""Decoding and augmenting on the device, for large JPEGs: the loading processes only read files and draw.
+
+The batches are those of `train_loader` with the same `TrainTransform`: the same images in the same order, with the same
+windows, mirrors and colour shifts. The pixels differ slightly, because each image is resized in float32 with one
+rounding at the end (the host rounds after each direction), and, on a GPU, because nvJPEG decodes colour otherwise than
+libjpeg does.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+
+from resnet_backbone.data.decode import decode
+from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.interface import ClassificationSource
+from resnet_backbone.data.sampler import BatchSampler
+from resnet_backbone.data.transforms import PCA_VALUES, PCA_VECTORS, Plan, TrainTransform
+from resnet_backbone.data.workers import prepare_worker
+
+logger = logging.getLogger(__name__)
+
+
+class EncodedImage(NamedTuple):
+    """A JPEG and what to do with it; or, with no plan, the finished pixels `(3, h, w)` of what is no plain JPEG."""
+
+    data: np.ndarray  # (bytes,) uint8
+    plan: Plan | None
+    label: int
+    position: int
+    name: str
+
+
+class EncodedBatch(NamedTuple):
+    """`n` of them; their data in one tensor, one after the other, so that a worker hands over one piece of memory."""
+
+    data: torch.Tensor  # (bytes of all,) uint8
+    ends: torch.Tensor  # (n,) int64, where each ends in `data`
+    plans: list[Plan | None]
+    labels: torch.Tensor  # (n,) int64
+    positions: list[int]
+    names: list[str]
+
+
+class EncodedDataset(Dataset):
+    """`dataset[position, index]` is an `EncodedImage`.
+
+    What the device cannot decode as the host does (CMYK and RGB-coded JPEGs, PNG, ...) is decoded and augmented here.
+    """
+
+    def __init__(self, source: ClassificationSource, transform: TrainTransform, *, seed: int) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> EncodedImage:
+        position, index = key
+        data, name = self.source.read(index), self.source.describe(index)
+        size = plain_jpeg_size(data)
+        if size is None:
+            plan = None
+            pixels = self.transform(decode(data, what=name), seed=self.seed, position=position)
+            array = pixels.numpy().reshape(-1)
+        else:
+            plan = self.transform.draw(*size, seed=self.seed, position=position)
+            array = np.frombuffer(data, np.uint8)
+        return EncodedImage(array, plan, int(self.source.labels[index]), position, name)
+
+
+def encoded_loader(
+    source: ClassificationSource,
+    transform: TrainTransform,
+    *,
+    batch_size: int,
+    seed: int,
+    start_iteration: int = 0,
+    iterations: int | None = None,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """`EncodedBatch`es, one for each iteration from `start_iteration` on; arguments as `train_loader`'s."""
+    sampler = BatchSampler(
+        len(source),
+        batch_size,
+        seed=seed,
+        start_iteration=start_iteration,
+        iterations=iterations,
+        rank=rank,
+        world_size=world_size,
+    )
+    return DataLoader(
+        EncodedDataset(source, transform, seed=seed),
+        batch_sampler=sampler,
+        collate_fn=_collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=prepare_worker,
+        generator=torch.Generator(),  # leaves the global one, which dropout draws from, alone
+    )
+
+
+class DeviceAugment:
+    """From an `EncodedBatch` to images `(n, 3, *crop)` uint8 and labels `(n,)` int64 on the device.
+
+    `transform` and `seed` are those of the batch's loader. An image that the device cannot decode is decoded on the
+    host; if that cannot either, DatasetError names it.
+    """
+
+    def __init__(self, transform: TrainTransform, *, seed: int, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            # Another thread, such as the prefetcher's, has another current device.
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._transform = transform
+        self._seed = seed
+        self._warned = False
+        try:
+            decode_jpeg([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], device=self.device)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise DatasetError(
+                f"torchvision cannot decode JPEGs on {self.device} ({reason}); decode them in the loading processes"
+            ) from None
+
+    def __call__(self, batch: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        crop = self._transform.crop
+        pieces = batch.data.tensor_split(batch.ends[:-1])
+        jpegs = [row for row, plan in enumerate(batch.plans) if plan is not None]
+        finished = {row: pieces[row].view(3, *crop) for row, plan in enumerate(batch.plans) if plan is None}
+        pixels = torch.zeros((len(batch.plans), 3, *crop), device=self.device)
+        for row, image in zip(jpegs, self._decode([pieces[row] for row in jpegs])):
+            if image is None:
+                finished[row] = self._on_the_host(batch, row, pieces[row])
+                continue
+            top, left, height, width = batch.plans[row][:4]
+            window = image[None, :, top : top + height, left : left + width].float()
+            pixels[row] = functional.interpolate(window, size=crop, mode="bilinear", antialias=True)[0]
+        images = self._mirror_and_shift(pixels.round_(), batch.plans).to(torch.uint8)
+        if self._transform.channel_order == "BGR":
+            images = images.flip(1)
+        for row, image in finished.items():
+            images[row] = image.to(self.device)
+        return images, batch.labels.to(self.device)
+
+    def _mirror_and_shift(self, pixels: torch.Tensor, plans: list[Plan | None]) -> torch.Tensor:
+        flip = torch.tensor([plan is not None and bool(plan.flip) for plan in plans], device=self.device)
+        pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
+        nothing = np.zeros(3)
+        weights = np.stack([nothing if plan is None or plan.colour is None else plan.colour for plan in plans])
+        if weights.any():
+            shift = np.rint(weights * PCA_VALUES @ PCA_VECTORS.T)  # as `shift_colour`
+            pixels = pixels + torch.tensor(shift, dtype=torch.float32, device=self.device)[:, :, None, None]
+        return pixels.clamp_(0, 255)
+
+    def _decode(self, files: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """`(3, H, W)` uint8 RGB on the device for each file, or None."""
+        if not files:
+            return []
+        if self.device.type == "cuda":
+            # torchvision decodes on a stream of its own, which does not wait for this one, into memory that work still
+            # queued on this one may be reading: that of the batch before.
+            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            return decode_jpeg(files, mode=ImageReadMode.RGB, device=self.device)
+        except RuntimeError:
+            # One file that fails loses the others' results.
+            return [None] if len(files) == 1 else [self._decode([file])[0] for file in files]
+
+    def _on_the_host(self, batch: EncodedBatch, row: int, file: torch.Tensor) -> torch.Tensor:
+        image = decode(file.numpy().tobytes(), what=batch.names[row])
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s: no decoder on %s; such images are decoded on the host", batch.names[row], self.device)
+        return self._transform(image, seed=self._seed, position=batch.positions[row])
+
+
+class DevicePrefetcher:
+    """Augments one batch ahead: on a GPU in a thread, on a stream beside the training's.
+
+    Iterates over what `augment` makes of each of `batches`.
+    """
+
+    def __init__(self, batches: Iterable[EncodedBatch], augment: DeviceAugment) -> None:
+        self._batches = batches
+        self._augment = augment
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self._augment.device.type != "cuda":
+            yield from map(self._augment, self._batches)
+            return
+        device = self._augment.device
+        stream = torch.cuda.Stream(device)
+        iterator = iter(self._batches)
+
+        def prepare() -> tuple[tuple[torch.Tensor, torch.Tensor], torch.cuda.Event] | None:
+            batch = next(iterator, None)
+            if batch is None:
+                return None
+            with torch.cuda.stream(stream):
+                return self._augment(batch), stream.record_event()
+
+        with ThreadPoolExecutor(1) as thread:
+            pending = thread.submit(prepare)
+            while (prepared := pending.result()) is not None:
+                pending = thread.submit(prepare)
+                tensors, done = prepared
+                training = torch.cuda.current_stream(device)
+                training.wait_event(done)
+                for tensor in tensors:
+                    tensor.record_stream(training)  # its memory is not given away before the training has read it
+                yield tensors
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG in gray or YCbCr, from its header; None for everything else."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+                components = [layer[0] for layer in image.layer]
+                coded_as_rgb = image.info.get("adobe_transform") == 0 or components == [*b"RGB"]
+                plain = image.mode == "L" or (image.mode == "RGB" and not coded_as_rgb)
+                return (image.height, image.width) if plain else None
+    except Exception:  # Pillow's parsers raise many kinds; the host's decoder says what is wrong
+        return None
+
+
+def _collate(images: list[EncodedImage]) -> EncodedBatch:
+    data, plans, labels, positions, names = zip(*images)
+    return EncodedBatch(
+        torch.from_numpy(np.concatenate(data)),
+        torch.tensor([len(piece) for piece in data]).cumsum(0),
+        list(plans),
+        torch.tensor(labels),
+        list(positions),
+        list(names),
+    )
