@@ -39,8 +39,10 @@ class CifarSource(ClassificationSource):
         python, binary = (is_cifar_folder(folder, form) for form in (PYTHON_FOLDER, BINARY_FOLDER))
         if not (python or binary):
             path = Path(folder)
-            found = f"holds no CIFAR-10, {content(path)}" if path.exists() else f"is not there, {nearest_existing(path)}"
-            raise DatasetError(f"{folder} {found}; expected the files {', '.join(names)}, with or without '.bin'")
+            found = (
+                f"holds no CIFAR-10 ({content(path)})" if path.exists() else f"is not there ({nearest_existing(path)})"
+            )
+            raise DatasetError(f"{path} {found}; expected the files {', '.join(names)}, with or without '.bin'")
         read, extension = (_read_pickle, "") if python else (_read_records, ".bin")
         self._files = [os.path.join(self.folder, name + extension) for name in names]
         planes, labels = zip(*(read(path) for path in self._files))
@@ -55,8 +57,8 @@ class CifarSource(ClassificationSource):
         wrong = np.flatnonzero(self.labels >= len(CLASS_NAMES))
         if len(wrong):
             raise DatasetError(
-                f"{self.describe(wrong[0])} has the class {self.labels[wrong[0]]}, expected 0...9: this is no CIFAR-10, "
-                "or it is damaged; unpack the archive again"
+                f"{self.describe(wrong[0])} has the class {self.labels[wrong[0]]}, expected 0...9: this is not "
+                "CIFAR-10, or it is damaged; unpack the archive again"
             )
 
     def read(self, index: int) -> bytes:
@@ -166,8 +168,9 @@ def _bytes(path: str) -> bytes:
 
 
 def _load(path: str) -> Any:
+    file = io.BytesIO(_bytes(path))
     try:
-        return _Unpickler(io.BytesIO(_bytes(path))).load()
+        return _Unpickler(file).load()
     except _Refused as refused:
         raise DatasetError(
             f"{path} asks for {str(refused)!r}, which no batch of CIFAR-10 does; nothing in it was executed: replace it"

@@ -1,6 +1,7 @@
 """Classification batches: a source, a transform and a sampler put together."""
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -150,6 +151,7 @@ def evaluation_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    collate_samples: Callable[[list[tuple]], tuple] = default_collate,
 ) -> DataLoader:
     """Batches of `(images, labels)` with every image exactly once over all ranks, in order.
 
@@ -158,4 +160,65 @@ def evaluation_loader(
     """
     dataset = ClassificationDataset(source, transform, seed=0)
     sampler = EvaluationSampler(len(source), batch_size=batch_size, rank=rank, world_size=world_size)
-    return _loader(dataset, sampler, workers, pin_memory, default_collate)
+    return _loader(dataset, sampler, workers, pin_memory, collate_samples)
+
+
+def collate(samples: list[tuple]) -> Batch:
+    """Samples `(image, label)` or `(image, label, sentences)` as a batch."""
+    replaced = [sentence for sample in samples for sentence in (sample[2] if len(sample) > 2 else ())]
+    return Batch(*default_collate([sample[:2] for sample in samples]), replaced)
+
+
+class CorruptCounter:
+    """Counts, in the training process, the images that a loader with `on_corrupt="skip"` has replaced.
+
+    Called with each batch. It logs each unreadable image once, and raises DatasetError when more than `limit`, a share
+    of the images seen, were replaced. The first ten never stop a run unless `limit` is 0: a share of few images says
+    little. Each process of a run counts its own images, from its own start on.
+    """
+
+    TOLERATED = 10
+
+    def __init__(self, limit: float) -> None:
+        if not 0 <= limit < 1:
+            raise InputError(f"the limit of unreadable images is {limit}; expected a share: at least 0, less than 1")
+        self.limit = limit
+        self.images = 0
+        self.replaced = 0
+        self._known: set[str] = set()
+
+    def __call__(self, batch: Batch) -> None:
+        self.images += len(batch.labels)
+        for sentence in batch.replaced:
+            self.replaced += 1
+            if sentence not in self._known:
+                self._known.add(sentence)
+                logger.warning("%s. Another image took its place; %d so far", sentence, len(self._known))
+        if self.replaced > max(self.limit * self.images, self.TOLERATED if self.limit else 0):
+            raise DatasetError(
+                f"{self.replaced} of the {self.images} images loaded so far could not be read and were replaced "
+                f"({100 * self.replaced / self.images:.3g} %, {len(self._known)} different ones); the limit is "
+                f"{100 * self.limit:.3g} %. The last one: {sentence}. Find all of them with tools/check_dataset.py and "
+                "repair or remove them, or raise DATALOADER.MAX_CORRUPT"
+            )
+
+
+def _loader(
+    dataset: Dataset,
+    sampler: BatchSampler | EvaluationSampler,
+    workers: int,
+    pin_memory: bool,
+    collate_samples: Callable[[list[tuple]], tuple],
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate_samples,
+        persistent_workers=workers > 0,
+        worker_init_fn=prepare_worker,
+        pin_memory=pin_memory,
+        # The loader draws a number for its workers from this generator; from the global one it would shift the random
+        # numbers (dropout's) of a run that was stopped and resumed.
+        generator=torch.Generator(),
+    )

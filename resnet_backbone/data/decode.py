@@ -9,31 +9,65 @@ from PIL import Image
 
 from resnet_backbone.data.errors import DatasetError
 
+# Decoding at a half, a quarter and an eighth goes by OpenCV's "reduced grayscale" flags: the colour flag overrides
+# their gray.
+_FLAGS = {
+    1: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
+    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 
-def decode(data: bytes, *, what: str) -> np.ndarray:
+
+def decode(data: bytes, *, what: str, reduction: int = 1) -> np.ndarray:
     """Decode an image to `(H, W, 3)` uint8 RGB.
 
     Grayscale, palette, alpha (dropped), 16-bit and CMYK images all become RGB. The EXIF orientation is ignored, as
     torchvision's `ImageFolder` and Pillow's `open` ignore it. `what` names the image in the message of the
     DatasetError that unreadable or truncated bytes raise.
+
+    With a `reduction` of 2, 4 or 8 a JPEG, and nothing but a JPEG, is decoded at that fraction of its size, rounded up:
+    each pixel is about the mean of the pixels that it stands for. libjpeg does it by leaving out the high frequencies
+    of its 8x8 blocks.
     """
     try:
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), _FLAGS[reduction])
     except cv2.error:  # empty, or an image of an impossible size
         image = None
     # What OpenCV refuses, Pillow may know; if not, it knows why not.
-    return _decode_with_pillow(data, what) if image is None else image
+    return _decode_with_pillow(data, what, reduction) if image is None else image
 
 
-def _decode_with_pillow(data: bytes, what: str) -> np.ndarray:
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width from a JPEG's header; None if the bytes do not begin as a JPEG does.
+
+    Read from the frame header (ITU-T T.81, B.2.2), which follows the tables and the metadata: every segment before it
+    is a marker and its own length.
+    """
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif marker < 0xC0 or 0xD0 <= marker <= 0xDA:  # has no length, or follows the frame header
+            return None
+        elif marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return None
+
+
+def _decode_with_pillow(data: bytes, what: str, reduction: int) -> np.ndarray:
     if not data:
         raise DatasetError(f"{what} is empty (0 bytes); replace or remove it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
-                return np.array(image.convert("RGB"))
+                return np.array(image.convert("RGB").reduce(reduction))
     except Image.UnidentifiedImageError:
         found = f"{len(data)} bytes that are no image of a known format"
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others

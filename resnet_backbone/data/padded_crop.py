@@ -24,7 +24,7 @@ _HALF, _LOW_HALF = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 class Draws(NamedTuple):
-    """What is drawn for `n` positions, each `(n,)` int64: the window's place in the padded image, and 1 for a mirror."""
+    """What is drawn for `n` positions, `(n,)` int64 each: the window's place in the padded image; 1 for a mirror."""
 
     top: np.ndarray
     left: np.ndarray
@@ -54,7 +54,7 @@ class PaddedCropTransform:
         if padding < 0:
             raise InputError(f"the padding is {padding} pixels; expected at least 0")
         if min(crop) < 1:
-            raise InputError(f"a crop of {crop[0]}x{crop[1]} pixels is empty; expected a height and width of at least 1")
+            raise InputError(f"a crop of {crop[0]}x{crop[1]} pixels is empty; expected at least 1x1")
         if not 0 <= flip <= 1:
             raise InputError(f"flip is {flip}; expected a probability")
         if channel_order not in CHANNEL_ORDERS:
@@ -94,7 +94,7 @@ def random_words(seed: int, positions: np.ndarray, count: int) -> list[np.ndarra
     if seed < 0 or (positions < 0).any():
         raise ValueError(f"a random stream's seed and position must not be negative; got {seed} and {positions.min()}")
     key = _finalise(np.array([seed % 2**64], np.uint64) + _INCREMENT)
-    state = _finalise(key + _finalise(positions.astype(np.uint64) + _INCREMENT))
+    state = key + _finalise(positions.astype(np.uint64) + _INCREMENT)
     words = []
     for _ in range(count):
         state = state + _INCREMENT

@@ -88,7 +88,7 @@ class ResidentBatches:
         positions = np.arange(first, first + iterations)[:, None] * sampler.batch_size
         positions = (positions + sampler.rank * share + np.arange(share)).reshape(-1)
         draws = self._transform.draw(*self._size, seed=sampler.seed, positions=positions)
-        block = np.stack([sampler._indices(positions), *draws]).reshape(4, iterations, share)
+        block = np.stack([sampler.indices(positions), *draws]).reshape(4, iterations, share)
         places = torch.from_numpy(np.ascontiguousarray(block.transpose(1, 0, 2)))
         if self._device.type == "cuda":
             places = places.pin_memory()  # else the copy would wait for the device

@@ -127,9 +127,9 @@ class BatchSampler:
             positions = self._grouped(iteration // GROUP_WINDOW)[iteration % GROUP_WINDOW]
         share = self.batch_size // self.world_size
         positions = positions[self.rank * share : (self.rank + 1) * share]
-        return list(zip(positions.tolist(), self._indices(positions).tolist(), strict=True))
+        return list(zip(positions.tolist(), self.indices(positions).tolist(), strict=True))
 
-    def _indices(self, positions: np.ndarray) -> np.ndarray:
+    def indices(self, positions: np.ndarray) -> np.ndarray:
         """The image at each position, `(n,)` int64."""
         indices = positions % self.size
         if self.shuffle:
@@ -151,7 +151,7 @@ class BatchSampler:
         if self._window is None or self._window[0] != window:
             count = GROUP_WINDOW * self.batch_size
             positions = np.arange(window * count, (window + 1) * count)
-            group = self.groups[self._indices(positions)]
+            group = self.groups[self.indices(positions)]
             full, rest = [], []
             for value in np.unique(self.groups):
                 members = positions[group == value]

@@ -191,7 +191,10 @@ def resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize `(H, W, 3)` uint8 to height and width `size`, bilinear with antialiasing: Pillow's filter, within 1."""
+    """Resize `(H, W, 3)` uint8 to height and width `size`, bilinear with antialiasing.
+
+    That is Pillow's filter, to within 1 level, and 2 in a few pixels at steep edges.
+    """
     if image.shape[:2] == tuple(size):
         return image
     # OpenCV's filters differ from Pillow's (and so from what published weights were tested with) where they shrink;

@@ -1,5 +1,6 @@
 """Hooks of the training loop: learning rate, checkpoints, evaluation, metrics."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,7 @@ class Evaluation(HookBase):
             return
         if self._plateau is not None:
             self._plateau.update(score)
-        if self.best is None or score > self.best:
+        if score > (-math.inf if self.best is None else self.best):  # not with a score that is no number
             self.best = score
             if self._save_best is not None and comm.is_main_process():
                 self._save_best(results)
@@ -123,19 +124,28 @@ class Evaluation(HookBase):
 
 
 class Writers(HookBase):
-    """Let every writer write the metrics each `period` iterations and at the end, on the main process."""
+    """Let every writer write after an iteration in which something was measured; on the main process.
 
-    def __init__(self, writers: list[EventWriter], period: int):
+    The learning rate, which each iteration stores, is no reason: so a run that was stopped and resumed writes the same
+    as one that was not.
+    """
+
+    def __init__(self, writers: list[EventWriter]):
         self.writers = writers
-        self.period = period
+        self._last = -1
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done % self.period == 0 or done == self.trainer.max_iter:
-            for writer in self.writers:
-                writer.write()
+        self._write()
 
     def after_train(self) -> None:
+        self._write()  # an evaluation after which the next iteration failed
         for writer in self.writers:
-            writer.write()  # what was stored since, where training stopped early
             writer.close()
+
+    def _write(self) -> None:
+        stored = self.trainer.storage.latest().items()
+        newest = max((iteration for name, (_, iteration) in stored if name != "lr"), default=-1)
+        if newest > self._last:
+            self._last = newest
+            for writer in self.writers:
+                writer.write()

@@ -1,24 +1,24 @@
 """Command lines of the training tools: Detectron2's flags, several processes on GPUs or CPUs, errors as sentences."""
 
 import argparse
+import functools
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from resnet_backbone.engine.config import ConfigError
-from resnet_backbone.errors import InputError
-
-EXIT_BAD_INPUT = 2
+from resnet_backbone.engine.describe import describe_config
+from resnet_backbone.engine.processes import EXIT_CTRL_C, Place, given_place, leave, run_given, spawn
+from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
 
 
 def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
-    """The flags that both training tools share, named as Detectron2's."""
+    """The flags that both training tools share, named as Detectron2's where it has them."""
     parser = argparse.ArgumentParser(
         description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,6 +27,9 @@ def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every key, its value and who set it, and stop"
+    )
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine (on CPUs too, by gloo)")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, unique, from 0")
@@ -35,32 +38,57 @@ def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
     return parser
 
 
+class PrintAndExit(argparse.Action):
+    """A flag that prints what the function `const` returns, whatever else the command line lacks."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, nargs=0, **named)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(self.const())
+        parser.exit()
+
+
 def run_tool(
     arguments: argparse.Namespace,
     load: Callable[[argparse.Namespace], CfgNode],
     run: Callable[..., object],
+    named: Mapping[str, object] | None = None,
 ) -> int:
     """Load the configuration, run in as many processes as asked, and return the exit code.
 
     Args:
         load: from the arguments to the configuration; a cheap call that finds misspelt keys before anything starts.
-        run: called in every process as `run(cfg, resume=…, eval_only=…)`.
+        run: called in every process as `run(cfg, **named)`.
+        named: by default the flags `resume` and `eval_only`.
     """
     try:
         cfg = load(arguments)
-        return launch(
+        if arguments.print_config:
+            print(describe_config(cfg))
+            return 0
+        code = launch(
             run,
             cfg,
-            resume=arguments.resume,
-            eval_only=arguments.eval_only,
             processes=arguments.num_gpus,
             machines=arguments.num_machines,
             machine_rank=arguments.machine_rank,
             url=arguments.dist_url,
+            **({"resume": arguments.resume, "eval_only": arguments.eval_only} if named is None else named),
         )
+        if (given := given_place()) is not None and given.world_size > 1:
+            leave(code)
+        return code
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # what gets here is the same for all of a machine's processes
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_CTRL_C
 
 
 def launch(
@@ -75,51 +103,45 @@ def launch(
 ) -> int:
     """Call `run(cfg, **arguments)` in `processes` processes on each of `machines` machines.
 
+    Under torchrun, or whatever else sets its environment variables, this process is one of them already: it calls, and
+    starts none. The numbers may then stay at their defaults; a failure of one of several such processes ends it here.
+
     Returns:
-        The exit code: 0, or that of a process that was killed.
+        The exit code: 0, or that of a process that failed, after its stack trace or signal was printed.
 
     Raises:
-        InputError: a process raised one; the others were ended. Any other exception comes with its stack trace.
+        InputError: a process raised one; the others were ended.
+        Interrupted: a signal asked to leave; everything is saved.
     """
     if processes < 1 or machines < 1 or not 0 <= machine_rank < machines:
         raise ConfigError(
             f"--num-gpus {processes} --num-machines {machines} --machine-rank {machine_rank}: expected at least 1 "
             "process and 1 machine, and a rank from 0 up to, not including, the number of machines."
         )
+    given = given_place()
+    if given is not None:
+        _check_same(given, processes, machines, machine_rank, url)
+        processes, machines = given.local_size, given.world_size // given.local_size
     if processes * machines == 1:
         run(cfg, **arguments)
+        return 0
+    call, on_gpu = functools.partial(run, cfg, **arguments), cfg.MODEL.DEVICE.startswith("cuda")
+    if on_gpu and cfg.MODEL.DEVICE != "cuda":
+        raise ConfigError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but each of {processes} processes has its own; set cuda."
+        )
+    if given is not None:
+        run_given(given, call, on_gpu=on_gpu)
         return 0
     if url == "auto":
         if machines > 1:
             raise ConfigError("--dist-url auto works on a single machine only; give tcp://HOST:PORT of machine 0.")
         url = f"tcp://127.0.0.1:{_free_port()}"
-    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     if on_gpu and torch.cuda.device_count() < processes:
         raise ConfigError(f"--num-gpus is {processes}, but this machine shows {torch.cuda.device_count()} GPUs.")
-    if on_gpu and cfg.MODEL.DEVICE != "cuda":
-        raise ConfigError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but each of {processes} processes has its own; set cuda."
-        )
-    sentences = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    backend = "nccl" if on_gpu else "gloo"
-    context = torch.multiprocessing.spawn(
-        _process,
-        args=(run, cfg, arguments, processes, machines, machine_rank, url, backend, sentences),
-        nprocs=processes,
-        join=False,
-    )
-    try:
-        while not context.join():
-            pass
-    except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
-        # Where one process stopped for an InputError, what the others then say is its consequence.
-        if not sentences.empty():
-            raise InputError(sentences.get()) from None
-        if isinstance(error, torch.multiprocessing.ProcessRaisedException):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code  # a signal, as shells count it
-    return 0
+    first = machine_rank * processes
+    places = [Place(first + number, machines * processes, number, processes, url) for number in range(processes)]
+    return spawn(places, call, on_gpu=on_gpu)
 
 
 def wrap_for_processes(model: torch.nn.Module) -> torch.nn.Module:
@@ -135,24 +157,20 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
-def _process(local_rank, run, cfg, arguments, processes, machines, machine_rank, url, backend, sentences) -> None:
-    rank = machine_rank * processes + local_rank
-    if backend == "nccl":
-        torch.cuda.set_device(local_rank)
-    else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    dist.init_process_group(backend, init_method=url, world_size=processes * machines, rank=rank)
-    for machine in range(machines):  # every process must take part in making every group
-        ranks = list(range(machine * processes, (machine + 1) * processes))
-        group = dist.new_group(ranks)
-        if machine == machine_rank:
-            comm._LOCAL_PROCESS_GROUP = group  # Detectron2 0.6 offers no other way to set it
-    try:
-        run(cfg, **arguments)
-    except InputError as error:
-        sentences.put(str(error))
-        os._exit(EXIT_BAD_INPUT)  # the other processes may wait for this one; leaving ends them
-    dist.destroy_process_group()
+def _check_same(given: Place, processes: int, machines: int, machine_rank: int, url: str) -> None:
+    """Flags may repeat what the environment says; a default is taken for nothing said."""
+    expected = {
+        "--num-gpus": (processes, 1, given.local_size),
+        "--num-machines": (machines, 1, given.world_size // given.local_size),
+        "--machine-rank": (machine_rank, 0, given.rank // given.local_size),
+        "--dist-url": (url, "auto", "auto"),
+    }
+    for flag, (said, default, environment) in expected.items():
+        if said not in (default, environment):
+            raise ConfigError(
+                f"{flag} is {said}, but the environment, as torchrun sets it, says {environment}: {given.local_size} "
+                f"processes on each of {given.world_size // given.local_size} machines. Leave the flag out."
+            )
 
 
 def _free_port() -> int:

@@ -20,25 +20,31 @@ def find_cause(model: nn.Module, parts: Iterable[Any], losses_of: Callable[[Any]
     """
     watched = _Watch(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)  # those there are may hold the fault already
     try:
+        # To the end, whatever is found: other processes may wait for this one in a layer that works across them.
         for part in parts:
             losses = losses_of(part)
-            if watched.found is None:
-                bad = [name for name, loss in losses.items() if not _is_finite(loss)]
-                watched.found = f"the loss {bad[0]} (all layers' outputs are finite)" if bad else None
-            if watched.found is None:
-                sum(losses.values()).backward()
-            if watched.found is None:
-                bad = [name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
-                watched.found = f"the gradient of {bad[0]}" if bad else None
-            if watched.found is not None:
-                return watched.found
+            watched.note(
+                f"the loss {name} (all layers' outputs are finite)" for name, x in losses.items() if not _is_finite(x)
+            )
+            sum(losses.values()).backward()
+            named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+            watched.note(f"the gradient of {name}" for name, gradient in named if not _is_finite(gradient))
+            if not _is_finite(nn.utils.get_total_norm([gradient for _, gradient in named])):
+                watched.note(["the norm of the gradient, each value of which is finite"])
+    except FloatingPointError as error:  # by which Detectron2 refuses boxes that are not numbers
+        watched.note([f"what is computed from layers' outputs, all of them finite ({error})"])
     finally:
         watched.remove()
-        model.zero_grad(set_to_none=True)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    return "nothing in a second run of the same batch, so the device or a nondeterministic operation is to blame"
+    return watched.found or (
+        "nothing in a second run of the same batch, so the device or a nondeterministic operation is to blame"
+    )
 
 
 class _Watch:
@@ -48,6 +54,11 @@ class _Watch:
         self.found: str | None = None
         leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
         self._handles = [module.register_forward_hook(self._look(name)) for name, module in leaves]
+
+    def note(self, found: Iterable[str]) -> None:
+        """Take the first of these, unless something was found before."""
+        if self.found is None:
+            self.found = next(iter(found), None)
 
     def _look(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:

@@ -64,6 +64,7 @@ class Preemption(HookBase):
                 raise _EvaluationLeft
             return evaluate()
         except _EvaluationLeft:
+            self._may_leave = False
             self._leave(self._received, self.trainer.iter - 1)
         finally:
             self._may_leave = False

@@ -135,15 +135,14 @@ def train(
         return result()
 
     metadata(start)  # an impossible entry is found now, not at the first checkpoint
-    # In this order: what was measured after an iteration decides the next one's learning rate; a checkpoint holds what
-    # the hooks before it know.
-    trainer.register_hooks(
-        [evaluation, hooks.LearningRate(build_multiplier(cfg), plateau=plateau, warm_up=warm_up), checkpoints]
-    )
+    # In this order: what was measured after an iteration decides the next one's learning rate; what was measured before
+    # a checkpoint is written before it, since a run that resumes there does not measure it again; a checkpoint holds
+    # what the hooks before it know; a run leaves when all else is done.
+    trainer.register_hooks([evaluation, hooks.LearningRate(build_multiplier(cfg), plateau=plateau, warm_up=warm_up)])
     if comm.is_main_process():
         keep_metrics_before(folder, start)
-        trainer.register_hooks([hooks.Writers(_writers(cfg, folder, start), cfg.SOLVER.LOG_PERIOD)])
-    trainer.register_hooks([preemption])  # last: it leaves when all else is done
+        trainer.register_hooks([hooks.Writers(_writers(cfg, folder, start))])
+    trainer.register_hooks([checkpoints, preemption])
     trainer.train(start, cfg.SOLVER.MAX_ITER)
     return result()
 

@@ -28,6 +28,7 @@ Losses = dict[str, torch.Tensor]
 
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", *AUTOCAST_TYPES)
+LOWEST_LOSS_SCALE = 2.0**-14  # 30 halvings below where torch starts: no scale makes such gradients finite
 
 
 class NonFiniteLossError(InputError, FloatingPointError):
@@ -145,7 +146,10 @@ class Trainer(TrainerBase):
         self._waited += time.perf_counter() - start
 
         seed_iteration(self.seed, self.iter, comm.get_rank())
-        (self._step if self._graph is None else self._graph)(batch)
+        try:
+            (self._step if self._graph is None else self._graph)(batch)
+        except FloatingPointError as error:  # by which Detectron2 refuses boxes that are not numbers
+            raise self._bad_iteration(self.iter, [self._second_look(self.iter)]) from error
         self._count += 1
         self._timed += 1
         if (self.iter + 1) % self.log_period == 0 or self.iter + 1 == self.max_iter:
@@ -163,8 +167,10 @@ class Trainer(TrainerBase):
                     total = sum(losses.values())
                 mean = total / len(parts) if len(parts) > 1 else total
                 if self._scaler.is_enabled():
-                    # What has stopped stays stopped: a gradient that is not finite is the scaler's sign to skip.
-                    mean = self._scaler.scale(mean * torch.where(self._guard.stopped > 0, math.nan, 1.0))
+                    # A gradient that is not finite is the scaler's sign to skip: for a bad loss, which need not give
+                    # one by itself, and for all that comes after it.
+                    bad = (self._guard.stopped > 0) | ~total.detach().isfinite()
+                    mean = self._scaler.scale(mean * torch.where(bad, math.nan, 1.0))
                 mean.backward()
             values.append({**losses, **metrics, "total_loss": total})
         self._add(values)
@@ -216,11 +222,14 @@ class Trainer(TrainerBase):
 
         Raises:
             NonFiniteLossError: the loss or a gradient of an iteration since the last reading is infinite or not a
-                number.
+                number; with a loss scale, a gradient is so whatever the scale.
         """
         if self._count == 0:
             return
         self._check_guard()
+        scale = self._scaler.get_scale()
+        if scale < LOWEST_LOSS_SCALE:
+            raise self._bad_iteration(self.iter, comm.all_gather(self._second_look(self.iter)))
         values = self._sums / self._count
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(values)
@@ -233,7 +242,7 @@ class Trainer(TrainerBase):
             smoothing_hint=False,
         )
         if self._scaler.is_enabled():
-            self.storage.put_scalar("loss_scale", self._scaler.get_scale(), smoothing_hint=False)
+            self.storage.put_scalar("loss_scale", scale, smoothing_hint=False)
         self._sums.zero_()
         self._count = 0
         self._start_window()
@@ -265,18 +274,24 @@ class Trainer(TrainerBase):
             )
 
     def _check_guard(self) -> None:
-        """Raise NonFiniteLossError if an iteration was bad, after a second look at it."""
+        """Raise NonFiniteLossError if an iteration was bad, in all processes."""
         first = int(self._guard.first_bad)
-        if first < 0:
-            return
-        iteration = self.start_iter + first
-        rate = self._rate_at(iteration)
-        found = comm.all_gather((self._find_cause(iteration), self._names_of(iteration)))
+        if first >= 0:
+            iteration = self.start_iter + first
+            raise self._bad_iteration(iteration, comm.all_gather(self._second_look(iteration)))
+
+    def _second_look(self, iteration: int) -> tuple[str, list[str]]:
+        """The cause, and the names of this process's images."""
+        return self._find_cause(iteration), [] if self._names is None else list(self._names(iteration))
+
+    def _bad_iteration(self, iteration: int, found: list[tuple[str, list[str]]]) -> NonFiniteLossError:
+        """What to raise, by the second looks of all processes, or of one."""
         # The process that has a cause knows the image; the others only got its gradient.
         cause, names = next(((c, n) for c, n in found if not c.startswith("nothing")), found[0])
+        rate = self._rate_at(iteration)
         logger.error("images of iteration %d: %s", iteration, ", ".join(names) or "unknown")
         few = ", ".join(names[:4]) + (f" and {len(names) - 4} more (in the log)" if len(names) > 4 else "")
-        raise NonFiniteLossError(
+        return NonFiniteLossError(
             f"iteration {iteration} gave a loss or gradient that is infinite or not a number, at learning rate "
             f"{rate:g}. It appeared first in {cause}. {f'Its images: {few}. ' if names else ''}Nothing of it reached "
             "the weights, and the last checkpoint stays. Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip "
@@ -301,9 +316,6 @@ class Trainer(TrainerBase):
         history = self.storage.histories().get("lr")
         rates = {} if history is None else {stamp: value for value, stamp in history.values()}
         return rates.get(iteration, float(self.optimizer.param_groups[0]["lr"]))
-
-    def _names_of(self, iteration: int) -> list[str]:
-        return [] if self._names is None else list(self._names(iteration))
 
     def after_step(self) -> None:
         start = time.perf_counter()

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_backbone.errors import InputError
@@ -161,3 +162,12 @@ class ResNet(StagedNetwork):
     def run_classifier(self, x: Tensor) -> Tensor:
         """Average `(N, C, H, W)` over its pixels and return logits `(N, num_classes)`."""
         return self.fc(self.avgpool(x).flatten(1))
+
+    def dense_logits(self, x: Tensor) -> Tensor:
+        """Return logits at every position of images `(N, 3, H, W)`, `(N, num_classes, h, w)`; of the whole network.
+
+        The classifier is linear, so their mean over the positions is what the network says of the whole image.
+        """
+        for name in self.stage_names:
+            x = self.run_stage(name, x)
+        return F.conv2d(x, self.fc.weight[:, :, None, None], self.fc.bias)

@@ -3,8 +3,10 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_backbone.errors import InputError
 from resnet_backbone.networks.norms import norm_factory
 from resnet_backbone.networks.stages import FeatureInfo, StagedNetwork, scale_channels
 
@@ -113,6 +115,31 @@ class VGG(StagedNetwork):
     def run_classifier(self, x: Tensor) -> Tensor:
         """Turn fc7's output `(N, C)` into logits `(N, num_classes)`."""
         return self.classifier.get_submodule("6")(x)
+
+    def dense_logits(self, x: Tensor) -> Tensor:
+        """Return logits at every position of images `(N, 3, H, W)`, `(N, num_classes, h, w)`; of the whole network.
+
+        The fully connected layers run as convolutions, fc6 of 7×7 and the others of 1×1 (arXiv 1409.1556, section
+        3.2): each position has the logits of one 7×7 window of the features.
+
+        Raises:
+            InputError: the features are smaller than that window.
+        """
+        for name in self.stage_names[: self.stage_names.index("fc6")]:
+            x = self.run_stage(name, x)
+        if min(x.shape[2:]) < FC_RESOLUTION:
+            side = FC_RESOLUTION * self.feature_info[name].stride
+            raise InputError(
+                f"fc6 as a convolution needs {FC_RESOLUTION}×{FC_RESOLUTION} features and got "
+                f"{x.shape[2]}×{x.shape[3]}; give images whose shorter side is at least {side} pixels"
+            )
+        for layer in self.classifier:
+            if isinstance(layer, nn.Linear):
+                side = FC_RESOLUTION if layer.in_features > x.shape[1] else 1
+                x = F.conv2d(x, layer.weight.unflatten(1, (x.shape[1], side, side)), layer.bias)
+            else:
+                x = layer(x)
+        return x
 
 
 def _conv_block(in_channels: int, channels: int, depth: int, norm_layer, pool_first: bool) -> list[nn.Module]:

@@ -2,14 +2,14 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from resnet_backbone.data.classification import train_loader
+from resnet_backbone.data.classification import ON_CORRUPT, Batch, CorruptCounter, train_loader
 from resnet_backbone.data.device import DeviceAugment, DevicePrefetcher, encoded_loader
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.padded_crop import PaddedCropTransform
@@ -57,6 +57,12 @@ class TrainBatches:
         self._source = source
         self._shares = {"rank": comm.get_rank(), "world_size": comm.get_world_size()}
         self._transform = _train_transform(cfg)
+        with as_config_error("DATALOADER.MAX_CORRUPT"):
+            self._corrupt = CorruptCounter(cfg.DATALOADER.MAX_CORRUPT)
+        if cfg.DATALOADER.ON_CORRUPT not in ON_CORRUPT:
+            raise ConfigError(
+                f"DATALOADER.ON_CORRUPT is {cfg.DATALOADER.ON_CORRUPT!r}, expected {' or '.join(ON_CORRUPT)}."
+            )
         self._augment: DeviceAugment | None = None
         self._resident: ResidentBatches | None = None
         if pipeline == "device":
@@ -97,8 +103,22 @@ class TrainBatches:
         }
         if self._augment is not None:
             return iter(DevicePrefetcher(encoded_loader(self._source, self._transform, **common), self._augment))
-        on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
-        return iter(train_loader(self._source, self._transform, pin_memory=on_gpu, **common))
+        return self._counted(
+            train_loader(
+                self._source,
+                self._transform,
+                pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
+                reduced_decoding=cfg.INPUT.REDUCED_DECODING,
+                on_corrupt=cfg.DATALOADER.ON_CORRUPT,
+                **common,
+            )
+        )
+
+    def _counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass batches on while not too many of their images are unreadable."""
+        for batch in batches:
+            self._corrupt(batch)
+            yield batch
 
     def images_of(self, batch: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch's images `(n, 3, H, W)` uint8 and labels `(n,)` on the device."""

@@ -1,8 +1,13 @@
-"""Accuracy of a classifier."""
+"""Accuracy of a classifier, or of several together."""
 
+import contextlib
+import datetime
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -12,76 +17,240 @@ from torch.utils.data import DataLoader
 
 from resnet_backbone.data.classification import evaluation_loader
 from resnet_backbone.data.interface import ClassificationSource
+from resnet_backbone.data.resident import ResidentEvaluation
+from resnet_backbone.data.sampler import EvaluationSampler
 from resnet_backbone.data.transforms import EvalTransform
-from resnet_backbone.pretraining.batches import Normalise, as_config_error, crop_size
+from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.trainer import AUTOCAST_TYPES
+from resnet_backbone.networks import build_network
+from resnet_backbone.pretraining.batches import Normalise, crop_size
+from resnet_backbone.pretraining.views import Group, choose_views, collate, log_probabilities
+from resnet_backbone.weights import Metadata, Unstated, load_state, read_weights
 
 logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 10.0
+# Of an image's ten crops or five scales, so much is loaded at once; a worker holds several such loads.
+LOAD_BYTES = 64 * 2**20
+
+
+class Member(NamedTuple):
+    """A classifier, and what makes its input, on its device, of uint8 images in the order INPUT.FORMAT."""
+
+    model: nn.Module
+    prepare: Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
 def evaluate_classifier(
-    model: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    prepare: Callable[[torch.Tensor], torch.Tensor],
+    members: Sequence[Member],
+    batches: Iterable[tuple[torch.Tensor | Sequence[Group], torch.Tensor]],
+    *,
+    whole: bool = False,
+    max_pixels: int | None = None,
+    precision: str = "fp32",
+    images: int = 0,
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in per cent over all images of all processes; each image counts once.
+    """Accuracy over all images of all processes; each image counts once.
+
+    An image's prediction is the mean of the members' softmax probabilities over its views.
 
     Args:
-        model: images to logits; evaluated in eval mode, its training mode is restored.
-        batches: this process's images `(N, 3, H, W)`, uint8, and labels `(N,)`.
-        prepare: from uint8 images to what the model is fed, on its device.
+        members: evaluated in eval mode, their training mode is restored; all on one device, with the same classes.
+        batches: this process's images, `(N, 3, H, W)` uint8 or groups of their views, and labels `(N,)`.
+        whole, max_pixels: of `log_probabilities`.
+        precision: "fp32", or "bf16" or "fp16" for autocast. Probabilities are computed in float64 always.
+        images: how many `batches` will hold, for the progress.
 
     Returns:
-        "top1" and "top5" in per cent, and "images", how many were counted.
+        "top1" and "top5" in per cent, "test_loss", the mean cross entropy, and "images", how many were counted.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    counts = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in batches:
-        logits = model(prepare(images))
-        labels = labels.to(device)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        counts += torch.stack([best[:, 0].sum(), best.sum(), torch.tensor(len(labels), device=device)])
-    model.train(was_training)
+    device = next(members[0].model.parameters()).device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    with contextlib.ExitStack() as stack:
+        for model, _ in members:
+            stack.enter_context(_eval_mode(model))
+        if precision in AUTOCAST_TYPES:
+            stack.enter_context(torch.autocast(device.type, dtype=AUTOCAST_TYPES[precision]))
+        for views, labels in _with_progress(batches, images):
+            groups = [Group(views, torch.arange(len(views)))] if isinstance(views, torch.Tensor) else views
+            predictions = [
+                log_probabilities(model, prepare, groups, len(labels), whole=whole, max_pixels=max_pixels)
+                for model, prepare in members
+            ]
+            predicted = torch.stack(predictions).logsumexp(0) - math.log(len(members))
+            labels = labels.to(device, non_blocking=True)
+            best = predicted.topk(min(5, predicted.shape[1]), dim=1).indices == labels[:, None]
+            loss = -predicted.gather(1, labels[:, None])
+            sums += torch.stack([best[:, 0].sum(), best.sum(), loss.sum(), torch.tensor(len(labels), device=device)])
     if comm.get_world_size() > 1:
-        torch.distributed.all_reduce(counts)
-    top1, top5, images = counts.tolist()
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "images": images}
+        torch.distributed.all_reduce(sums)
+    top1, top5, loss, count = sums.tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "test_loss": loss / count, "images": count}
 
 
 class Evaluator:
-    """Accuracy on DATASETS.TEST, and the same on two images to find out early whether it will work."""
+    """Accuracy on DATASETS.TEST, and the same on two images to find out early whether it will work.
 
-    def __init__(self, cfg: CfgNode, model: nn.Module, source: ClassificationSource, prepare: Normalise):
-        self._cfg = cfg
-        self._model = model
+    Args:
+        prepare: makes the evaluated network's input of images in the order INPUT.FORMAT.
+        ensemble: further classifiers, whose predictions are averaged with the network's (`load_ensemble`).
+
+    Raises:
+        ConfigError: a key of INPUT or TEST cannot be used.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        source: ClassificationSource,
+        prepare: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        ensemble: Sequence[Member] = (),
+    ):
         self._source = source
         self._prepare = prepare
-        with as_config_error("INPUT"):
-            self._transform = EvalTransform(
-                short_side=cfg.INPUT.MIN_SIZE_TEST, crop=crop_size(cfg), channel_order=cfg.INPUT.FORMAT
-            )
-
-    def __call__(self) -> dict[str, float]:
+        self._ensemble = list(ensemble)
+        self._views = choose_views(cfg)
+        self._precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
         # TEST.IMS_PER_BATCH counts over all processes, a loader's batch is its process's share.
-        images = self._cfg.TEST.IMS_PER_BATCH or self._cfg.SOLVER.IMS_PER_BATCH
-        loader = self._loader(max(1, images // comm.get_world_size()), self._cfg.DATALOADER.NUM_WORKERS)
-        results = evaluate_classifier(self._model, loader, self._prepare)
-        logger.info("top-1 %.2f %%, top-5 %.2f %% of %d images", results["top1"], results["top5"], results["images"])
+        self._batch_size = max(1, (cfg.TEST.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH) // comm.get_world_size())
+        height, width = crop_size(cfg)
+        self._max_pixels = self._batch_size * height * width
+        self._load_size = self._batch_size
+        if self._views.pixels > height * width:
+            self._load_size = min(self._batch_size, max(1, LOAD_BYTES // (3 * self._views.pixels)))
+        self._workers = cfg.DATALOADER.NUM_WORKERS
+        self._device = cfg.MODEL.DEVICE
+        self._keep_on_device = cfg.DATALOADER.PIPELINE == "resident" and type(self._views.transform) is EvalTransform
+        self._kept: ResidentEvaluation | None = None
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Evaluate the network of the configuration, with the ensemble's where there is one."""
+        images = EvaluationSampler(len(self._source), batch_size=1, **_shares())
+        results = self._evaluate(model, self._batches(), images=len(images))
+        logger.info(
+            "top-1 %.2f %%, top-5 %.2f %%, cross entropy %.4f of %d images (%s, %s%s)",
+            *results.values(),
+            self._views.description,
+            self._precision,
+            f", {1 + len(self._ensemble)} networks" if self._ensemble else "",
+        )
         return results
 
-    def try_two_images(self) -> None:
+    def try_two_images(self, model: nn.Module) -> None:
         # A process without images takes part all the same: the others wait for its counts.
-        evaluate_classifier(self._model, itertools.islice(self._loader(2, workers=0), 1), self._prepare)
+        self._evaluate(model, itertools.islice(self._loader(2, workers=0), 1))
+
+    def _batches(self) -> Iterable:
+        if not self._keep_on_device:
+            return self._loader(self._load_size, self._workers)
+        if self._kept is None:
+            self._kept = ResidentEvaluation(
+                self._source, self._views.transform, batch_size=self._batch_size, device=self._device, **_shares()
+            )
+        return self._kept
+
+    def _evaluate(self, model: nn.Module, batches: Iterable, images: int = 0) -> dict[str, float]:
+        return evaluate_classifier(
+            [Member(model, self._prepare), *self._ensemble],
+            batches,
+            whole=self._views.whole,
+            max_pixels=self._max_pixels,
+            precision=self._precision,
+            images=images,
+        )
 
     def _loader(self, batch_size: int, workers: int) -> DataLoader:
         return evaluation_loader(
             self._source,
-            self._transform,
+            self._views.transform,
             batch_size=batch_size,
             workers=workers,
-            rank=comm.get_rank(),
-            world_size=comm.get_world_size(),
-            pin_memory=self._cfg.MODEL.DEVICE.startswith("cuda"),
+            pin_memory=self._device.startswith("cuda"),
+            collate_samples=collate,
+            **_shares(),
         )
+
+
+def _shares() -> dict[str, int]:
+    return {"rank": comm.get_rank(), "world_size": comm.get_world_size()}
+
+
+def load_ensemble(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
+    """The classifiers of TEST.ENSEMBLE on MODEL.DEVICE, each as its own metadata says that it is built and fed.
+
+    Raises:
+        ConfigError: a file is no classifier of `class_names`, or does not say how its network was fed.
+        CheckpointError: a file cannot be read.
+    """
+    members = []
+    for file in cfg.TEST.ENSEMBLE:
+        try:
+            weights = read_weights(file).checkpoint
+        except Unstated as error:
+            raise ConfigError(
+                f"TEST.ENSEMBLE: {error.fact} Convert the file with tools/convert_weights.py, which is told the rest."
+            ) from error
+        metadata = weights.metadata
+        logger.info("%s: %s", file, metadata.describe())
+        if metadata.kind != "classifier":
+            raise ConfigError(f"TEST.ENSEMBLE: {file} holds a {metadata.kind}, expected a classifier.")
+        theirs = list(metadata.class_names)
+        if "converted_from" in metadata.origin and len(theirs) == len(class_names):
+            logger.info("%s does not name its classes; they are taken for those of DATASETS.TEST, in their order", file)
+        elif difference := _difference(theirs, list(class_names)):
+            raise ConfigError(
+                f"TEST.ENSEMBLE: {file} has {difference} of DATASETS.TEST. Predictions can be averaged where all "
+                "networks have the same classes in the same order."
+            )
+        model = build_network(metadata.architecture, len(theirs), **metadata.arguments)
+        logger.info(load_state(model, weights.model, part="network", source=file))
+        members.append(
+            Member(model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last).eval(), _preparation(cfg, metadata))
+        )
+    return members
+
+
+def _preparation(cfg: CfgNode, metadata: Metadata) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make another network's input of images in the order INPUT.FORMAT."""
+    theirs = cfg.clone()
+    theirs.MODEL.PIXEL_MEAN, theirs.MODEL.PIXEL_STD = list(metadata.pixel_mean), list(metadata.pixel_std)
+    normalise = Normalise(theirs)
+    if metadata.channel_order == cfg.INPUT.FORMAT:
+        return normalise
+    return lambda images: normalise(images.flip(1))
+
+
+def _difference(theirs: list[str], ours: list[str]) -> str:
+    """In what two lists of class names differ; empty where they do not."""
+    if len(theirs) != len(ours):
+        return f"{len(theirs)} classes, not the {len(ours)}"
+    for number, (one, other) in enumerate(zip(theirs, ours, strict=True)):
+        if one != other:
+            return f"{one!r} as class {number}, not the {other!r}"
+    return ""
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _with_progress(batches: Iterable[tuple], images: int) -> Iterator[tuple]:
+    """Pass batches on, and log about every 10 seconds how many of `images` are done and how long the rest will take."""
+    start = last = time.monotonic()
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch[1])
+        now = time.monotonic()
+        if comm.is_main_process() and now - last >= PROGRESS_SECONDS and done < images:
+            last = now
+            left = datetime.timedelta(seconds=round((now - start) / done * (images - done)))
+            logger.info("evaluation: %d of %d images of this process, left %s", done, images, left)

@@ -20,11 +20,11 @@ from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoi
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics
 from resnet_backbone.engine.pretrained import read_with_statements, statements
 from resnet_backbone.engine.schedule import rescale_for_batch
-from resnet_backbone.engine.train import check_batch, choose_seed, train
+from resnet_backbone.engine.train import check_batch, check_solver, choose_seed, train
 from resnet_backbone.networks import FrozenBatchNorm2d, build_network
 from resnet_backbone.networks import network_arguments as arguments_of
 from resnet_backbone.pretraining.batches import Normalise, TrainBatches, as_config_error, crop_size
-from resnet_backbone.pretraining.evaluation import Evaluator
+from resnet_backbone.pretraining.evaluation import Evaluator, load_ensemble
 from resnet_backbone.weights import Checkpoint, Metadata, load_state, write_checkpoint, write_json
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,12 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         InputError: something in the configuration cannot be used; found before the first iteration.
     """
     check_batch(cfg)
+    check_solver(cfg)
+    if cfg.TEST.ENSEMBLE and not eval_only:
+        raise ConfigError(
+            f"TEST.ENSEMBLE names {len(cfg.TEST.ENSEMBLE)} networks, but a training run tests the one that it trains. "
+            "Add --eval-only, or leave TEST.ENSEMBLE empty."
+        )
     folder = open_output(cfg, resume=resume or eval_only)
     rescale_for_batch(cfg)
     last = read_last_checkpoint(folder) if resume else None
@@ -87,11 +93,8 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
     metadata(0)  # refuses now, not at the first checkpoint, a preprocessing that no checkpoint could state
     prepare = Normalise(cfg)
     batches = TrainBatches(cfg, source)
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        return Evaluator(cfg, model, test_source, prepare)()
-
-    Evaluator(cfg, model, test_source, prepare).try_two_images()
+    evaluate = Evaluator(cfg, test_source, prepare, ensemble=load_ensemble(cfg, test_source.class_names))
+    evaluate.try_two_images(model)
     if eval_only:
         return evaluate(model)
     write_config(cfg, folder)
@@ -125,7 +128,8 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         if layers := estimate_norm_statistics(trained, images, iterations):
             precise = True
             logger.info("precise BN: %d layers over %d batches", layers, iterations)
-    results = evaluate(trained)
+    with torch.compiler.set_stance("force_eager"):  # its shapes are not those of training
+        results = evaluate(trained)
     if comm.is_main_process():
         final = metadata(cfg.SOLVER.MAX_ITER, precise=precise, top1=results["top1"], top5=results["top5"])
         write_checkpoint(folder / FINAL, Checkpoint(trained.state_dict(), final))
@@ -141,7 +145,7 @@ def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSou
         if len(names) != 1:
             raise ConfigError(
                 f"{key} is {names or 'empty'}, expected one entry: a folder of class folders, a quoted shard pattern "
-                "such as 'train-{000000..000007}.tar', or imagenet_train."
+                "such as 'train-{000000..000007}.tar', imagenet_train or cifar10_train."
             )
     source, test_source = open_source(cfg.DATASETS.TRAIN[0]), open_source(cfg.DATASETS.TEST[0])
     if list(source.class_names) != list(test_source.class_names):

@@ -11,7 +11,7 @@ import pytest
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 
-def png(rng: np.random.Generator, height: int = 12, width: int = 10) -> bytes:
+def _png(rng: np.random.Generator, height: int = 12, width: int = 10) -> bytes:
     return cv2.imencode(".png", rng.integers(0, 256, (height, width, 3), np.uint8))[1].tobytes()
 
 
@@ -30,10 +30,16 @@ def write_tar():
 
 
 @pytest.fixture
+def png():
+    """The function `(rng, height=…, width=…)` that gives a PNG file of random pixels."""
+    return _png
+
+
+@pytest.fixture
 def shards(tmp_path) -> tuple[str, list[bytes], list[int]]:
     """The pattern, images and labels of 3 shards with 31 records of 4 classes."""
     rng = np.random.default_rng(0)
-    images = [png(rng, 8 + number % 5, 9) for number in range(31)]
+    images = [_png(rng, 8 + number % 5, 9) for number in range(31)]
     labels = [number % 4 for number in range(31)]
     for shard in range(3):
         members = {}
@@ -54,13 +60,21 @@ def class_folders(tmp_path) -> Path:
         (root / name / "more").mkdir(parents=True)
         for number in range(count):
             folder = root / name / "more" if number == 1 else root / name
-            (folder / f"{number}.PNG").write_bytes(png(rng))
+            (folder / f"{number}.PNG").write_bytes(_png(rng))
     return root
 
 
 @pytest.fixture
 def tiny_imagenet() -> Path:
     folder = SHARED / "tiny_imagenet"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+@pytest.fixture
+def voc() -> Path:
+    folder = SHARED / "voc"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     return folder

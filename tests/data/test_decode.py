@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_backbone.data.decode import decode
+from resnet_backbone.data.decode import decode, jpeg_size
 from resnet_backbone.data.errors import DatasetError
 
 
@@ -84,3 +84,51 @@ def test_no_image():
         decode(b"", what="a.jpg")
     with pytest.raises(DatasetError, match=r"a\.jpg is unreadable \(27 bytes that are no image of a known format\)"):
         decode(b"<html>404 Not Found</html>\n", what="a.jpg")
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [dict(subsampling=0), dict(subsampling=2), dict(progressive=True)])
+def test_reduced_jpeg_is_the_mean_of_the_pixels(picture, reduction, mode, options):
+    """Sizes are rounded up; the colours are in their order; EXIF turns nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = picture.resize((211, 163), Image.Resampling.BICUBIC)
+    data = encoded(image.convert(mode), "JPEG", quality=95, exif=exif, **options)
+    got = decode(data, what="x", reduction=reduction).astype(int)
+    with Image.open(io.BytesIO(data)) as file:
+        expected = np.asarray(file.convert("RGB").reduce(reduction)).astype(int)
+    assert got.shape == (-(-163 // reduction), -(-211 // reduction), 3) == expected.shape
+    inside = np.s_[: 163 // reduction, : 211 // reduction]  # the others stand for pixels beyond the edge, too
+    difference = abs(got - expected)[inside]
+    assert difference.mean() < 1.5 and difference.max() <= 12
+
+
+def test_reduction_where_opencv_gives_up(picture):
+    """Pillow then decodes, to the same size."""
+    assert decode(encoded(picture, "PCX"), what="x", reduction=4).shape == (11, 14, 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(progressive=True), dict(comment=b"\xff\xc0" * 30), dict(restart_marker_rows=1)]
+)
+def test_jpeg_size(picture, options):
+    """Also where metadata precedes the frame header and holds a preview image with a header of its own."""
+    preview = encoded(picture.resize((8, 6)), "JPEG")
+    data = encoded(picture, "JPEG", exif=b"Exif\x00\x00" + preview, **options)
+    assert jpeg_size(data) == (41, 53)
+    for form in ("PNG", "WEBP", "BMP"):
+        assert jpeg_size(encoded(picture, form)) is None
+
+
+def test_jpeg_size_of_damaged_bytes(picture):
+    data = encoded(picture, "JPEG")
+    header = data.index(b"\xff\xc0")
+    assert jpeg_size(data[: header + 9]) == (41, 53)
+    assert all(jpeg_size(data[:length]) is None for length in range(header + 9))
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        damaged = np.frombuffer(data, np.uint8).copy()
+        damaged[rng.integers(3, header + 9, 3)] = rng.integers(0, 256, 3)
+        size = jpeg_size(damaged.tobytes())
+        assert size is None or len(size) == 2

@@ -192,7 +192,7 @@ def test_every_parameter_learns(pretrain_config, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "run_step", watch)
     cfg = pretrain_config(tmp_path, "MODEL.NETWORK.WIDTH", 1.0, "SOLVER.MAX_ITER", 1, "TEST.PRECISE_BN.ENABLED", False)
     pretraining.run(cfg)
-    state, (images, labels) = seen[0]
+    state, (images, labels, _) = seen[0]
     reference = resnet18(num_classes=8)
     reference.load_state_dict(state)
     loss = nn.functional.cross_entropy(reference(Normalise(cfg)(images)), labels)

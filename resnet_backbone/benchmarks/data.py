@@ -1,0 +1,262 @@
+"""Images a second of loading and augmenting JPEGs: the package's loader beside torchvision's and Pillow's."""
+
+import contextlib
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from resnet_backbone.benchmarks.photographs import select_photographs, write_photographs, write_shard
+from resnet_backbone.benchmarks.pretrain import Batch, Work, make_config, train_on
+from resnet_backbone.benchmarks.reference import PaperTransform, preset_transform, reference_batches
+from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
+from resnet_backbone.data.sources import open_source
+from resnet_backbone.data.transforms import PCA_VALUES, PCA_VECTORS
+from resnet_backbone.engine.config import load_config
+from resnet_backbone.pretraining.batches import TrainBatches
+from resnet_backbone.pretraining.config import get_config
+
+CORE_UNIT, UNIT = "images/s per core", "images/s"
+OURS, FULL, SHARD, DEVICE = "ours", "ours, full decoding", "ours, shard", "ours, on the GPU"
+PRESET, PAPER = "torchvision", "Pillow and NumPy"
+FROM_FILES, IN_MEMORY = "from files", "from memory"
+MEANING = {
+    OURS: "the package's loader on a folder, JPEGs decoded at a reduced size where the crop allows it",
+    FULL: "the same, JPEGs decoded at their full size (INPUT.REDUCED_DECODING False)",
+    SHARD: "as the first, from a tar shard instead of a folder",
+    DEVICE: "decoded and augmented by the GPU (DATALOADER.PIPELINE device), workers only read files",
+    PRESET: "torchvision's reference: ImageFolder, RandomResizedCrop, flip, PILToTensor, DataLoader",
+    PAPER: "the paper's augmentation: shorter side drawn and resized, RandomCrop, flip, PCA colour shift in NumPy",
+    FROM_FILES: "the whole training, from JPEGs on",
+    IN_MEMORY: "the same on one batch that lies in memory: its ratio is the share of that speed that is reached",
+}
+# The paper's range (section 3.4) for its crop of 224, and as many times smaller for a smaller crop.
+SHORT_SIDE = (256 / 224, 480 / 224)
+PCA_STD = 0.1
+
+Open = Callable[[], Iterator[Batch]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingWork:
+    """How much is loaded.
+
+    Attributes:
+        config_file: the recipe.
+        images: a folder with JPEGs below it; None: generated ones of each of `sizes`, height and width.
+        count: images of each size, or chosen from the folder.
+        workers: loading processes; 0: this one.
+        batch, crop: images in a batch, and their height and width.
+        rounds: turns of each side.
+        cpu_time: count CPU seconds, as `Clock` does; without workers.
+    """
+
+    config_file: Path
+    images: Path | None = None
+    sizes: Sequence[tuple[int, int]] = ((375, 500), (480, 640), (960, 1280))
+    count: int
+    workers: int
+    batch: int
+    crop: int
+    rounds: int
+    cpu_time: bool = False
+
+
+def compare_loading(work: LoadingWork, report: Callable[[str], object]) -> list[Comparison]:
+    """Compare the package's loader with the two references, on CPU cores; `report` gets a line before each.
+
+    Raises:
+        InputError: the folder has no JPEG.
+    """
+    comparisons = []
+    with tempfile.TemporaryDirectory() as scratch, _one_thread():
+        for name, folder in _image_sets(work, Path(scratch)):
+            report(f"loading {name}")
+            comparisons += [_compare_preset(name, folder, work), _compare_paper(name, folder, work)]
+    return comparisons
+
+
+def compare_on_gpu(work: LoadingWork, report: Callable[[str], object]) -> list[Comparison]:
+    """Compare loading with the GPU's decoder and loading by the same number of workers, in images a second."""
+    comparisons = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, folder in _image_sets(work, Path(scratch)):
+            report(f"loading {name} on the GPU")
+            cfg = _config(work, "random_resized")
+            on_gpu = _config(work, "random_resized", "MODEL.DEVICE", "cuda", "DATALOADER.PIPELINE", "device")
+            sides = {
+                DEVICE: _ours(folder, on_gpu),
+                OURS: _ours(folder, cfg),
+                PRESET: _reference(folder, work, preset_transform),
+            }
+            task = f"crop of random area, {name}, {work.workers} workers"
+            comparisons.append(_compare(task, UNIT, sides, work, clock=Clock("cuda")))
+    return comparisons
+
+
+def compare_training(network: str, training: Work, loading: LoadingWork, report: Callable[[str], object]) -> Comparison:
+    """Compare training on files with training on one batch in memory: what waiting for data costs."""
+    pipeline = "device" if training.device.startswith("cuda") else "workers"
+    clock = Clock(training.device, cpu_time=training.cpu_time)
+    with tempfile.TemporaryDirectory() as scratch:
+        name, folder = next(_image_sets(loading, Path(scratch)))
+        report(f"training {network} on {name}")
+        words = (
+            *("SOLVER.IMS_PER_BATCH", training.batch, "DATALOADER.NUM_WORKERS", loading.workers),
+            *("DATALOADER.PIPELINE", pipeline, *_augmentation("random_resized", training.size)),
+        )
+        cfg = make_config(training.config_file, network, training, iterations=training.iterations, words=words)
+        data = TrainBatches(cfg, open_source(folder))
+
+        def turns(_model: nn.Module, _optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+            in_memory = data.images_of(next(iter(data(0))))
+            yield from repeat(in_memory, training.warm_up)
+            for _ in range(training.rounds):
+                from_files = data(0)
+                yield from islice(from_files, _prefetched(loading.workers) + 1)
+                yield from clock.watch(FROM_FILES, islice(from_files, training.iterations))
+                del from_files  # ends its workers, which would load on through the other's turn
+                yield from clock.watch(IN_MEMORY, repeat(in_memory, training.iterations))
+
+        train_on(cfg, 1000, turns, data.images_of)
+    shape = (training.batch, 3, training.size, training.size)
+    settings = f"{loading.workers} workers, DATALOADER.PIPELINE {pipeline}, crop of random area"
+    return Comparison.of(
+        clock,
+        task=f"training {network} on {name}",
+        unit=UNIT,
+        first=FROM_FILES,
+        sides={FROM_FILES: Side(settings, shape), IN_MEMORY: Side("one batch, again and again", shape)},
+        work=training.batch * training.iterations,
+    )
+
+
+def _image_sets(work: LoadingWork, scratch: Path) -> Iterator[tuple[str, Path]]:
+    """Name and folder of class folders of each set of images; each folder `NAME` has a shard `NAME.tar` beside it."""
+    if work.images is not None:
+        folder = scratch / "selected"
+        files = select_photographs(work.images, folder / "class", count=work.count)
+        write_shard(scratch / "selected.tar", files)
+        yield f"{len(files)} of {'/'.join(work.images.resolve().parts[-2:])}", folder
+        return
+    for height, width in work.sizes:
+        folder = scratch / f"{width}x{height}"
+        files = write_photographs(folder / "class", size=(height, width), count=work.count)
+        write_shard(scratch / f"{folder.name}.tar", files)
+        yield f"{width}×{height}", folder
+
+
+def _compare_preset(name: str, folder: Path, work: LoadingWork) -> Comparison:
+    sides = {
+        OURS: _ours(folder, _config(work, "random_resized")),
+        FULL: _ours(folder, _config(work, "random_resized", "INPUT.REDUCED_DECODING", False)),
+        SHARD: _ours(folder.with_suffix(".tar"), _config(work, "random_resized")),
+        PRESET: _reference(folder, work, preset_transform),
+    }
+    return _compare(f"crop of random area, {name}", CORE_UNIT, sides, work)
+
+
+def _compare_paper(name: str, folder: Path, work: LoadingWork) -> Comparison:
+    def transform(crop: int) -> PaperTransform:
+        return PaperTransform(
+            short_side=_short_side(crop), crop=crop, pca_std=PCA_STD, values=PCA_VALUES, vectors=PCA_VECTORS
+        )
+
+    sides = {
+        OURS: _ours(folder, _config(work, "absolute")),
+        FULL: _ours(folder, _config(work, "absolute", "INPUT.REDUCED_DECODING", False)),
+        PAPER: _reference(folder, work, transform),
+    }
+    return _compare(f"the paper's crop, {name}", CORE_UNIT, sides, work)
+
+
+def _compare(
+    task: str, unit: str, sides: dict[str, Open], work: LoadingWork, *, clock: Clock | None = None
+) -> Comparison:
+    """Load the images in each turn by a loader that was opened for it."""
+    clock = clock or Clock(cpu_time=work.cpu_time)
+    batches = _batches(work)
+    shapes = {}
+    for side, open_batches in sides.items():
+        shapes[side] = tuple(next(open_batches())[0].shape)  # also a first turn that is not timed
+    for _ in range(work.rounds):
+        for side, open_batches in sides.items():
+            loaded = open_batches()
+            deque(islice(loaded, _prefetched(work.workers)), maxlen=0)
+            clock.time(side, lambda loaded=loaded: deque(islice(loaded, batches), maxlen=0))
+            del loaded
+    cores = max(1, work.workers) if unit == CORE_UNIT else 1
+    return Comparison.of(
+        clock,
+        task=task,
+        unit=unit,
+        first=next(iter(sides)),
+        sides={side: Side(MEANING[side], shape) for side, shape in shapes.items()},
+        work=batches * work.batch / cores,
+    )
+
+
+def _config(work: LoadingWork, crop_type: str, *words: Any) -> CfgNode:
+    words = (
+        *("MODEL.DEVICE", "cpu", "SEED", 1, "SOLVER.IMS_PER_BATCH", work.batch),
+        *("DATALOADER.NUM_WORKERS", work.workers, *_augmentation(crop_type, work.crop), *words),
+    )
+    return load_config(get_config(), work.config_file, [str(word) for word in words])
+
+
+def _augmentation(crop_type: str, crop: int) -> tuple[Any, ...]:
+    pca_std = PCA_STD if crop_type == "absolute" else 0.0
+    return (
+        *("INPUT.CROP.TYPE", crop_type, "INPUT.CROP.SIZE", (crop, crop)),
+        *("INPUT.MIN_SIZE_TRAIN", _short_side(crop), "INPUT.PCA_COLOR_STD", pca_std),
+    )
+
+
+def _short_side(crop: int) -> tuple[int, int]:
+    return round(SHORT_SIDE[0] * crop), round(SHORT_SIDE[1] * crop)
+
+
+def _ours(images: Path, cfg: CfgNode) -> Open:
+    batches = TrainBatches(cfg, open_source(images))
+    return lambda: batches(0)
+
+
+def _reference(folder: Path, work: LoadingWork, transform: Callable[[int], Callable]) -> Open:
+    return lambda: reference_batches(
+        folder,
+        transform(work.crop),
+        batch_size=work.batch,
+        batches=_batches(work) + 2 * _prefetched(work.workers) + 1,
+        workers=work.workers,
+    )
+
+
+def _batches(work: LoadingWork) -> int:
+    """In a turn: all images three times, or more often for many workers, which finish their batches together."""
+    return max(3 * work.count // work.batch, 4 * work.workers)
+
+
+def _prefetched(workers: int) -> int:
+    """Batches that a DataLoader's workers hold ready at most; after them, the rate is that of loading."""
+    return 2 * workers
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is loaded in this process uses one core, as a worker does."""
+    threads, of_opencv = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(of_opencv)

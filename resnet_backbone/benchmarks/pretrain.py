@@ -1,0 +1,306 @@
+"""Images a second of a training step: the package's loop beside torchvision's, on a batch that is in memory already."""
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from detectron2.config import CfgNode
+from torch import nn
+
+from resnet_backbone.benchmarks.reference import PlainLoop
+from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
+from resnet_backbone.data.generated import write_classification
+from resnet_backbone.data.sources import open_source
+from resnet_backbone.engine.config import load_config, network_arguments
+from resnet_backbone.engine.optimizer import build_optimizer
+from resnet_backbone.engine.train import train
+from resnet_backbone.engine.trainer import AUTOCAST_TYPES
+from resnet_backbone.errors import InputError, Interrupted
+from resnet_backbone.networks import build_network
+from resnet_backbone.networks import network_arguments as arguments_of
+from resnet_backbone.networks.analysis import analyze
+from resnet_backbone.pretraining.batches import Normalise, TrainBatches
+from resnet_backbone.pretraining.config import get_config
+from resnet_backbone.weights import Metadata
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+UNIT = "images/s"
+OURS, BARE = "ours", "ours, bare"
+PLAIN, TUNED, COMPILED = "plain loop", "plain loop, tuned", "plain loop, compiled"
+MEANING = {
+    OURS: "the package's training loop with its hooks, metrics.json, TensorBoard and the moving average of the "
+    "weights, from uint8 images on; the recipe's precision, fused SGD, channels_last",
+    BARE: "the same network, optimizer and precision without the loop; its ratio is what the loop around a step costs",
+    PLAIN: "torchvision's reference loop with torchvision's network: float32, NCHW, SGD that is not fused, metrics "
+    "read in each step. CIFAR's networks, which torchvision has not, are ours",
+    TUNED: "the same with our precision and channels_last",
+    COMPILED: "the same with torch.compile too (on a GPU, if the recipe asks for it)",
+}
+
+LEARNING_RATE = 1e-4  # on random labels nothing is learned, and nothing may diverge
+CIFAR_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much is done.
+
+    Attributes:
+        config_file, cifar_config_file: the recipes whose settings the package's loop takes.
+        device: "cuda" or "cpu".
+        precision: "bf16" or "fp32", of all sides but the plain loop, which is in float32; None: the recipe's.
+        batch, size: images in a batch, and their height and width.
+        cifar_batch: of CIFAR's networks, whose images have 32 pixels.
+        rounds: turns of each side.
+        iterations, cifar_iterations: in a turn.
+        warm_up: iterations of each side before the first turn.
+        cpu_time: count this process's CPU seconds, as `Clock` does.
+    """
+
+    config_file: Path
+    cifar_config_file: Path
+    device: str
+    precision: str | None = None
+    batch: int
+    size: int = 224
+    cifar_batch: int = 128
+    rounds: int = 5
+    iterations: int
+    cifar_iterations: int
+    warm_up: int
+    cpu_time: bool = False
+
+
+class Data(NamedTuple):
+    """What the package's loop is fed: batches without end, and what makes images and labels of one, on the device."""
+
+    batches: Iterator[Any]
+    images_of: Callable[[Any], Batch]
+
+
+class _Measured(Interrupted):
+    """Raised for the next batch: all rounds are done, the loop leaves without the checkpoint of a run's end."""
+
+
+def compare_networks(names: Sequence[str], work: Work, report: Callable[[str], object]) -> list[Comparison]:
+    """Compare the sides of MEANING for each network; `report` gets a line before each.
+
+    Raises:
+        InputError: a name is unknown, or the memory does not hold the batch.
+    """
+    sizes = {name: analyze(name).image_size for name in names}  # an unknown name stops before anything is timed
+    comparisons = []
+    for name, size in sizes.items():
+        report(name)
+        torch.compiler.reset()  # it compiles one function for only so many networks
+        try:
+            comparisons.append(_compare_cifar(name, work) if size == CIFAR_SIZE else _compare(name, work))
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"{name}: the GPU's memory does not hold --batch {work.batch}; lower it") from error
+    return comparisons
+
+
+def make_config(file: Path, network: str, work: Work, *, iterations: int, words: Sequence[Any] = ()) -> CfgNode:
+    """A recipe for one network, with the moving average on, and `words`, which are `KEY VALUE …`."""
+    amp = () if work.precision is None else ("SOLVER.AMP.ENABLED", work.precision != "fp32")
+    words = [
+        *("MODEL.NETWORK.NAME", network, "MODEL.DEVICE", work.device, "SEED", 1, *amp),
+        *("SOLVER.BASE_LR", LEARNING_RATE, "SOLVER.EMA_DECAY", 0.9999, "SOLVER.LOG_PERIOD", min(20, iterations)),
+        *("SOLVER.CHECKPOINT_PERIOD", 0, "TEST.EVAL_PERIOD", 0),
+        *words,
+    ]
+    return load_config(get_config(), file, [str(word) for word in words])
+
+
+def train_on(
+    cfg: CfgNode,
+    num_classes: int,
+    batches: Callable[[nn.Module, torch.optim.Optimizer], Iterable[Any]],
+    images_of: Callable[[Any], Batch],
+) -> None:
+    """Run `engine.train.train`, with all its hooks, on what `batches(model, optimizer)` hands out, to its end."""
+    name = cfg.MODEL.NETWORK.NAME
+    arguments = network_arguments(cfg, arguments_of(name))
+    model = build_network(name, num_classes, **arguments).to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
+    optimizer = build_optimizer(cfg, model)
+    prepare = Normalise(cfg)
+
+    def until_measured(_start: int) -> Iterator[Any]:
+        yield from batches(model, optimizer)
+        raise _Measured
+
+    def compute(model: nn.Module, batch: Any):  # as pretraining.run's
+        images, labels = images_of(batch)
+        logits = model(prepare(images))
+        wrong = (logits.detach().argmax(dim=1) != labels).float().mean()
+        return {"loss_cls": F.cross_entropy(logits.float(), labels)}, {"top1_error": 100 * wrong}
+
+    def metadata(_iterations: int, **_results: float) -> Metadata:
+        return Metadata(
+            kind="classifier",
+            architecture=name,
+            arguments=arguments,
+            channel_order=cfg.INPUT.FORMAT,
+            pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
+            pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+            norm_statistics="running",
+            norm_epsilon=None,
+            class_names=tuple(map(str, range(num_classes))),
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train(
+                cfg,
+                model=model,
+                optimizer=optimizer,
+                batches=until_measured,
+                compute=compute,
+                evaluate=lambda _model: {},
+                metadata=metadata,
+                num_images=cfg.SOLVER.IMS_PER_BATCH,
+                folder=Path(folder),
+                resume_from=None,
+            )
+        except _Measured:
+            pass
+        except Interrupted:
+            raise Interrupted("stopped by a signal; nothing was written") from None
+
+
+def _compare(name: str, work: Work) -> Comparison:
+    words = ("SOLVER.IMS_PER_BATCH", work.batch, "INPUT.CROP.SIZE", (work.size, work.size))
+    cfg = make_config(work.config_file, name, work, iterations=work.iterations, words=words)
+    batch = _synthetic(work.batch, work.size, 1000, work.device)
+    return _in_turns(cfg, work, Data(repeat(batch), lambda batch: batch), batch, num_classes=1000)
+
+
+def _compare_cifar(name: str, work: Work) -> Comparison:
+    """As the others, with a data set that is resident on the device, and on a GPU the step as one CUDA graph."""
+    words = ("SOLVER.IMS_PER_BATCH", work.cifar_batch, "SOLVER.CUDA_GRAPH", work.device.startswith("cuda"))
+    cfg = make_config(work.cifar_config_file, name, work, iterations=work.cifar_iterations, words=words)
+    batch = _synthetic(work.cifar_batch, CIFAR_SIZE, 10, work.device)
+    with tempfile.TemporaryDirectory() as folder:
+        images = write_classification(
+            Path(folder) / "images", images=16 * work.cifar_batch, image_size=CIFAR_SIZE, seed=1
+        )
+        resident = TrainBatches(cfg, open_source(images))
+    return _in_turns(cfg, work, Data(resident(0), resident.images_of), batch, num_classes=10)
+
+
+def _in_turns(cfg: CfgNode, work: Work, data: Data, batch: Batch, *, num_classes: int) -> Comparison:
+    """Train on `data`; between two turns of the package's loop, the others have theirs, the plain ones on `batch`."""
+    name = cfg.MODEL.NETWORK.NAME
+    iterations = work.iterations if num_classes > 10 else work.cifar_iterations
+    precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
+    clock = Clock(work.device, cpu_time=work.cpu_time)
+    images, labels = batch
+    prepare = Normalise(cfg)
+    plain = {}
+    for side in (PLAIN, TUNED, COMPILED) if _is_compiled(cfg) else (PLAIN, TUNED):
+        layout = torch.contiguous_format if side == PLAIN else torch.channels_last
+        dtype = None if side == PLAIN else AUTOCAST_TYPES.get(precision)
+        loop = _plain_loop(cfg, num_classes, layout, dtype, compiled=side == COMPILED)
+        plain[side] = functools.partial(loop, prepare(images).contiguous(memory_format=layout), labels)
+
+    def turns(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+        others = dict(plain)
+        if not cfg.SOLVER.CUDA_GRAPH:  # a recorded step is bound to its loop
+            others = {BARE: functools.partial(_bare, model, optimizer, data, prepare, precision), **others}
+        yield from islice(data.batches, work.warm_up)
+        for run in others.values():
+            run(work.warm_up)
+        for _ in range(work.rounds):
+            yield from clock.watch(OURS, islice(data.batches, iterations))
+            for side, run in others.items():
+                clock.time(side, functools.partial(run, iterations))
+
+    train_on(cfg, num_classes, turns, data.images_of)
+    shape = tuple(images.shape)
+    settings = _settings(cfg, precision)
+    return Comparison.of(
+        clock,
+        task=f"{name}, {'×'.join(map(str, shape))}",
+        unit=UNIT,
+        first=OURS,
+        sides={side: Side(settings[side], shape) for side in clock.seconds},
+        work=shape[0] * iterations,
+    )
+
+
+def _bare(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    precision: str,
+    iterations: int,
+) -> None:
+    """The steps of `train_on`'s network without the loop around them."""
+    dtype = AUTOCAST_TYPES.get(precision)
+    for batch in islice(data.batches, iterations):
+        images, labels = data.images_of(batch)
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+            loss = F.cross_entropy(model(prepare(images)).float(), labels)
+        loss.backward()
+        optimizer.step()
+
+
+def _is_compiled(cfg: CfgNode) -> bool:
+    """Whether `engine.train.train` compiles the network by this recipe."""
+    return cfg.SOLVER.COMPILE and cfg.MODEL.DEVICE.startswith("cuda")
+
+
+def _settings(cfg: CfgNode, precision: str) -> dict[str, str]:
+    """What tells the sides apart, in words."""
+    network = "torchvision's network" if _torchvision_has(cfg.MODEL.NETWORK.NAME) else "our network"
+    compiled = ", compiled" if _is_compiled(cfg) else ""
+    bare = f"{precision}, channels_last{compiled}" + (
+        ", resident data" if cfg.DATALOADER.PIPELINE == "resident" else ""
+    )
+    graph = ", one CUDA graph" if cfg.SOLVER.CUDA_GRAPH else ""
+    tuned = f"{network}, {precision}, channels_last"
+    return {
+        OURS: f"{bare}{graph}, moving average",
+        BARE: bare,
+        PLAIN: f"{network}, fp32, NCHW",
+        TUNED: tuned,
+        COMPILED: f"{tuned}, compiled",
+    }
+
+
+def _plain_loop(
+    cfg: CfgNode, num_classes: int, layout: torch.memory_format, dtype: torch.dtype | None, *, compiled: bool
+) -> PlainLoop:
+    torch.manual_seed(cfg.SEED)
+    build = torchvision.models.get_model if _torchvision_has(cfg.MODEL.NETWORK.NAME) else build_network
+    model = build(cfg.MODEL.NETWORK.NAME, num_classes=num_classes).to(cfg.MODEL.DEVICE, memory_format=layout)
+    if compiled:
+        model.compile()
+    return PlainLoop(
+        model,
+        lr=cfg.SOLVER.BASE_LR,
+        momentum=cfg.SOLVER.MOMENTUM,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        autocast=dtype,
+    )
+
+
+def _torchvision_has(name: str) -> bool:
+    return name in torchvision.models.list_models(module=torchvision.models)
+
+
+def _synthetic(batch: int, size: int, num_classes: int, device: str) -> Batch:
+    """Random images `(batch, 3, size, size)` uint8 and labels `(batch,)`, on the device."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
+    return images.to(device), torch.randint(0, num_classes, (batch,), generator=generator).to(device)

@@ -1,0 +1,242 @@
+"""Whether a configuration works and how fast it is, found out in a folder that is gone afterwards."""
+
+import contextlib
+import itertools
+import json
+import logging
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from tabulate import tabulate
+from torch import nn
+
+from resnet_backbone.data.sources import open_source, register_source
+from resnet_backbone.data.subset import Subset
+from resnet_backbone.engine.config import ConfigError, network_arguments, set_key
+from resnet_backbone.engine.optimizer import build_optimizer
+from resnet_backbone.engine.schedule import rescale_for_batch
+from resnet_backbone.engine.train import check_batch, choose_seed, train
+from resnet_backbone.networks import build_network
+from resnet_backbone.networks import network_arguments as arguments_of
+from resnet_backbone.pretraining.batches import Normalise, TrainBatches, as_config_error
+from resnet_backbone.pretraining.run import run
+from resnet_backbone.weights import Metadata
+
+TEST_BATCHES = 2  # that try_run evaluates on
+SOME = "some images of DATASETS.TEST"  # the name of their data set
+
+
+def try_run(cfg: CfgNode, *, iterations: int) -> None:
+    """Train, save, evaluate on a few batches, resume in the middle; print that it works, the time and the memory.
+
+    Everything runs as it will, at the learning rate of the first iteration, except that the run is short.
+
+    Raises:
+        InputError: something does not work.
+    """
+    if iterations < 2:
+        raise ConfigError(f"--try is {iterations}, expected at least 2: one before and one after the resume.")
+    start = time.perf_counter()
+    with _temporary_folder(cfg) as folder:
+        half = iterations // 2
+        trial = _shortened(
+            cfg,
+            folder,
+            {
+                "SOLVER.LOG_PERIOD": min(cfg.SOLVER.LOG_PERIOD, half),
+                "SOLVER.CHECKPOINT_PERIOD": 0,  # after the last iteration only, which is where the resume begins
+                "TEST.EVAL_PERIOD": max(1, half // 2),
+                "TEST.PRECISE_BN.NUM_ITER": min(cfg.TEST.PRECISE_BN.NUM_ITER, iterations),
+            },
+        )
+        _test_on_few(trial)
+        for resume, last in ((False, half), (True, iterations)):
+            set_key(trial, "SOLVER.MAX_ITER", last, "a short run")
+            results = run(trial.clone(), resume=resume)
+    memory, kind = max(comm.all_gather(_peak_memory())), "GPU memory" if torch.cuda.is_initialized() else "memory"
+    if comm.is_main_process():
+        print(
+            f"works: {iterations} iterations with checkpoints, a resume and evaluations on "
+            f"{results['images']:.0f} images in {time.perf_counter() - start:.0f} s; at most "
+            f"{memory / 2**30:.2f} GiB of {kind} in a process"
+        )
+
+
+def throughput(cfg: CfgNode, *, iterations: int) -> None:
+    """Print the training images a second, with the data and with one batch repeated, after as long a warm-up.
+
+    Raises:
+        InputError: something in the configuration cannot be used.
+    """
+    if iterations < 1:
+        raise ConfigError(f"--throughput is {iterations}, expected at least 1 iteration.")
+    check_batch(cfg)
+    with _temporary_folder(cfg) as folder:
+        short = _shortened(
+            cfg,
+            folder,
+            {
+                "SOLVER.BASE_LR": 0.0,  # the weights stay: no rate is too high to measure at
+                "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+                "SOLVER.WARMUP_UNTIL_ERROR": 0.0,
+                "SOLVER.MAX_ITER": 2 * iterations,
+                "SOLVER.LOG_PERIOD": iterations,
+                "SOLVER.CHECKPOINT_PERIOD": 0,
+                "TEST.EVAL_PERIOD": 0,
+            },
+        )
+        choose_seed(short, None)
+        torch.manual_seed(short.SEED)
+        source = open_source(short.DATASETS.TRAIN[0])
+        batches = TrainBatches(short, source)
+        one = next(iter(batches(0)))
+        rows = []
+        for title, feed in (
+            (short.DATASETS.TRAIN[0], batches),
+            ("one batch, repeated", lambda _: itertools.repeat(one)),
+        ):
+            target = folder / str(len(rows))
+            target.mkdir(exist_ok=True)
+            measured = _measure(short, feed, batches.images_of, len(source.class_names), target)
+            rows.append((title, measured["images_per_second"], 100 * measured["data_share"]))
+    if comm.is_main_process():
+        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
+        print(
+            f"{cfg.MODEL.NETWORK.NAME}, batches of {cfg.SOLVER.IMS_PER_BATCH} images over {comm.get_world_size()} "
+            f"process(es), {cfg.MODEL.DEVICE}, {precision}; {iterations} iterations, after {iterations} of warm-up"
+        )
+        print(tabulate(rows, ("data", "images/s", "waiting for data, % of the time"), floatfmt=".1f"))
+
+
+def _measure(
+    cfg: CfgNode,
+    feed: Callable[[int], Iterable[Any]],
+    images_of: Callable[[Any], tuple[torch.Tensor, torch.Tensor]],
+    num_classes: int,
+    folder: Path,
+) -> dict[str, float]:
+    """Train a new network on the batches of `feed`; return the metrics of the last LOG_PERIOD iterations."""
+    with as_config_error("MODEL.NETWORK"):
+        arguments = network_arguments(cfg, arguments_of(cfg.MODEL.NETWORK.NAME))
+        model = build_network(cfg.MODEL.NETWORK.NAME, num_classes, **arguments)
+    model = model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
+    prepare = Normalise(cfg)
+
+    def compute(model: nn.Module, batch: Sequence[Any]):
+        images, labels = images_of(batch)
+        logits = model(prepare(images))
+        wrong = (logits.detach().argmax(dim=1) != labels).float().mean()
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.SOLVER.LABEL_SMOOTHING)
+        return {"loss_cls": loss}, {"top1_error": 100 * wrong}
+
+    def metadata(_: int) -> Metadata:
+        return Metadata(
+            kind="classifier",
+            architecture=cfg.MODEL.NETWORK.NAME,
+            arguments=arguments,
+            channel_order=cfg.INPUT.FORMAT,
+            pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
+            pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+            norm_statistics="never",
+            norm_epsilon=None,
+            class_names=(),
+        )
+
+    train(
+        cfg,
+        model=model,
+        optimizer=build_optimizer(cfg, model),
+        batches=feed,
+        compute=compute,
+        evaluate=lambda _: {},
+        metadata=metadata,
+        num_images=cfg.SOLVER.IMS_PER_BATCH,
+        folder=folder,
+        resume_from=None,
+    )
+    comm.synchronize()  # the main process has written
+    return json.loads((folder / "metrics.json").read_text().splitlines()[-1])
+
+
+def _shortened(cfg: CfgNode, folder: Path, keys: Mapping[str, Any]) -> CfgNode:
+    """A copy with these keys that writes to `folder` and stays at the learning rate of the first iteration."""
+    short = cfg.clone()
+    short.defrost()
+    rescale_for_batch(short)
+    rate = short.SOLVER.BASE_LR
+    if short.SOLVER.WARMUP_ITERS > 0 and short.SOLVER.WARMUP_UNTIL_ERROR <= 0:
+        rate *= short.SOLVER.WARMUP_FACTOR
+    common = {
+        "OUTPUT_DIR": str(folder),
+        "WANDB_PROJECT": "",
+        "SOLVER.BASE_LR": rate,
+        "SOLVER.WARMUP_ITERS": 0,
+        "SOLVER.STEPS": (),
+    }
+    for key, value in {**common, **keys}.items():
+        set_key(short, key, value, "a short run")
+    return short
+
+
+def _test_on_few(cfg: CfgNode) -> None:
+    """Let `cfg` test on a few batches of what it tests on."""
+    count = TEST_BATCHES * (cfg.TEST.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH)
+    cfg.DATASETS.HOLD_OUT = min(cfg.DATASETS.HOLD_OUT, count)
+    if len(cfg.DATASETS.TEST) == 1:  # or the run says what is wrong
+        entry = cfg.DATASETS.TEST[0]
+
+        def open_some(_: Path) -> Subset:
+            source = open_source(entry)
+            return Subset(source, np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64)))
+
+        register_source(SOME, open_some)
+        cfg.DATASETS.TEST = (SOME,)
+
+
+@contextlib.contextmanager
+def _temporary_folder(cfg: CfgNode) -> Iterator[Path]:
+    """A folder that all processes share, on the disk of OUTPUT_DIR."""
+    folder = ""
+    if comm.is_main_process():
+        parent = next(parent for parent in Path(cfg.OUTPUT_DIR).absolute().parents if parent.is_dir())
+        try:
+            folder = tempfile.mkdtemp(prefix=".try-", dir=parent)
+        except OSError as error:
+            raise ConfigError(
+                f"{parent}, for OUTPUT_DIR {cfg.OUTPUT_DIR}, cannot be written: {error.strerror}."
+            ) from error
+    folder = comm.all_gather(folder)[0]
+    with contextlib.ExitStack() as stack:
+        if comm.is_main_process():
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(_close_log_files)
+        yield Path(folder)
+        _close_log_files()
+        comm.synchronize()  # nobody writes any more
+
+
+def _close_log_files() -> None:
+    """An open file of a network's disk outlives the folder that it is in."""
+    for name in ("detectron2", "fvcore", "resnet_backbone"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            if isinstance(handler, logging.FileHandler):
+                logger.removeHandler(handler)
+                handler.close()
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process has held, on its GPU if it has one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,146 @@
+"""The views of an image that its prediction is averaged over: one crop, ten, or the whole image at several scales."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from resnet_backbone.data.transforms import EvalTransform, resize, resized_size, to_tensor
+from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.errors import InputError
+from resnet_backbone.pretraining.batches import as_config_error, crop_size
+
+
+class Group(NamedTuple):
+    """Views of one shape, of different images: `(n, 3, h, w)` uint8, and `(n,)`, the images' numbers in their batch."""
+
+    pixels: torch.Tensor
+    owners: torch.Tensor
+
+
+class TenCrops(EvalTransform):
+    """Resize the shorter side, then take the corners and the middle, of the mirrored image too.
+
+    Gives ten `(3, *crop)` uint8, in torchvision's order.
+    """
+
+    def __call__(self, image: np.ndarray, *, seed: int = 0, position: int = 0) -> list[torch.Tensor]:
+        image = to_tensor(resize(image, resized_size(*image.shape[:2], self.short_side)), self.channel_order)
+        (rows, columns), (height, width) = self.crop, image.shape[1:]
+        bottom, right = height - rows, width - columns
+        places = [(top, left) for top in (0, bottom) for left in (0, right)]
+        places.append((round(bottom / 2), round(right / 2)))
+        return [
+            side[:, top : top + rows, left : left + columns] for side in (image, image.flip(-1)) for top, left in places
+        ]
+
+
+class WholeImages:
+    """Resize the shorter side to each of `scales` in turn; gives one `(3, h, w)` uint8 for each."""
+
+    def __init__(self, *, scales: Sequence[int], channel_order: str) -> None:
+        if any(not isinstance(scale, int) or scale < 1 for scale in scales):
+            raise InputError(f"the shorter sides are {tuple(scales)}, expected whole numbers of pixels above 0")
+        self.scales = tuple(scales)
+        self.channel_order = channel_order
+
+    def __call__(self, image: np.ndarray, *, seed: int = 0, position: int = 0) -> list[torch.Tensor]:
+        sizes = [resized_size(*image.shape[:2], scale) for scale in self.scales]
+        return [to_tensor(resize(image, size), self.channel_order) for size in sizes]
+
+
+@dataclass(frozen=True)
+class Views:
+    """How an image is looked at.
+
+    Attributes:
+        transform: from an image to its views, `(3, h, w)` uint8 each, or to the only one.
+        pixels: of an image's views together, about.
+        whole: whether the views are whole images: the network runs on them and on their mirror images fully
+            convolutionally, its logits averaged over the positions.
+        description: for the log.
+    """
+
+    transform: Callable[..., torch.Tensor | list[torch.Tensor]]
+    pixels: int
+    whole: bool
+    description: str
+
+
+def choose_views(cfg: CfgNode) -> Views:
+    """TEST.CROPS crops, or with TEST.SCALES the whole image at each of these shorter sides.
+
+    Raises:
+        ConfigError: the sizes do not fit each other, or both crops and scales were asked for.
+    """
+    crops, scales, crop = cfg.TEST.CROPS, cfg.TEST.SCALES, crop_size(cfg)
+    if crops not in (1, 10):
+        raise ConfigError(f"TEST.CROPS is {crops}, expected 1 (the middle) or 10 (corners and middle, mirrored too).")
+    if scales:
+        if crops != 1:
+            raise ConfigError(f"TEST.CROPS is {crops} and TEST.SCALES {tuple(scales)}. Set CROPS to 1 or SCALES to ().")
+        with as_config_error("TEST.SCALES"):
+            transform = WholeImages(scales=scales, channel_order=cfg.INPUT.FORMAT)
+        pixels = sum(scale**2 * 4 // 3 for scale in scales)  # most photographs are 4:3 or 3:2
+        sides = ", ".join(map(str, scales))
+        return Views(transform, pixels, whole=True, description=f"scales {sides}, mirrored too")
+    kind = EvalTransform if crops == 1 else TenCrops
+    with as_config_error("INPUT"):
+        transform = kind(short_side=cfg.INPUT.MIN_SIZE_TEST, crop=crop, channel_order=cfg.INPUT.FORMAT)
+    description = "1 crop" if crops == 1 else "10 crops"
+    return Views(transform, crops * crop[0] * crop[1], whole=False, description=description)
+
+
+def collate(samples: Sequence[tuple]) -> tuple[list[Group], torch.Tensor]:
+    """Put samples of `(views, label, …)` together: views of one shape in groups, and labels `(N,)` int64."""
+    groups: dict[tuple, list[tuple[torch.Tensor, int]]] = {}
+    for owner, (views, *_) in enumerate(samples):
+        for number, view in enumerate([views] if isinstance(views, torch.Tensor) else views):
+            # An image is at most once in a group, so that what is added up for it does not depend on an order.
+            groups.setdefault((number, view.shape), []).append((view, owner))
+    stacked = [
+        Group(torch.stack([view for view, _ in members]), torch.tensor([owner for _, owner in members]))
+        for members in groups.values()
+    ]
+    return stacked, torch.tensor([sample[1] for sample in samples])
+
+
+def log_probabilities(
+    network: nn.Module,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    groups: Iterable[Group],
+    images: int,
+    *,
+    whole: bool = False,
+    max_pixels: int | None = None,
+) -> torch.Tensor:
+    """The logarithm of each image's softmax probabilities, averaged over its views, `(images, classes)` float64.
+
+    Logarithms because a probability may be too small for any number, and the differences between such still rank.
+
+    Args:
+        prepare: from uint8 images to what the network is fed, on its device.
+        groups: every image with equally many views.
+        images: number of images in the batch.
+        whole: as in `Views`.
+        max_pixels: that the network sees at once, unless one view (with its mirror image) has more; None: no limit.
+    """
+    device = next(network.parameters()).device
+    total: torch.Tensor | None = None
+    for pixels, owners in groups:
+        height, width = pixels.shape[2:]
+        copies = 2 if whole else 1
+        count = len(pixels) if max_pixels is None else max(1, max_pixels // (height * width * copies))
+        for part, of in zip(pixels.split(count), owners.to(device, non_blocking=True).split(count), strict=True):
+            part = part.to(device, non_blocking=True)
+            fed = prepare(torch.cat([part, part.flip(-1)]) if whole else part)
+            logits = network.dense_logits(fed).double().mean((2, 3)) if whole else network(fed).double()
+            seen = logits.log_softmax(1).unflatten(0, (copies, -1)).logsumexp(0)
+            if total is None:
+                total = torch.full((images, seen.shape[1]), -torch.inf, dtype=seen.dtype, device=device)
+            total[of] = torch.logaddexp(total[of], seen)
+    return total.log_softmax(1)  # each view's probabilities add up to 1, so this divides by their number
