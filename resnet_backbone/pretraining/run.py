@@ -2,11 +2,8 @@
 
 import itertools
 import logging
-from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
@@ -25,6 +22,7 @@ from resnet_backbone.networks import FrozenBatchNorm2d, build_network
 from resnet_backbone.networks import network_arguments as arguments_of
 from resnet_backbone.pretraining.batches import Normalise, TrainBatches, as_config_error, crop_size
 from resnet_backbone.pretraining.evaluation import Evaluator, load_ensemble
+from resnet_backbone.pretraining.losses import classification_losses
 from resnet_backbone.weights import Checkpoint, Metadata, load_state, write_checkpoint, write_json
 
 logger = logging.getLogger(__name__)
@@ -99,19 +97,12 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         return evaluate(model)
     write_config(cfg, folder)
 
-    def compute(model: nn.Module, batch: Sequence[Any]):
-        images, labels = batches.images_of(batch)
-        logits = model(prepare(images))
-        wrong = (logits.detach().argmax(dim=1) != labels).float().mean()
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.SOLVER.LABEL_SMOOTHING)
-        return {"loss_cls": loss}, {"top1_error": 100 * wrong}
-
     trained = train(
         cfg,
         model=model,
         optimizer=build_optimizer(cfg, model),
         batches=batches,
-        compute=compute,
+        compute=classification_losses(cfg, batches.images_of),
         evaluate=evaluate,
         metadata=metadata,
         num_images=len(source),
