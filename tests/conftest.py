@@ -3,8 +3,10 @@
 Everything is imported inside the fixtures, so that tests of the lower floors load neither torch nor Detectron2 for it.
 """
 
+import importlib.util
 import logging
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,6 +30,21 @@ DATALOADER.NUM_WORKERS 0
 SOLVER.REFERENCE_IMS_PER_BATCH 0  SOLVER.IMS_PER_BATCH 2  SOLVER.STEPS ()  SOLVER.MAX_ITER 1  SOLVER.WARMUP_ITERS 0
 SOLVER.LOG_PERIOD 1  SOLVER.CHECKPOINT_PERIOD 0  TEST.EVAL_PERIOD 0
 """
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """The function `(path)` that gives a Python file as a module: one of tools/ or projects/, which are no packages."""
+    loaded: dict[Path, ModuleType] = {}
+
+    def load(path: Path) -> ModuleType:
+        if path not in loaded:
+            spec = importlib.util.spec_from_file_location(f"script_{path.parent.name}_{path.stem}", path)
+            loaded[path] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(loaded[path])
+        return loaded[path]
+
+    return load
 
 
 @pytest.fixture(autouse=True)

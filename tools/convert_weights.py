@@ -5,7 +5,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from resnet_backbone.errors import InputError
+from resnet_backbone.errors import EXIT_BAD_INPUT, InputError
 from resnet_backbone.weights.convert import convert
 from resnet_backbone.weights.preprocessing import PRESETS
 from resnet_backbone.weights.writers import WRITTEN_FORMATS
@@ -47,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> int:
         conversion, note = convert(**vars(parser.parse_args(words)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_BAD_INPUT
     print(conversion.summary())
     print(note or "the result carries this preprocessing in its metadata")
     return 0

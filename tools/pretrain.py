@@ -7,11 +7,16 @@ from collections.abc import Sequence
 
 from resnet_backbone import pretraining
 from resnet_backbone.engine.config import load_config
-from resnet_backbone.engine.launch import argument_parser, run_tool
+from resnet_backbone.engine.launch import PrintAndExit, argument_parser, run_tool
+from resnet_backbone.networks.analysis import analyze_catalogue
+from resnet_backbone.networks.tables import format_overview
+from resnet_backbone.pretraining.checks import throughput, try_run
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   python tools/pretrain.py --config-file configs/pretrain/imagenet.yaml MODEL.NETWORK.NAME resnet50 \\
-      DATASETS.TRAIN '/data/shards/train-{000000..000007}.tar' DATASETS.TEST /data/val OUTPUT_DIR output/resnet50"""
+      DATASETS.TRAIN '/data/shards/train-{000000..000007}.tar' DATASETS.TEST /data/val OUTPUT_DIR output/resnet50
+  python tools/pretrain.py --config-file configs/pretrain/imagenet.yaml --try 20    # does it work?
+  torchrun --nproc-per-node 8 tools/pretrain.py --config-file configs/pretrain/imagenet.yaml"""
 
 
 def load(arguments: argparse.Namespace):
@@ -19,7 +24,31 @@ def load(arguments: argparse.Namespace):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    return run_tool(argument_parser(__doc__, EXAMPLE).parse_intermixed_args(words), load, pretraining.run)
+    parser = argument_parser(__doc__, EXAMPLE)
+    parser.add_argument(
+        "--list-networks",
+        action=PrintAndExit,
+        const=lambda: format_overview(analyze_catalogue()),
+        help="print the names for MODEL.NETWORK.NAME, and what the networks cost, and stop",
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--try",
+        dest="try_run",
+        type=int,
+        metavar="N",
+        help="see in N iterations whether it all works; nothing of it stays",
+    )
+    instead.add_argument(
+        "--throughput", type=int, metavar="N", help="measure the images a second over N iterations; nothing of it stays"
+    )
+    given = parser.parse_intermixed_args(words)
+    for check, iterations in ((try_run, given.try_run), (throughput, given.throughput)):
+        if iterations is not None:
+            if given.resume or given.eval_only:
+                parser.error("--try and --throughput go without --resume and --eval-only")
+            return run_tool(given, load, check, {"iterations": iterations})
+    return run_tool(given, load, pretraining.run)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Images in a folder of class folders."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,15 @@ class FolderSource(ClassificationSource):
 
     def describe(self, index: int) -> str:
         return os.path.join(self.root, self._paths[index])
+
+    def ignored(self) -> Iterator[str]:
+        """Files in the class folders without the extension of an image, and all that lie beside the class folders."""
+        for folder, folders, files in os.walk(self.root, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                image = folder != self.root and name.lower().endswith(IMAGE_EXTENSIONS)
+                if not image and not name.startswith("."):
+                    yield os.path.join(folder, name)
 
 
 def _images_below(root: str, folder: str) -> Iterable[str]:

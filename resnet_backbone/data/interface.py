@@ -49,3 +49,7 @@ class ClassificationSource(ABC):
     @abstractmethod
     def describe(self, index: int) -> str:
         """What to call the image in a message: its path, or shard and key."""
+
+    def ignored(self) -> Iterable[str]:
+        """Files that lie among the images but are not taken for such."""
+        return ()

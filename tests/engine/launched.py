@@ -1,4 +1,4 @@
-"""What test_launch.py runs in processes of its own: `python launched.py WHAT PROCESSES FOLDER`."""
+"""What test_launch.py and test_distributed.py run in processes of its own: `python launched.py WHAT PROCESSES FOLDER`."""
 
 import argparse
 import os
@@ -10,72 +10,121 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from detectron2.config import get_cfg
-from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from torch import nn
 
-from resnet_backbone.data.sampler import BatchSampler
 from resnet_backbone.engine.config import add_engine_config
 from resnet_backbone.engine.launch import run_tool, unwrap, wrap_for_processes
-from resnet_backbone.engine.output import read_last_checkpoint
-from resnet_backbone.engine.precise_bn import estimate_norm_statistics
-from resnet_backbone.engine.train import choose_seed, train
 from resnet_backbone.errors import InputError
-from resnet_backbone.weights import Metadata
 
-IMAGES = torch.randn(37, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def describe(iterations: int) -> Metadata:
-    return Metadata(
-        kind="classifier",
-        architecture="tiny",
-        arguments={},
-        channel_order="RGB",
-        pixel_mean=(0.0, 0.0, 0.0),
-        pixel_std=(1.0, 1.0, 1.0),
-        norm_statistics="none",
-        norm_epsilon=None,
-        class_names=("a",),
-    )
+IMAGES = 37
+BATCH = 8
+ITERATIONS = 8
+STOP = 5  # the iteration in which the first half of a run ends; saved was after the fourth
 
 
-def train_run(cfg, *, resume, eval_only):
-    """A few steps in float64 of a network without batch statistics; each rank writes down which images it saw."""
-    folder = Path(cfg.OUTPUT_DIR)
-    last = read_last_checkpoint(folder) if resume else None
-    choose_seed(cfg, last)
+def build_network(name: str) -> nn.Module:
+    """A network in float64 in which no image depends on the others of its batch."""
+    from resnet_backbone.networks import build_network
+
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    seen = []
+    if name == "gn":
+        network = build_network("cifar_resnet20", 5, norm="GN", width=2.0)
+    elif name == "frozen_bn":
+        network = build_network("resnet18", 5, norm="FrozenBN", width=0.125)
+        for key, buffer in network.named_buffers():
+            buffer.copy_(torch.rand_like(buffer) + (0.5 if key.endswith(("weight", "running_var")) else -0.5))
+    else:
+        network = build_network("vgg16", 5, width=0.0625)
+        for layer in network.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+    return network.double()
+
+
+def train_network(cfg, name: str, folder: Path, *, stop_at: int | None = None) -> None:
+    """Train from the last checkpoint in `folder`, if there is one; each rank writes down what it saw."""
+    from detectron2.solver import build_optimizer
+
+    from resnet_backbone.data.sampler import BatchSampler
+    from resnet_backbone.engine.output import read_last_checkpoint
+    from resnet_backbone.engine.train import choose_seed, train
+    from resnet_backbone.weights import Metadata
+
+    folder.mkdir(parents=True, exist_ok=True)
+    last = read_last_checkpoint(folder)
+    choose_seed(cfg, last)
+    generator = torch.Generator().manual_seed(1)
+    size = 32 if name == "vgg" else 16
+    images = torch.randn(IMAGES, 3, size, size, generator=generator, dtype=torch.float64)
+    labels = torch.randint(5, (IMAGES,), generator=generator)
+    model, seen = build_network(name), {}
 
     def batches(start):
-        for pairs in BatchSampler(
-            37, 8, seed=9, start_iteration=start, rank=comm.get_rank(), world_size=comm.get_world_size()
-        ):
-            seen.append([index for _, index in pairs])
-            yield IMAGES[seen[-1]]
+        share = {"rank": comm.get_rank(), "world_size": comm.get_world_size()}
+        for number, pairs in enumerate(BatchSampler(IMAGES, BATCH, seed=cfg.SEED, start_iteration=start, **share), start):
+            if number == stop_at:
+                raise KeyboardInterrupt
+            seen[number] = pairs
+            indices = [index for _, index in pairs]
+            yield images[indices], labels[indices]
 
-    def compute(model, images):
-        return {"loss": model(images).square().mean()}, {}
+    def compute(model, batch):
+        return {"loss": nn.functional.cross_entropy(model(batch[0]), batch[1])}, {}
 
-    train(
-        cfg,
-        model=model,
-        optimizer=build_optimizer(cfg, model),
-        batches=batches,
-        compute=compute,
-        evaluate=dict,
-        metadata=describe,
-        num_images=37,
-        folder=folder,
-        resume_from=last,
-    )
-    torch.save({"model": model.state_dict(), "seen": seen, "seed": cfg.SEED}, folder / f"rank{comm.get_rank()}.pt")
+    def describe(iterations: int) -> Metadata:
+        return Metadata(
+            kind="classifier",
+            architecture="tiny",
+            arguments={},
+            channel_order="RGB",
+            pixel_mean=(0.0, 0.0, 0.0),
+            pixel_std=(1.0, 1.0, 1.0),
+            norm_statistics="none",
+            norm_epsilon=None,
+            class_names=("a",),
+        )
+
+    try:
+        train(
+            cfg,
+            model=model,
+            optimizer=build_optimizer(cfg, model),
+            batches=batches,
+            compute=compute,
+            evaluate=lambda _: {},
+            metadata=describe,
+            num_images=IMAGES,
+            folder=folder,
+            resume_from=last,
+        )
+    except KeyboardInterrupt:
+        assert stop_at is not None
+    state = {"model": model.state_dict(), "seen": seen, "seed": cfg.SEED}
+    torch.save(state, folder / f"rank{comm.get_rank()}.pt")
 
 
-def gradients_run(cfg, *, resume, eval_only):
+def trainings_run(cfg, **_):
+    """Each network: a whole run, the first half of one, and the rest of one whose first half somebody else did."""
+    for name in ("gn", "frozen_bn", "vgg"):
+        folder = Path(cfg.OUTPUT_DIR) / name
+        train_network(cfg.clone(), name, folder / "whole")
+        train_network(cfg.clone(), name, folder / "half", stop_at=STOP)
+        if (folder / "rest").exists():
+            train_network(cfg.clone(), name, folder / "rest")
+
+
+def long_run(cfg, **_):
+    """Train until somebody asks to leave."""
+    cfg.SOLVER.MAX_ITER = 10**6
+    cfg.SOLVER.CHECKPOINT_PERIOD = 0
+    train_network(cfg, "frozen_bn", Path(cfg.OUTPUT_DIR))
+
+
+def gradients_run(cfg, **_):
     """The gradient of each rank after one backward pass on its own numbers, and precise BN over both ranks."""
+    from resnet_backbone.engine.precise_bn import estimate_norm_statistics
+
     rank = comm.get_rank()
     layer = nn.Linear(2, 1, bias=False).double()
     nn.init.zeros_(layer.weight)
@@ -91,25 +140,57 @@ def gradients_run(cfg, *, resume, eval_only):
     torch.save({**state, "local": local}, Path(cfg.OUTPUT_DIR) / f"rank{rank}.pt")
 
 
-def bad_input_run(cfg, *, resume, eval_only):
+def places_run(cfg, **_):
+    """What each process knows of its place, and the seed that they draw."""
+    from resnet_backbone.engine.train import choose_seed
+
+    cfg.SEED = -1
+    choose_seed(cfg, None)
+    place = comm.get_rank(), comm.get_world_size(), comm.get_local_rank(), comm.get_local_size()
+    state = {"place": place, "seed": cfg.SEED, "threads": torch.get_num_threads()}
+    torch.save(state, Path(cfg.OUTPUT_DIR) / f"rank{comm.get_rank()}.pt")
+
+
+def bad_input_run(cfg, **_):
     """Only the second process meets the bad image, while the first waits for it in a collective operation."""
-    if comm.get_rank() == comm.get_world_size() - 1:
+    if comm.get_rank() == 1:
         raise InputError("the image x.jpg cannot be read. Replace it.")
     dist.barrier()
 
 
-def bad_key_run(cfg, *, resume, eval_only):
+def bad_key_run(cfg, **_):
     raise InputError("SOLVER.STEPS is bad.")
 
 
-def bug_run(cfg, *, resume, eval_only):
-    raise ZeroDivisionError("a bug")
+def bug_run(cfg, **_):
+    if comm.get_rank() == 1:
+        raise ZeroDivisionError("a bug")
+    dist.all_reduce(torch.zeros(1))
 
 
-def killed_run(cfg, *, resume, eval_only):
+def killed_run(cfg, **_):
     if comm.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)
+    dist.all_reduce(torch.zeros(1))
+
+
+def left_run(cfg, **_):
+    if comm.get_rank() == 1:
+        os._exit(3)
+    time.sleep(600)  # nor does it wait for anything that would fail
+
+
+def wait_run(cfg, **_):
+    """Anything outside the training loop."""
+    print("waiting", flush=True)
+    time.sleep(600)
+
+
+def deaf_run(cfg, **_):
+    """As in a call that comes back to Python only when it is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    wait_run(cfg)
 
 
 def load(arguments):
@@ -117,12 +198,13 @@ def load(arguments):
     add_engine_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.OUTPUT_DIR = arguments.folder
-    cfg.SOLVER.IMS_PER_BATCH = 8
-    cfg.SOLVER.BASE_LR = 0.1
-    cfg.SOLVER.MAX_ITER = 6
-    cfg.SOLVER.STEPS = (4,)
+    cfg.SEED = 9
+    cfg.SOLVER.IMS_PER_BATCH = BATCH
+    cfg.SOLVER.BASE_LR = 0.02
+    cfg.SOLVER.MAX_ITER = ITERATIONS
+    cfg.SOLVER.STEPS = (6,)
     cfg.SOLVER.WARMUP_ITERS = 2
-    cfg.SOLVER.CHECKPOINT_PERIOD = 3
+    cfg.SOLVER.CHECKPOINT_PERIOD = 4
     cfg.SOLVER.LOG_PERIOD = 2
     return cfg
 
@@ -132,7 +214,6 @@ if __name__ == "__main__":
     parser.add_argument("what")
     parser.add_argument("num_gpus", type=int)
     parser.add_argument("folder")
-    arguments = parser.parse_args()
-    shared = dict(resume=False, eval_only=False, num_machines=1, machine_rank=0, dist_url="auto")
-    run = globals()[f"{arguments.what}_run"]
-    sys.exit(run_tool(argparse.Namespace(**vars(arguments), **shared), load, run))
+    shared = dict(print_config=False, num_machines=1, machine_rank=0, dist_url="auto")
+    arguments = argparse.Namespace(**vars(parser.parse_args()), **shared)
+    sys.exit(run_tool(arguments, load, globals()[f"{arguments.what}_run"], {}))

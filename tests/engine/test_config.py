@@ -10,7 +10,10 @@ from resnet_backbone.engine.config import (
     COMMAND_LINE,
     ConfigError,
     add_engine_config,
+    config_hash,
+    differences,
     fill_from_metadata,
+    flat_config,
     get_key,
     load_config,
     network_arguments,
@@ -330,3 +333,40 @@ def test_every_shipped_config_names_its_data_sets(pytestconfig, cfg):
         loaded = load_config(start, file)
         for name in (*loaded.DATASETS.TRAIN, *loaded.DATASETS.TEST):
             assert name.isidentifier(), (file, name)
+
+
+class TestDifferences:
+    def test_what_changed_and_by_whom(self, cfg, write):
+        before = flat_config(cfg)
+        file = write("a.yaml", "SOLVER: {GAMMA: 0.3, STEPS: [1, 2]}")
+        load_config(cfg, file, ["SEED", "7", "OUTPUT_DIR", "elsewhere"])
+        cfg.SOLVER.MAX_ITER = 5
+        assert differences(before, cfg) == [
+            "SEED was -1, is 7 (command line)",
+            f"SOLVER.GAMMA was 0.1, is 0.3 ({file})",
+            "SOLVER.MAX_ITER was 40000, is 5 (default)",
+            f"SOLVER.STEPS was (30000,), is (1, 2) ({file})",
+        ]
+
+    def test_nothing_changed(self, cfg):
+        assert differences(flat_config(cfg), cfg.clone()) == []
+
+    def test_of_a_checkpoint_that_does_not_say(self, cfg):
+        assert differences({}, cfg) == []
+
+    def test_keys_that_one_version_has_and_another_has_not(self, cfg):
+        before = flat_config(cfg)
+        del before["SOLVER.EMA_DECAY"]
+        before["SOLVER.GONE"] = "3"
+        assert differences(before, cfg) == [
+            "SOLVER.EMA_DECAY was not there, is 0.0 (default)",
+            "SOLVER.GONE was 3, is not there (default)",
+        ]
+
+    def test_the_hash_is_of_the_values_not_of_their_order(self, cfg):
+        flat = flat_config(cfg)
+        assert flat["SOLVER.AMP.PRECISION"] == "bf16" and all(isinstance(value, str) for value in flat.values())
+        assert config_hash(flat) == config_hash(dict(reversed(flat.items())))
+        assert len(config_hash(flat)) == 64
+        changed = {**flat, "SEED": "8"}
+        assert config_hash(changed) != config_hash(flat)

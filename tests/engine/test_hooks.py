@@ -1,14 +1,13 @@
-import logging
-import re
-
 import pytest
 import torch
-from detectron2.utils.events import EventStorage, EventWriter
-from fvcore.common.param_scheduler import LinearParamScheduler
+from detectron2.utils.events import EventWriter, get_event_storage
+from fvcore.common.param_scheduler import ConstantParamScheduler, LinearParamScheduler
 from torch import nn
 
 from resnet_backbone.engine import hooks
+from resnet_backbone.engine.schedule import Plateau, WarmUpUntil
 from resnet_backbone.engine.trainer import NonFiniteLossError, Trainer
+from resnet_backbone.engine.writers import Progress
 
 
 def run(hook_list, *, start=0, stop=10, lr=0.5, loss=None) -> Trainer:
@@ -32,8 +31,6 @@ class Recorder(EventWriter):
         self.written, self.closed = [], 0
 
     def write(self):
-        from detectron2.utils.events import get_event_storage
-
         self.written.append(get_event_storage().iter)
 
     def close(self):
@@ -77,8 +74,12 @@ def test_only_the_main_process_saves(monkeypatch):
     assert saved == []
 
 
-@pytest.mark.parametrize(("period", "expected"), [(0, []), (3, [2, 5, 8]), (5, [4]), (10, [])])
-def test_evaluation_by_period_but_not_after_the_last(period, expected):
+@pytest.mark.parametrize(
+    ("period", "start", "expected"),
+    [(0, 0, []), (3, 0, [3, 6, 9]), (5, 0, [5]), (10, 0, []), (3, 4, [6, 9]), (3, 6, [6, 9]), (3, 3, [3, 6, 9])],
+)
+def test_evaluation_by_period_but_not_after_the_last(period, start, expected):
+    """Stamped with the number of finished iterations; a run that starts where one is due begins with it."""
     seen = []
 
     class See(hooks.HookBase):
@@ -93,7 +94,7 @@ def test_evaluation_by_period_but_not_after_the_last(period, expected):
         evaluated.append(True)
         return {"bbox": {"AP": 10.0 * len(evaluated)}}
 
-    run([hooks.Evaluation(evaluate, period), See()])
+    run([hooks.Evaluation(evaluate, period), See()], start=start)
     assert sorted(set(seen)) == [(10.0 * (i + 1), iteration) for i, iteration in enumerate(expected)]
     assert len(evaluated) == len(expected)
 
@@ -105,57 +106,110 @@ def test_weights_that_are_no_numbers_are_not_evaluated():
     assert not evaluated
 
 
-def test_writers_by_period_at_the_end_and_closed():
-    recorder = Recorder()
-    run([hooks.Writers([recorder], 4)])
-    assert recorder.written[:3] == [3, 7, 9] and recorder.closed == 1
+class TestWriters:
+    def test_after_each_reading_and_closed(self):
+        recorder = Recorder()
+        run([hooks.LearningRate(ConstantParamScheduler(1.0)), hooks.Writers([recorder])])
+        assert recorder.written == [3, 7, 9] and recorder.closed == 1
+
+    def test_after_each_evaluation(self):
+        """At once: a run that is killed and resumed does not evaluate again."""
+        recorder = Recorder()
+        run([hooks.Evaluation(lambda: {"AP": 1.0}, 3), hooks.Writers([recorder])])
+        assert recorder.written == [3, 6, 7, 9]
+
+    @pytest.mark.parametrize(("stop", "expected"), [(6, [3, 6]), (5, [3]), (4, [3])])
+    def test_what_was_measured_before_an_exception_is_written_and_nothing_twice(self, stop, expected):
+        def fail(i):
+            if i == stop:
+                raise ZeroDivisionError
+            return 1.0
+
+        recorder = Recorder()
+        writers = hooks.Writers([recorder, Progress(10, 0)])
+        with pytest.raises(ZeroDivisionError):
+            run([hooks.Evaluation(lambda: {"AP": 1.0}, 3), writers], loss=fail)
+        assert recorder.written == expected and recorder.closed == 1
 
 
-def test_writers_are_closed_after_an_exception_that_comes_through():
-    recorder = Recorder()
-
-    def fail(i):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        run([hooks.Writers([recorder, hooks.Progress(10, 0)], 4)], loss=fail)
-    assert recorder.closed == 1
+PLATEAU = dict(gamma=0.5, patience=0, threshold=0.0)
 
 
-class TestProgress:
-    @pytest.fixture
-    def clock(self, monkeypatch):
-        clock = [100.0]
-        monkeypatch.setattr("resnet_backbone.engine.hooks.time.perf_counter", lambda: clock[0])
-        return clock
+class TestBest:
+    """Of four evaluations, after 2, 4, 6 and 8 iterations; the end's is the caller's."""
 
-    def test_a_line_by_hand(self, clock, caplog):
-        """10 iterations from 20 in 30 s, 70 to go: 3 s each, 3 min 30 s left."""
-        caplog.set_level(logging.INFO)
-        with EventStorage(20) as storage:
-            progress = hooks.Progress(100, 20)
-            clock[0] += 30
-            storage.iter = 29
-            storage.put_scalars(loss_cls=1.23456, total_loss=2.5, top1_error=75.0, lr=0.001, smoothing_hint=False)
-            storage.put_scalars(images_per_second=755.25, data_share=0.125, smoothing_hint=False)
-            progress.write()
-            progress.write()  # nothing new: no second line
-        (line,) = [record.getMessage() for record in caplog.records]
-        assert line.startswith("30/100  left 0:03:30  ")
-        for part in ("loss_cls 1.235", "total_loss 2.500", "top1_error 75", "lr 0.001", "755.2 images/s"):
-            assert part in line
-        assert line.endswith("waiting for data 12%")
+    def evaluate(self, scores, metric="bbox/AP", **arguments):
+        given = iter(scores)
+        return hooks.Evaluation(lambda: {"bbox": {"AP": next(given), "AR": 1.0}}, 2, metric=metric, **arguments)
 
-    def test_before_the_first_reading_there_is_no_line(self, clock, caplog):
-        caplog.set_level(logging.INFO)
-        with EventStorage(0) as storage:
-            storage.put_scalar("lr", 0.1, smoothing_hint=False)
-            hooks.Progress(10, 0).write()
-        assert not caplog.records
+    def test_each_new_best_is_saved_with_its_results(self):
+        saved = []
+        hook = self.evaluate([3.0, 5.0, 5.0, 6.0], save_best=saved.append)
+        run([hook])
+        assert [results["bbox/AP"] for results in saved] == [3.0, 5.0, 6.0] and saved[0]["bbox/AR"] == 1.0
+        assert hook.state_dict() == {"best": 6.0}
 
-    def test_in_a_run(self, caplog):
-        caplog.set_level(logging.INFO)
-        run([hooks.LearningRate(LinearParamScheduler(1.0, 0.0)), hooks.Writers([hooks.Progress(10, 0)], 4)])
-        lines = [r.getMessage() for r in caplog.records if "images/s" in r.getMessage()]
-        assert [line.split()[0] for line in lines] == ["4/10", "8/10", "10/10"]
-        assert all(re.search(r"left 0:00:00  loss_x 1\.000  total_loss 1\.000  lr \S+  \S+ images/s", x) for x in lines)
+    def test_a_restored_best_is_not_beaten_by_less(self):
+        saved = []
+        hook = self.evaluate([3.0, 5.0, 4.0, 4.0], save_best=saved.append)
+        hook.load_state_dict({"best": 4.5})
+        run([hook])
+        assert [results["bbox/AP"] for results in saved] == [5.0]
+
+    def test_a_score_that_is_no_number_is_never_the_best(self):
+        saved = []
+        hook = self.evaluate([float("nan"), 2.0, float("nan"), 1.0], save_best=saved.append)
+        run([hook])
+        assert [results["bbox/AP"] for results in saved] == [2.0] and hook.best == 2.0
+
+    def test_without_such_a_metric_none_is_best(self):
+        saved = []
+        hook = self.evaluate([1.0] * 4, metric="segm/AP", save_best=saved.append, plateau=Plateau(**PLATEAU))
+        run([hook])
+        assert saved == [] and hook.best is None
+
+    def test_the_main_process_saves(self, monkeypatch):
+        monkeypatch.setattr("resnet_backbone.engine.hooks.comm.is_main_process", lambda: False)
+        saved = []
+        hook = self.evaluate([1.0] * 4, save_best=saved.append)
+        run([hook])
+        assert saved == [] and hook.best == 1.0
+
+
+class Rates(hooks.HookBase):
+    def __init__(self):
+        self.seen = []
+
+    def after_step(self):
+        self.seen.append(self.trainer.optimizer.param_groups[0]["lr"])
+
+
+def test_a_plateau_lowers_the_rate_of_the_iteration_that_follows_the_evaluation():
+    plateau, scores, rates = Plateau(**PLATEAU), iter([5.0, 5.0, 6.0, 5.0]), Rates()
+    evaluation = hooks.Evaluation(lambda: {"AP": next(scores)}, 2, metric="AP", plateau=plateau)
+    run([evaluation, hooks.LearningRate(ConstantParamScheduler(1.0), plateau=plateau), rates], lr=0.8)
+    assert rates.seen == [0.8] * 4 + [0.4] * 4 + [0.2] * 2
+
+
+def test_warm_up_ends_with_the_reading_below_the_limit():
+    """Readings after 4, 8 and 10 iterations; the error is that of the window's mean, and rises again."""
+    errors = [90, 90, 90, 10, 90, 40, 40, 90, 99, 99]  # means 70, 65, 99
+    for limit, expected in ((60, 10), (66, 8), (71, 4)):
+        rates, warm_up = Rates(), WarmUpUntil(metric="loss_x", limit=limit, low=0.1)
+        run(
+            [hooks.LearningRate(ConstantParamScheduler(1.0), warm_up=warm_up), rates],
+            loss=lambda i: float(errors[i]),
+        )
+        assert rates.seen == pytest.approx([0.05] * expected + [0.5] * (10 - expected))
+
+
+def test_a_second_checkpoint_of_the_same_iteration_is_not_written():
+    saved = []
+    checkpoints = hooks.Checkpoints(saved.append, 2)
+
+    class Again(hooks.HookBase):
+        def after_step(self):
+            checkpoints.save(self.trainer.iter)
+
+    run([checkpoints, Again()], stop=4)
+    assert saved == [0, 1, 2, 3]

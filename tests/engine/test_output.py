@@ -12,7 +12,7 @@ from detectron2.config import get_cfg
 from resnet_backbone.detection import add_network_config
 from resnet_backbone.engine import output
 from resnet_backbone.engine.config import ConfigError, load_config
-from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata
+from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, read_checkpoint
 
 METADATA = Metadata(
     kind="classifier",
@@ -27,9 +27,9 @@ METADATA = Metadata(
 )
 
 
-def save(folder, iteration: int):
+def save(folder, iteration: int, **arguments):
     model = {"weight": torch.full((100,), float(iteration))}
-    return output.save_training_checkpoint(folder, Checkpoint(model, METADATA, iteration, {"seed": 0}))
+    return output.save_training_checkpoint(folder, Checkpoint(model, METADATA, iteration, {"seed": 0}), **arguments)
 
 
 class TestOpen:
@@ -160,6 +160,92 @@ class TestLastCheckpoint:
         (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe\n")
         with pytest.raises(CheckpointError, match="cannot resume"):
             output.read_last_checkpoint(tmp_path)
+
+
+class TestKeep:
+    def names(self, folder) -> list[str]:
+        return sorted(path.name for path in folder.glob("*.pth"))
+
+    def test_the_newest_of_them(self, tmp_path):
+        """By number, not by name: from ten million iterations on the names are longer."""
+        for iteration in (3, 7, 9999999, 10000000):
+            save(tmp_path, iteration, keep=2)
+        assert self.names(tmp_path) == ["model_10000000.pth", "model_9999999.pth"]
+        assert output.read_last_checkpoint(tmp_path).iteration == 10000000
+
+    def test_none_is_removed_by_default(self, tmp_path):
+        for iteration in range(4):
+            save(tmp_path, iteration)
+        assert len(self.names(tmp_path)) == 4
+
+    def test_the_best_the_final_and_strangers_stay(self, tmp_path):
+        strangers = ["model_0000001_mine.pth", "model_best.pth", "model_final.pth", "model_new.pth", "other.pth"]
+        for name in strangers:
+            (tmp_path / name).write_bytes(b"")
+        for iteration in (3, 7, 12):
+            save(tmp_path, iteration, keep=1)
+        assert self.names(tmp_path) == sorted(["model_0000012.pth", *strangers])
+
+    def test_the_one_that_is_named_stays_though_others_are_newer(self, tmp_path):
+        """Who resumes from an earlier one writes its name into last_checkpoint."""
+        for iteration in (3, 7, 12):
+            save(tmp_path, iteration)
+        (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+        save(tmp_path, 5, keep=1)
+        assert output.read_last_checkpoint(tmp_path).iteration == 5
+
+    def test_they_are_removed_when_the_new_one_is_named(self, tmp_path, monkeypatch):
+        save(tmp_path, 3)
+
+        def stop(path):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(output, "atomic_write", stop)  # of last_checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 7, keep=1)
+        assert self.names(tmp_path) == ["model_0000003.pth", "model_0000007.pth"]
+        assert output.read_last_checkpoint(tmp_path).iteration == 3
+
+
+def test_the_best_is_for_use_not_for_resuming(tmp_path):
+    save(tmp_path, 3)
+    output.save_best_checkpoint(tmp_path, Checkpoint({"weight": torch.ones(2)}, METADATA))
+    assert output.read_last_checkpoint(tmp_path).iteration == 3
+    best = read_checkpoint(tmp_path / "model_best.pth")
+    assert best.trainer is None and best.iteration is None and torch.equal(best.model["weight"], torch.ones(2))
+
+
+class TestTornFiles:
+    NAMES = (".model_0000007.pth.a1b2.tmp", ".last_checkpoint.xyz.tmp", ".metrics.json.q.tmp")
+
+    def leave(self, folder):
+        save(folder, 3)
+        for name in (*self.NAMES, "mine.tmp", ".mine"):
+            (folder / name).write_bytes(b"half")
+
+    def test_what_a_killed_process_was_writing_is_removed(self, tmp_path):
+        self.leave(tmp_path)
+        output.read_last_checkpoint(tmp_path)
+        assert set(os.listdir(tmp_path)) == {"model_0000003.pth", "last_checkpoint", "mine.tmp", ".mine"}
+
+    def test_by_the_main_process_alone(self, tmp_path, monkeypatch):
+        self.leave(tmp_path)
+        monkeypatch.setattr(output.comm, "is_main_process", lambda: False)
+        output.read_last_checkpoint(tmp_path)
+        assert {*self.NAMES} <= set(os.listdir(tmp_path))
+
+    def test_they_are_called_as_they_are_written(self, tmp_path, monkeypatch):
+        """The pattern is that of the function that writes."""
+        seen = []
+        replace = os.replace
+        monkeypatch.setattr(os, "replace", lambda old, new: (seen.append(old), replace(old, new)))
+        save(tmp_path, 3)
+        assert len(seen) == 2
+        for path in seen:
+            with open(path, "wb"):
+                pass
+        output.read_last_checkpoint(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000003.pth"]
 
 
 def test_metrics_from_an_iteration_on_are_dropped(tmp_path):

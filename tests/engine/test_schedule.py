@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 import torch
@@ -6,7 +7,16 @@ import yaml
 from detectron2.solver import build_lr_scheduler
 
 from resnet_backbone.engine.config import ConfigError, load_config, origin, set_key
-from resnet_backbone.engine.schedule import build_multiplier, describe_schedule, rescale_for_batch, set_learning_rate
+from resnet_backbone.engine.schedule import (
+    Plateau,
+    WarmUpUntil,
+    build_multiplier,
+    build_plateau,
+    build_warm_up,
+    describe_schedule,
+    rescale_for_batch,
+    set_learning_rate,
+)
 
 
 def rates(cfg) -> list[float]:
@@ -15,8 +25,9 @@ def rates(cfg) -> list[float]:
     multiplier = build_multiplier(cfg)
     result = []
     for iteration in range(cfg.SOLVER.MAX_ITER):
-        set_learning_rate(optimizer, multiplier, iteration / cfg.SOLVER.MAX_ITER)
-        result.append(optimizer.param_groups[0]["lr"])
+        rate = set_learning_rate(optimizer, multiplier(iteration / cfg.SOLVER.MAX_ITER))
+        assert optimizer.param_groups[0]["lr"] == rate
+        result.append(rate)
     return result
 
 
@@ -85,14 +96,25 @@ def test_each_group_keeps_its_own_base_rate(cfg):
     optimizer = torch.optim.SGD([{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]], "lr": 0.2}])
     multiplier = build_multiplier(set_solver(cfg, **STEPS))
     for share in (0.9, 0.0, 0.6):
-        set_learning_rate(optimizer, multiplier, share)
+        rate = set_learning_rate(optimizer, multiplier(share))
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.1])
+    assert rate == pytest.approx(0.05)
+
+
+def test_a_rate_that_is_a_tensor_is_changed_in_place():
+    """As a CUDA graph asks for, which remembers addresses."""
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    for factor in (0.5, 0.1, 1.0):
+        assert set_learning_rate(optimizer, factor) == 0.5 * factor
+        assert optimizer.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(0.5 * factor)
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"LR_SCHEDULER_NAME": "StepLR"}, ["LR_SCHEDULER_NAME is 'StepLR'", "WarmupMultiStepLR, WarmupCosineLR"]),
+        ({"LR_SCHEDULER_NAME": "StepLR"}, ["is 'StepLR'", "WarmupMultiStepLR, WarmupCosineLR, WarmupPlateauLR"]),
+        ({"LR_SCHEDULER_NAME": "WarmupPlateauLR"}, ["follows the evaluations", "TEST.EVAL_PERIOD is 0"]),
         ({"WARMUP_METHOD": "exp"}, ["WARMUP_METHOD is 'exp'", "linear, constant"]),
         ({"STEPS": (5, 3)}, ["STEPS is (5, 3)", "increasing"]),
         ({"STEPS": (3, 3)}, ["STEPS is (3, 3)"]),
@@ -105,6 +127,87 @@ def test_impossible_schedules(cfg, values, words):
     with pytest.raises(ConfigError) as caught:
         build_multiplier(set_solver(cfg, **values))
     assert all(word in str(caught.value) for word in words)
+
+
+class TestPlateau:
+    def rates(self, gamma, patience, threshold, scores):
+        """Ours, and those of torch, after each score."""
+        plateau = Plateau(gamma=gamma, patience=patience, threshold=threshold)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, "max", gamma, patience, threshold, threshold_mode="abs", eps=0
+        )
+        ours, expected = [], []
+        for score in scores:
+            plateau.update(score)
+            theirs.step(score)
+            ours.append(plateau.factor)
+            expected.append(optimizer.param_groups[0]["lr"])
+        return ours, expected
+
+    @pytest.mark.parametrize("patience", [0, 1, 3])
+    @pytest.mark.parametrize("threshold", [0.0, 0.1, 5.0])
+    def test_as_torchs(self, patience, threshold):
+        rng = random.Random(10 * patience + int(threshold))
+        for rising in (0.0, 1.0, -1.0):
+            scores = [50 + rising * i + rng.choice([0.0, rng.uniform(-3, 3)]) for i in range(60)]
+            ours, expected = self.rates(0.1, patience, threshold, scores)
+            assert ours == pytest.approx(expected, rel=1e-9)
+            assert rising > 0 or ours[-1] < 1
+
+    def test_by_hand(self):
+        """A rise of exactly the threshold is none; after a drop, patience begins anew; what is no number is no rise."""
+        plateau = Plateau(gamma=0.5, patience=1, threshold=2.0)
+        factors = []
+        for score in (10.0, 12.0, 12.5, 12.0, 12.5, math.nan, 11.0):
+            plateau.update(score)
+            factors.append(plateau.factor)
+        assert factors == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25]
+
+    def test_state(self):
+        whole = Plateau(gamma=0.1, patience=2, threshold=0.0)
+        scores = [1.0, 5.0, 4.0, 4.5, 3.0, 6.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0]
+        factors = [whole.update(score) or whole.factor for score in scores]
+        for cut in range(len(scores)):
+            first, second = (Plateau(gamma=0.1, patience=2, threshold=0.0) for _ in range(2))
+            for score in scores[:cut]:
+                first.update(score)
+            second.load_state_dict(first.state_dict())
+            assert second.factor == first.factor
+            assert [second.update(score) or second.factor for score in scores[cut:]] == factors[cut:]
+        assert factors[-1] == pytest.approx(1e-3)
+
+    def test_built_by_the_keys(self, cfg):
+        assert build_plateau(cfg) is None
+        set_key(cfg, "TEST.EVAL_PERIOD", 5, "test")
+        values = dict(GAMMA=0.3, PLATEAU_PATIENCE=0, PLATEAU_THRESHOLD=1.0, WARMUP_ITERS=0)
+        set_solver(cfg, LR_SCHEDULER_NAME="WarmupPlateauLR", **values)
+        plateau = build_plateau(cfg)
+        for score in (1.0, 1.9, 2.9):
+            plateau.update(score)
+        assert plateau.factor == pytest.approx(0.3)
+        assert rates(cfg) == [cfg.SOLVER.BASE_LR] * 10
+        assert "PLATEAU_PATIENCE" in describe_schedule(cfg, images=80, world_size=1)
+
+
+class TestWarmUpUntil:
+    def test_it_ends_below_the_limit_and_never_returns(self):
+        warm_up = WarmUpUntil(metric="top1_error", limit=80.0, low=0.1)
+        factors = [warm_up.factor]
+        for error in (99.0, math.nan, 80.0, 79.9, 95.0, 10.0):
+            warm_up.update(error)
+            factors.append(warm_up.factor)
+        assert factors == [0.1, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0]
+        restored = WarmUpUntil(metric="top1_error", limit=80.0, low=0.1)
+        restored.load_state_dict(warm_up.state_dict())
+        assert restored.factor == 1.0
+
+    def test_built_by_the_keys_in_place_of_the_warm_up_by_iterations(self, cfg):
+        assert build_warm_up(cfg) is None
+        set_solver(cfg, WARMUP_UNTIL_ERROR=80.0, WARMUP_FACTOR=0.1, STEPS=())
+        warm_up = build_warm_up(cfg)
+        assert warm_up.metric == "top1_error" and warm_up.factor == 0.1
+        assert rates(cfg) == [cfg.SOLVER.BASE_LR] * 10
 
 
 class TestRescaling:

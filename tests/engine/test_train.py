@@ -1,6 +1,6 @@
-import json
 import logging
 import os
+import shutil
 
 import pytest
 import torch
@@ -8,102 +8,14 @@ from detectron2.solver import build_optimizer
 from torch import nn
 
 from resnet_backbone.data.sampler import BatchSampler
-from resnet_backbone.engine.config import ConfigError, set_key
+from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, set_key
 from resnet_backbone.engine.output import read_last_checkpoint, save_training_checkpoint
-from resnet_backbone.engine.train import check_batch, check_solver, choose_seed, train
+from resnet_backbone.engine.train import check_batch, check_solver, choose_seed
 from resnet_backbone.engine.trainer import NonFiniteLossError, seed_iteration
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, read_checkpoint
-
-IMAGES = torch.randn(37, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-
-
-def metadata(iterations: int) -> Metadata:
-    return Metadata(
-        kind="classifier",
-        architecture="tiny",
-        arguments={},
-        channel_order="RGB",
-        pixel_mean=(0.0, 0.0, 0.0),
-        pixel_std=(1.0, 1.0, 1.0),
-        norm_statistics="running",
-        norm_epsilon=1e-5,
-        class_names=("a", "b"),
-        origin={"iterations": iterations},
-    )
-
-
-def build_model(channels: int = 4) -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Conv2d(3, channels, 3),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(channels * 16, 2),
-    ).to(memory_format=torch.channels_last)
-
-
-class Run:
-    """One run of a tiny convolutional network with batch normalisation and dropout, on batches by the sampler."""
-
-    def __init__(self, cfg, folder, *, resume=False, stop_at=None, model=None, factor=lambda i: 1.0):
-        folder.mkdir(exist_ok=True)
-        self.model = model or build_model()
-        self.optimizer = build_optimizer(cfg, self.model)
-        self.seen = []
-        last = read_last_checkpoint(folder) if resume else None
-        torch.rand(11 if resume else 0)  # whatever drew from the generator before must not matter
-
-        def batches(start):
-            for number, pairs in enumerate(BatchSampler(37, 4, seed=cfg.SEED, start_iteration=start), start):
-                if number == stop_at:
-                    raise KeyboardInterrupt
-                self.seen.append(pairs)
-                yield number, IMAGES[[index for _, index in pairs]]
-
-        def compute(model, batch):
-            number, images = batch
-            logits = model(images) * factor(number)
-            return {"loss_cls": logits.square().mean()}, {"top1_error": logits.mean().detach()}
-
-        self.evaluations = 0
-
-        def evaluate():
-            self.evaluations += 1
-            torch.rand(3)
-            return {"bbox": {"AP": 1.5}}
-
-        try:
-            train(
-                cfg,
-                model=self.model,
-                optimizer=self.optimizer,
-                batches=batches,
-                compute=compute,
-                evaluate=evaluate,
-                metadata=metadata,
-                num_images=37,
-                folder=folder,
-                resume_from=last,
-            )
-        except KeyboardInterrupt:
-            assert stop_at is not None
-
-    def momenta(self) -> list[torch.Tensor]:
-        return [self.optimizer.state[p]["momentum_buffer"] for p in self.model.parameters()]
-
-
-def assert_same(one: Run, other: Run) -> None:
-    for name, tensor in one.model.state_dict().items():
-        assert torch.equal(tensor, other.model.state_dict()[name]), name
-    for a, b in zip(one.momenta(), other.momenta(), strict=True):
-        assert torch.equal(a, b)
-
-
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+from tests.engine import tiny
+from tests.engine.tiny import IMAGES, Run, assert_equal, assert_same, build_model, metadata, metrics
 
 
 @pytest.mark.parametrize("stop_at", [4, 6, 8, 9])
@@ -115,6 +27,86 @@ def test_a_resumed_run_equals_the_uninterrupted_bit_for_bit(cfg, tmp_path, stop_
     start = stop_at // 4 * 4
     assert resumed.seen[: 10 - start] == whole.seen[start:10]
     assert_same(whole, resumed)
+
+
+def everything(cfg, precision):
+    """A configuration in which a run keeps all that it can keep from one iteration to the next.
+
+    Checkpoints (every 4 iterations), readings (3) and evaluations (5) fall apart. Warm-up ends with the reading after 9
+    iterations, the evaluation after 10 is the best, that after 15 lowers the learning rate.
+    """
+    cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.PRECISION = precision != "fp32", precision
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.LOG_PERIOD, cfg.TEST.EVAL_PERIOD = 20, 4, 3, 5
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.GAMMA = "WarmupPlateauLR", 0.5
+    cfg.SOLVER.PLATEAU_PATIENCE, cfg.SOLVER.PLATEAU_THRESHOLD = 0, 0.0
+    cfg.SOLVER.WARMUP_UNTIL_ERROR, cfg.SOLVER.WARMUP_FACTOR = 50.0, 0.1
+    cfg.SOLVER.EMA_DECAY, cfg.SOLVER.CHECKPOINT_KEEP = 0.7, 2
+    return dict(error=lambda i: 100.0 - 10 * i, scores={5: 3.0, 10: 4.0, 15: 2.0}.get)
+
+
+def assert_same_files(one, other) -> None:
+    """Everything in two folders of finished runs but times, the log and TensorBoard's files."""
+    names = [{p.name for p in folder.iterdir() if not p.name.startswith("events.")} for folder in (one, other)]
+    assert names[0] == names[1]
+    assert metrics(one, times=False) == metrics(other, times=False)
+    for name in names[0]:
+        if name.endswith(".pth"):
+            ours, theirs = read_checkpoint(one / name), read_checkpoint(other / name)
+            assert_equal(ours.model, theirs.model, name)
+            assert ours.metadata == theirs.metadata
+            assert_equal(ours.trainer, theirs.trainer, name)
+        elif name != "metrics.json":
+            assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_killed_at_any_moment_and_resumed(cfg, tmp_path, precision):
+    """A kill leaves the files as they are at that moment, so one run gives them for each step and each evaluation."""
+    behaviour, folder, left = everything(cfg, precision), tmp_path / "whole", tmp_path / "left"
+    whole = Run(
+        cfg,
+        folder,
+        during_step=lambda i: shutil.copytree(folder, left / f"step {i:02}"),
+        during_evaluation=lambda i: shutil.copytree(folder, left / f"evaluation {i:02}"),
+        **behaviour,
+    )
+    moments = sorted(left.iterdir())
+    assert len(moments) == 20 + 3
+    for moment in moments:
+        resumed = Run(cfg, moment, resume=True, **behaviour)
+        assert_same(whole, resumed)
+        assert_same_files(moment, folder)
+        start = int(moment.name.split()[1]) // 4 * 4
+        assert resumed.evaluated == [i for i in (5, 10, 15) if i >= start]  # none twice
+
+    last = read_checkpoint(folder / "model_0000019.pth").trainer
+    assert last["plateau"]["drops"] == 1 and last["warm_up"] == {"over": True} and last["evaluation"] == {"best": 4.0}
+    assert last["metrics"]["count"] == 0 if "metrics" in last else True
+    assert read_checkpoint(folder / "model_best.pth").metadata.origin["bbox/AP"] == 4.0
+    assert ("scaler" in last) == (precision == "fp16")
+    rates = {line["iteration"]: line["lr"] for line in metrics(folder)}
+    assert rates == pytest.approx(
+        {2: 0.005, 5: 0.005, 8: 0.005, 10: 0.05, 11: 0.05, 14: 0.05, 15: 0.025} | {17: 0.025, 19: 0.025}
+    )
+    assert [p.name for p in sorted(folder.glob("model_0*"))] == ["model_0000015.pth", "model_0000019.pth"]
+
+
+@pytest.mark.parametrize(
+    ("part", "iterations"),
+    [("average", 8), ("scaler", 4), ("plateau", 16), ("warm_up", 12), ("evaluation", 12), ("metrics", 8)],
+)
+def test_each_part_of_the_state_matters_here(cfg, tmp_path, part, iterations):
+    """The test above would notice if one of them were not restored."""
+    behaviour = everything(cfg, "fp16")
+    Run(cfg, tmp_path / "whole", **behaviour)
+    Run(cfg, tmp_path / "parts", stop_at=iterations, **behaviour)
+    path = tmp_path / "parts" / f"model_{iterations - 1:07}.pth"
+    payload = torch.load(path, weights_only=True)
+    del payload["trainer"][part]
+    torch.save(payload, path)
+    Run(cfg, tmp_path / "parts", resume=True, **behaviour)
+    with pytest.raises(AssertionError):
+        assert_same_files(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_momentum_matters_here(cfg, tmp_path):
@@ -163,11 +155,13 @@ def test_what_a_run_writes(cfg, tmp_path):
     checkpoints = {"model_0000003.pth", "model_0000007.pth", "model_0000009.pth"}
     assert checkpoints | {"last_checkpoint", "metrics.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert run.evaluations == 1  # after iteration 4; the end's is the caller's
+    assert run.evaluated == [5]  # after iteration 4; the end's is the caller's
     first = read_checkpoint(tmp_path / "run" / "model_0000003.pth")
     assert first.iteration == 3 and first.metadata.origin["iterations"] == 4 and first.trainer["seed"] == 5
-    assert [line["iteration"] for line in metrics(tmp_path / "run")] == [4, 9]
-    assert metrics(tmp_path / "run")[0]["bbox/AP"] == 1.5
+    assert [line["iteration"] for line in metrics(tmp_path / "run")] == [4, 5, 9]
+    assert metrics(tmp_path / "run")[1] == {"iteration": 5, "bbox/AP": 1.5, "bbox/sum": run.sums, "lr": 0.05}
+    best = read_checkpoint(tmp_path / "run" / "model_best.pth")
+    assert best.trainer is None and best.metadata.origin == {"iterations": 5, "bbox/AP": 1.5, "bbox/sum": run.sums}
 
 
 def test_metrics_equal_means_by_hand(cfg, tmp_path):
@@ -222,10 +216,103 @@ def test_the_schedule_is_printed_before_the_first_iteration(cfg, tmp_path, caplo
 
 
 def test_impossible_metadata_is_found_before_the_first_iteration(cfg, tmp_path, monkeypatch):
-    monkeypatch.setitem(metadata.__globals__, "metadata", lambda iterations: Metadata.from_dict({}))
+    monkeypatch.setattr(tiny, "metadata", lambda iterations: Metadata.from_dict({}))
     with pytest.raises(InputError, match="metadata lacks"):
         Run(cfg, tmp_path / "run")
     assert os.listdir(tmp_path / "run") == []
+
+
+class TestAverage:
+    """SOLVER.EMA_DECAY: what is trained goes on, what is evaluated and kept is the average."""
+
+    def test_the_result_the_evaluations_and_the_best_are_of_the_average(self, cfg, tmp_path):
+        cfg.SOLVER.EMA_DECAY, cfg.TEST.EVAL_PERIOD = 0.9, 8
+        run = Run(cfg, tmp_path / "run")
+        assert run.result is not run.model
+        assert not torch.equal(run.result[0].weight, run.model[0].weight)
+        after_8 = read_checkpoint(tmp_path / "run" / "model_0000007.pth")
+        best = read_checkpoint(tmp_path / "run" / "model_best.pth")
+        assert_equal(best.model, after_8.trainer["average"])
+        assert not torch.equal(best.model["0.weight"], after_8.model["0.weight"])
+        model = build_model().eval()
+        model.load_state_dict(best.model)
+        with torch.no_grad():
+            assert model(IMAGES[:2]).sum().item() == pytest.approx(run.sums, rel=1e-6)
+
+    def test_training_is_not_changed_by_it(self, cfg, tmp_path):
+        plain = Run(cfg, tmp_path / "plain")
+        cfg.SOLVER.EMA_DECAY = 0.9
+        averaged = Run(cfg, tmp_path / "averaged")
+        assert_equal(plain.model.state_dict(), averaged.model.state_dict())
+        assert plain.result is plain.model
+
+    def test_a_finished_run_gives_its_average_again(self, cfg, tmp_path):
+        cfg.SOLVER.EMA_DECAY = 0.9
+        whole = Run(cfg, tmp_path / "run")
+        again = Run(cfg, tmp_path / "run", resume=True)
+        assert again.seen == []
+        assert_same(whole, again)
+
+
+class TestCompiled:
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
+    @pytest.mark.slow
+    def test_as_eager(self, cfg, tmp_path):
+        cfg.TEST.EVAL_PERIOD = 5
+        eager = Run(cfg, tmp_path / "eager", model=build_model(dropout=0.0))
+        set_key(cfg, "SOLVER.COMPILE", True, COMMAND_LINE)
+        calls = []
+        compiled = Run(cfg, tmp_path / "compiled", model=Eager(*build_model(dropout=0.0), calls=calls))
+        for name, tensor in eager.model.state_dict().items():
+            torch.testing.assert_close(compiled.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+        assert calls == [2]  # the evaluation's images, not a batch
+        assert compiled.sums == pytest.approx(eager.sums, abs=1e-4)
+        assert read_last_checkpoint(tmp_path / "compiled").model.keys() == eager.model.state_dict().keys()
+
+    def test_a_cpu_is_left_out_unless_the_command_line_says_so(self, cfg, tmp_path, caplog, monkeypatch):
+        caplog.set_level(logging.INFO)
+        compiled = []
+        monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+        set_key(cfg, "SOLVER.COMPILE", True, "a.yaml")
+        Run(cfg, tmp_path / "left out")
+        assert compiled == [] and "left out on a CPU, unless it is given on the command line" in caplog.text
+        set_key(cfg, "SOLVER.COMPILE", True, COMMAND_LINE)
+        run = Run(cfg, tmp_path / "compiled")
+        assert compiled == [run.model] and "compile the network, which takes a minute" in caplog.text
+
+
+class Eager(nn.Sequential):
+    """Notes the batch size of each forward pass that is not compiled."""
+
+    def __init__(self, *layers: nn.Module, calls: list[int]):
+        super().__init__(*layers)
+        self.calls = calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            self.calls.append(len(x))
+        return super().forward(x)
+
+
+class TestOtherConfiguration:
+    def resume(self, cfg, tmp_path, caplog):
+        Run(cfg, tmp_path / "run", stop_at=8)
+        set_key(cfg, "SOLVER.BASE_LR", 0.01, COMMAND_LINE)
+        set_key(cfg, "SOLVER.STEPS", (5, 7), "new.yaml")
+        set_key(cfg, "OUTPUT_DIR", str(tmp_path / "moved"), COMMAND_LINE)
+        Run(cfg, tmp_path / "run", resume=True)
+        return [r.getMessage() for r in caplog.records if "another configuration" in r.getMessage()]
+
+    def test_each_difference_is_logged(self, cfg, tmp_path, caplog):
+        assert self.resume(cfg, tmp_path, caplog) == [
+            "resumed with another configuration: SOLVER.BASE_LR was 0.05, is 0.01 (command line)",
+            "resumed with another configuration: SOLVER.STEPS was (6,), is (5, 7) (new.yaml)",
+        ]
+
+    def test_the_same_one_is_not_mentioned(self, cfg, tmp_path, caplog):
+        Run(cfg, tmp_path / "run", stop_at=8)
+        Run(cfg, tmp_path / "run", resume=True)
+        assert "another configuration" not in caplog.text
 
 
 class TestResumeOfSomethingElse:
@@ -282,23 +369,52 @@ class TestSeed:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("SOLVER.AMP.PRECISION", "fp16", "'fp16', expected fp32 or bf16"),
-        ("SOLVER.LOG_PERIOD", 0, "LOG_PERIOD is 0, expected at least 1"),
-        ("SOLVER.MAX_ITER", -1, "MAX_ITER is -1, expected at least 0"),
+        ("AMP.PRECISION", "fp8", "'fp8', expected fp32 or bf16 or fp16"),
+        ("LOG_PERIOD", 0, "LOG_PERIOD is 0, expected at least 1"),
+        ("MAX_ITER", -1, "MAX_ITER is -1, expected at least 0"),
+        ("CHECKPOINT_KEEP", -1, "CHECKPOINT_KEEP is -1, expected at least 0"),
+        ("PLATEAU_PATIENCE", -1, "PLATEAU_PATIENCE is -1, expected at least 0"),
+        ("EMA_DECAY", 1.0, "EMA_DECAY is 1.0, expected 0 .* or a number below 1"),
+        ("EMA_DECAY", -0.1, "EMA_DECAY is -0.1"),
+        ("CUDA_GRAPH", True, "of one GPU, but MODEL.DEVICE is cpu. Set it to False"),
     ],
 )
 def test_impossible_solver_keys(cfg, key, value, words):
     cfg.SOLVER.AMP.ENABLED = True
     check_solver(cfg)
-    set_key(cfg, key, value, "test")
+    set_key(cfg, f"SOLVER.{key}", value, "test")
     with pytest.raises(ConfigError, match=words):
         check_solver(cfg)
 
 
-@pytest.mark.parametrize(("images", "processes"), [(0, 1), (-4, 2), (3, 2)])
-def test_impossible_batches(cfg, monkeypatch, images, processes):
+def test_what_a_cuda_graph_does_not_go_with(cfg, monkeypatch):
+    cfg.SOLVER.CUDA_GRAPH, cfg.MODEL.DEVICE = True, "cuda"
+    check_solver(cfg)
+    cfg.SOLVER.AMP.PRECISION = "fp16"
+    check_solver(cfg)  # it is not enabled
+    cfg.SOLVER.AMP.ENABLED = True
+    with pytest.raises(ConfigError, match=r"CUDA_GRAPH .*PRECISION is fp16"):
+        check_solver(cfg)
+    monkeypatch.setattr("resnet_backbone.engine.train.comm.get_world_size", lambda: 4)
+    with pytest.raises(ConfigError, match=r"CUDA_GRAPH .* there are 4 processes"):
+        check_solver(cfg)
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "parts", "words"),
+    [
+        (0, 1, 1, "IMS_PER_BATCH is 0, expected at least 1"),
+        (-4, 2, 1, "IMS_PER_BATCH is -4, expected at least 1"),
+        (3, 2, 1, "IMS_PER_BATCH is 3, which does not divide by 2 processes"),
+        (8, 2, 0, "ACCUMULATE is 0, expected at least 1"),
+        (8, 2, 3, "ACCUMULATE is 3, into which the 4 images of a process do not divide"),
+        (8, 2, 8, "ACCUMULATE is 8, into which the 4 images"),
+    ],
+)
+def test_impossible_batches(cfg, monkeypatch, images, processes, parts, words):
     monkeypatch.setattr("resnet_backbone.engine.train.comm.get_world_size", lambda: processes)
+    cfg.SOLVER.ACCUMULATE = 2
     check_batch(cfg)
-    cfg.SOLVER.IMS_PER_BATCH = images
-    with pytest.raises(ConfigError, match=f"IMS_PER_BATCH is {images}"):
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = images, parts
+    with pytest.raises(ConfigError, match=words):
         check_batch(cfg)

@@ -1,4 +1,5 @@
 import json
+import logging
 import random
 
 import numpy as np
@@ -6,30 +7,13 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import JSONWriter
+from fvcore.common.param_scheduler import LinearParamScheduler
 from torch import nn
 
-from resnet_backbone.engine.hooks import Writers
-from resnet_backbone.engine.trainer import NonFiniteLossError, Trainer, seed_iteration
+from resnet_backbone.engine.hooks import LearningRate, Writers
+from resnet_backbone.engine.trainer import NonFiniteLossError, seed_iteration
 from resnet_backbone.errors import InputError
-
-
-def build(model=None, losses=None, *, optimizer=None, hooks=(), **arguments) -> Trainer:
-    """A trainer whose batch is the iteration's number; `losses` maps (model, iteration) to the two dicts."""
-    model = model or nn.Linear(1, 1)
-
-    def default(model, iteration):
-        return {"loss": model(torch.ones(1, 1)).sum()}, {}
-
-    defaults = dict(images_per_batch=4, seed=1, log_period=4)
-    trainer = Trainer(
-        model=model,
-        optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=0.0),
-        batches=lambda start: iter(range(start, 10**6)),
-        compute=losses or default,
-        **{**defaults, **arguments},
-    )
-    trainer.register_hooks(list(hooks))
-    return trainer
+from tests.engine.tiny import assert_equal, build
 
 
 class Record(HookBase):
@@ -93,7 +77,7 @@ def test_metrics_are_means_over_their_window(tmp_path):
             if self.trainer.iter in (1, 5):
                 self.trainer.check_finite()
 
-    writer = Writers([JSONWriter(str(tmp_path / "metrics.json"))], period=4)
+    writer = Writers([JSONWriter(str(tmp_path / "metrics.json"))])
     build(losses=losses, hooks=[Check(), writer]).train(0, 10)
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [3, 7, 9]
@@ -132,6 +116,27 @@ def test_the_rate_counts_training_only(monkeypatch):
         assert call[2]["data_share"] == pytest.approx(1 / 3)
 
 
+def nan_at(iteration, name="loss_a"):
+    """Losses of which one is not a number in this iteration."""
+
+    def losses(model, i):
+        loss = model(torch.full((1, 1), float(i))).sum()
+        bad = float("nan") if i == iteration else 0.0
+        return {
+            "loss_a": loss + (bad if name == "loss_a" else 0),
+            "loss_b": loss * 0 + (bad if name != "loss_a" else 0),
+        }, {}
+
+    return losses
+
+
+class Check(HookBase):
+    """As before a checkpoint."""
+
+    def after_step(self):
+        self.trainer.check_finite()
+
+
 class TestNonFinite:
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_a_loss_stops_at_the_next_reading(self, value):
@@ -143,36 +148,83 @@ class TestNonFinite:
             build(losses=losses, hooks=[record]).train(0, 20)
         assert record.calls[-2:] == [("before_step", 7, 7), ("after_train", 7, 7)]
         message = str(caught.value)
-        for part in ("loss_a, total_loss", "iteration 7", "last 4", "learning rate 0", "SOLVER.BASE_LR"):
+        for part in ("iteration 5 gave", "learning rate 0.", "in the loss loss_a (all layers", "SOLVER.BASE_LR"):
             assert part in message
-        assert isinstance(caught.value, InputError) and "loss_b" not in message
+        assert isinstance(caught.value, InputError) and "loss_b" not in message and "images" not in message
+
+    def test_the_message_is_of_the_iteration_not_of_the_reading(self, caplog):
+        """The rate at that iteration, its images by name, in full in the log."""
+        hook = LearningRate(LinearParamScheduler(1.0, 0.0))
+        model = nn.Linear(1, 1)
+        trainer = build(
+            model,
+            nan_at(5, "loss_b"),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.2),
+            hooks=[hook],
+            names=lambda i: [f"image{i}{letter}.jpg" for letter in "abcdef"],
+        )
+        with caplog.at_level(logging.ERROR), pytest.raises(NonFiniteLossError) as caught:
+            trainer.train(2, 20)
+        message = str(caught.value)
+        assert "iteration 5 gave" in message and "at learning rate 0.15." in message
+        assert "in the loss loss_b" in message
+        assert "Its images: image5a.jpg, image5b.jpg, image5c.jpg, image5d.jpg and 2 more (in the log)." in message
+        assert (
+            "images of iteration 5: image5a.jpg, image5b.jpg, image5c.jpg, image5d.jpg, image5e.jpg, image5f.jpg"
+            in (caplog.text)
+        )
+
+    def test_a_layer_is_named(self):
+        """The second run has the iteration's own random numbers: the same values are dropped."""
+
+        class Reciprocal(nn.Module):
+            def forward(self, x):
+                return 1 / x
+
+        model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5), Reciprocal())
+        with pytest.raises(NonFiniteLossError, match=r"It appeared first in the output of 2\. ") as caught:
+            build(model, lambda model, i: ({"loss": model(torch.ones(1, 1)).sum()}, {})).train(0, 100)
+        assert "nothing" not in str(caught.value)
 
     def test_a_check_finds_it_within_the_window(self):
-        def losses(model, i):
-            return {"loss": model.weight.sum() + (float("nan") if i == 5 else 0)}, {}
+        with pytest.raises(NonFiniteLossError, match="iteration 5 gave"):
+            build(losses=nan_at(5), hooks=[Check()]).train(0, 20)
 
-        class Check(HookBase):
-            def after_step(self):
-                self.trainer.check_finite()
-
-        with pytest.raises(NonFiniteLossError, match="iteration 5"):
-            build(losses=losses, hooks=[Check()]).train(0, 20)
-
-    def test_a_check_finds_weights_that_a_finite_loss_spoilt(self):
-        """The square root's gradient at 0 is infinite: the loss of this iteration is 0, the weights are lost."""
+    def test_a_gradient_that_a_finite_loss_has(self):
+        """The square root's gradient at 0 is infinite: the loss of this iteration is 0."""
         model = nn.Linear(1, 1)
         nn.init.zeros_(model.weight)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         trainer = build(model, lambda model, i: ({"loss": model.weight.abs().sqrt().sum()}, {}), optimizer=optimizer)
+        with pytest.raises(NonFiniteLossError, match=r"iteration 0 gave .* in the gradient of weight\."):
+            trainer.train(0, 20)
+        assert model.weight.item() == 0
 
-        class Check(HookBase):
-            def after_step(self):
-                self.trainer.check_finite()
-
-        trainer.register_hooks([Check()])
+    def test_a_check_finds_weights_that_a_finite_step_spoilt(self):
+        """A gradient of 1e30 times a rate of 1e20 is beyond single precision."""
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e20)
+        trainer = build(
+            model, lambda m, i: ({"loss": m.weight.sum() * 1e18 * 10}, {}), optimizer=optimizer, hooks=[Check()]
+        )
+        nn.init.zeros_(model.weight)
         with pytest.raises(NonFiniteLossError, match=r"1 of 2 tensors of the model \(weight"):
             trainer.train(0, 20)
         assert trainer.iter == 0
+
+    def test_detectron2s_own_refusal_says_the_same(self, caplog):
+        """Its proposals raise FloatingPointError at once, with words that name no iteration."""
+        model = nn.Sequential(nn.Linear(1, 1))
+
+        def losses(model, i):
+            model(torch.full((1, 1), float("nan") if i == 5 else 1.0))
+            if i == 5:
+                raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+            return {"loss": model(torch.ones(1, 1)).sum()}, {}
+
+        with pytest.raises(NonFiniteLossError, match=r"iteration 5 gave .* in the input of 0\. Its images: 5\.jpg"):
+            build(model, losses, names=lambda i: [f"{i}.jpg"]).train(0, 20)
+        assert "Traceback" not in caplog.text
 
 
 class TestStopping:
@@ -211,7 +263,9 @@ class TestStopping:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+    @pytest.mark.parametrize(
+        ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+    )
     def test_forward_pass(self, precision, dtype):
         seen = []
 
@@ -287,3 +341,40 @@ class TestState:
         groups = [{"params": list(layer.parameters())} for layer in two]
         with pytest.raises(ValueError, match="parameter groups"):
             build(two, optimizer=torch.optim.SGD(groups, lr=0.1)).load_state_dict(build(one).state_dict())
+
+    def test_a_window_goes_on_where_it_was_cut(self):
+        """Read after 4 iterations, of which two were before the stop."""
+
+        def losses(model, i):
+            return {"loss": model.weight.sum() * 0 + i}, {"error": torch.tensor(10.0 * i)}
+
+        record = Record(lambda trainer: {k: v for k, (v, _) in trainer.storage.latest().items()})
+        old = build(losses=losses)
+        old.train(0, 4)
+        assert "metrics" not in old.state_dict()  # nothing is left over after a reading
+        with pytest.raises(StopIteration):
+            build_until(old, 6)
+        state = old.state_dict()
+        new = build(losses=losses, hooks=[record])
+        new.load_state_dict(state)
+        new.train(6, 8)
+        assert record.calls[-2][2]["loss"] == (4 + 5 + 6 + 7) / 4 and record.calls[-2][2]["error"] == 55.0
+
+    def test_a_loss_scale_is_loaded(self):
+        def trainer():
+            model = nn.Linear(1, 1)
+            return build(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, fused=True), precision="fp16")
+
+        old, new = trainer(), trainer()
+        old.train(0, 3)
+        scale = old.storage.latest()["loss_scale"][0]
+        assert scale < 2**16  # a loss of 1 at the initial scale is above what fp16 holds
+        new.load_state_dict(old.state_dict())
+        assert new.state_dict()["scaler"]["scale"] == scale
+        assert_equal(new.state_dict(), old.state_dict())
+
+
+def build_until(trainer, stop):
+    """Go on from iteration 4, and run out of batches before `stop`."""
+    trainer._batches = lambda start: iter(range(start, stop))
+    trainer.train(4, 100)
