@@ -1,0 +1,52 @@
+"""The paper's Figure 6: error over iterations, plain networks left and residual ones right, a colour a depth."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from cifar10.plan import PLAIN, RESIDUAL
+from cifar10.results import mean_curve
+from resnet_backbone.weights import atomic_write
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLORS = {20: "#c9a800", 32: "#17a2b8", 44: "#2e9e3f", 56: "#d62728", 110: "#222222", 1202: "#8e44ad"}
+PAPER_LIMIT = 20  # per cent: where the paper's axis ends
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Training error dashed and test error solid, of each network the mean over its seeds.
+
+    Args:
+        runs: records by network. Networks that are not in the paper's figure are left out.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, constrained_layout=True)
+    full = next(iter(runs.values()))[0]["scale"] == "paper"
+    for axes, (family, names) in zip(panels, (("plain", PLAIN), ("residual", RESIDUAL)), strict=True):
+        for depth, name in names.items():
+            if name in runs:
+                _network(axes, runs[name], unit=1e4 if full else 1, color=COLORS[depth], label=f"{depth} layers")
+        axes.set(title=family, xlabel="iteration (1e4)" if full else "iteration")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(frameon=False, loc="upper right")
+    panels[0].set(ylabel="error (%); dashed: training, solid: test")
+    if full:
+        panels[0].set(ylim=(0, PAPER_LIMIT), yticks=range(0, PAPER_LIMIT + 1, 5))
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=80)
+    plt.close(figure)
+
+
+def _network(axes: plt.Axes, runs: list[dict[str, Any]], *, unit: float, color: str, label: str) -> None:
+    for key, style, named in (("training_curve", "--", None), ("test_curve", "-", label)):
+        curves = [run[key] for run in runs]
+        iterations, errors = zip(*mean_curve(curves), strict=True)
+        width = 1.8 if named else 1.0
+        axes.plot([i / unit for i in iterations], errors, style, color=color, linewidth=width, label=named)
+        if named and len(runs) > 1:
+            values = [[error for i, error in curve if i in set(iterations)] for curve in curves]
+            spread = [min(each) for each in zip(*values)], [max(each) for each in zip(*values)]
+            axes.fill_between([i / unit for i in iterations], *spread, color=color, alpha=0.15, linewidth=0)

@@ -1,0 +1,132 @@
+"""What is to be done: which networks and seeds, and the configuration of each run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+
+from resnet_backbone import pretraining
+from resnet_backbone.engine.config import load_config, set_key
+from resnet_backbone.errors import InputError
+from resnet_backbone.networks import build_network
+
+HERE = Path(__file__).resolve().parent.parent
+RECIPES = HERE.parent.parent / "configs" / "pretrain"
+
+# By depth, the networks of the paper's Table 6 and Figure 6.
+PLAIN = {depth: f"cifar_plain{depth}" for depth in (20, 32, 44, 56, 110)}
+RESIDUAL = {depth: f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110, 1202)}
+
+# Networks that cifar10.yaml is not the recipe of.
+OTHER_RECIPES = {
+    "cifar_plain110": "cifar10_110.yaml",
+    "cifar_resnet110": "cifar10_110.yaml",
+    "cifar_resnet1202": "cifar10_110.yaml",
+    "cifar_resnet18": "cifar10_walkthrough.yaml",
+}
+
+
+class Scale(NamedTuple):
+    """A size of the experiment.
+
+    Attributes:
+        networks: which are trained if nobody says otherwise.
+        train_images, test_images: the first of each class that are used; None: all.
+    """
+
+    networks: tuple[str, ...]
+    train_images: int | None = None
+    test_images: int | None = None
+
+
+SCALES = {
+    "paper": Scale(
+        networks=(*(RESIDUAL[depth] for depth in (20, 32, 44, 56, 110)), *(PLAIN[depth] for depth in (20, 32, 44, 56)))
+    ),
+    "cpu": Scale(
+        networks=(RESIDUAL[20], PLAIN[20], RESIDUAL[56], PLAIN[56]),
+        train_images=1000,
+        test_images=200,
+    ),
+    "smoke": Scale(networks=(RESIDUAL[20], PLAIN[20])),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The command line of `run.py`.
+
+    Attributes:
+        scale: one of SCALES.
+        output: the folder for everything.
+        data: "cifar10" for the registered names, a folder with `train` and `test`, or an archive of one; None for the
+            scale's own.
+        networks: names of the catalogue; empty for the scale's own.
+        seeds: each network is trained with each of them.
+        parallel: runs side by side.
+        keys: configuration KEY VALUE … over the scale's own.
+    """
+
+    scale: str
+    output: Path
+    data: str | None = None
+    networks: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (1,)
+    parallel: int = 1
+    keys: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise InputError for an unknown network, a key that cannot be set, or data that the scale does not take."""
+        if self.scale == "smoke" and self.data is not None:
+            raise InputError("--scale smoke makes its own data; leave out --data, or use --scale cpu.")
+        if self.parallel < 1 or min(self.seeds) < 0:
+            raise InputError(
+                f"--parallel is {self.parallel} and --seeds {' '.join(map(str, self.seeds))}; expected at least 1, and "
+                "seeds from 0 on."
+            )
+        for network, _ in self.jobs():
+            self.config(network, seed=0)
+
+    def jobs(self) -> list[tuple[str, int]]:
+        """Every network with every seed; within a seed the largest network first, which leaves small ones for last."""
+        networks = sorted(self.networks or SCALES[self.scale].networks, key=parameters, reverse=True)
+        return [(network, seed) for seed in dict.fromkeys(self.seeds) for network in dict.fromkeys(networks)]
+
+    def fixed(self) -> dict[str, Any]:
+        """What must stay when a stopped experiment is started again."""
+        return {"scale": self.scale, "data": self.data, "keys": list(self.keys)}
+
+    def config(self, network: str, *, seed: int) -> CfgNode:
+        """The configuration of a run, but for its data."""
+        parameters(network)  # refuses an unknown name by naming the nearest
+        cfg = load_config(pretraining.get_config(), RECIPES / OTHER_RECIPES.get(network, "cifar10.yaml"))
+        if (file := HERE / "configs" / f"{self.scale}.yaml").is_file():
+            load_config(cfg, file)
+        for key, value in (
+            ("MODEL.NETWORK.NAME", network),
+            ("SEED", seed),
+            ("OUTPUT_DIR", str(self.folder(network, seed))),
+        ):
+            set_key(cfg, key, value, "cifar10")
+        return load_config(cfg, None, self.keys)
+
+    def folder(self, network: str, seed: int) -> Path:
+        """Where a run writes."""
+        return self.output / f"{network}-{seed}"
+
+    def record(self, network: str, seed: int) -> Path:
+        """Where the numbers of a finished run are kept."""
+        return records(self.output) / f"{network}-{seed}.json"
+
+
+def records(output: Path) -> Path:
+    """The folder of the finished runs' numbers."""
+    return output / "runs"
+
+
+def parameters(network: str, width: float = 1.0) -> int:
+    """How many weights a network for ten classes has."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_network(network, 10, width=width).parameters())

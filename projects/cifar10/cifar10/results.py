@@ -1,0 +1,166 @@
+"""The numbers of a run, and what they make over several seeds."""
+
+import json
+import math
+import os
+import platform
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+
+from cifar10.dataset import Dataset
+from cifar10.plan import Plan, records
+from resnet_backbone.engine.output import versions
+from resnet_backbone.errors import InputError
+from resnet_backbone.weights import atomic_write
+
+LONGEST_CURVE = 200  # points
+
+Curve = list[tuple[int, float]]
+
+
+class Curves(NamedTuple):
+    """Errors in per cent by the number of finished iterations.
+
+    Attributes:
+        training: of augmented images while training, each the mean since the one before.
+        test: of the test images.
+    """
+
+    training: Curve
+    test: Curve
+
+
+class Summary(NamedTuple):
+    """A quantity over the seeds: how many, mean, least, and standard deviation (with n − 1; None for one seed)."""
+
+    count: int
+    mean: float
+    least: float
+    deviation: float | None
+
+
+def read_curves(metrics: Path) -> Curves:
+    """The curves in a run's `metrics.json`, as far as it has come; after a resume the later reading counts."""
+    training, test = {}, {}
+    for line in metrics.read_text().splitlines() if metrics.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # being written at this moment
+            continue
+        if "top1_error" in entry:
+            training[entry["iteration"] + 1] = entry["top1_error"]
+        if "top1" in entry:  # evaluated before the iteration of that number
+            test[entry["iteration"]] = 100 - entry["top1"]
+    return Curves(sorted(training.items()), sorted(test.items()))
+
+
+def make_record(
+    plan: Plan,
+    dataset: Dataset,
+    cfg: CfgNode,
+    *,
+    curves: Curves,
+    test_top1: float,
+    training_top1: float | None,
+    seconds: float,
+    resumed: bool,
+) -> dict[str, Any]:
+    """Everything measured in a run, with what is needed to measure it again; errors in per cent."""
+    solver, hold_out = cfg.SOLVER, cfg.DATASETS.HOLD_OUT
+    title = dataset.title + (f", {hold_out:,} training images held out to test on" if hold_out else "")
+    images = (dataset.images[0] - hold_out, hold_out or dataset.images[1])
+    return {
+        "network": cfg.MODEL.NETWORK.NAME,
+        "seed": cfg.SEED,
+        "scale": plan.scale,
+        "title": title,
+        "training_error": last_epoch(curves.training, solver.MAX_ITER, images[0] / solver.IMS_PER_BATCH),
+        "training_error_of_final_weights": None if training_top1 is None else round(100 - training_top1, 3),
+        "test_error": round(100 - test_top1, 3),
+        "settings": {
+            "training_images": images[0],
+            "test_images": images[1],
+            "width": cfg.MODEL.NETWORK.WIDTH,
+            "batch": solver.IMS_PER_BATCH,
+            "learning_rate": solver.BASE_LR,
+            "steps": [step for step in solver.STEPS if step < solver.MAX_ITER],
+            "iterations": solver.MAX_ITER,
+            "warm_up_until_error": solver.WARMUP_UNTIL_ERROR,
+            "weight_decay": solver.WEIGHT_DECAY,
+            "precision": solver.AMP.PRECISION if solver.AMP.ENABLED else "fp32",
+        },
+        "keys": list(plan.keys),
+        "versions": versions(),
+        "machine": f"{os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}, {platform.machine()}, "
+        f"{platform.system()} {platform.release()}",
+        "parallel": plan.parallel,
+        "seconds": round(seconds),
+        "resumed": resumed,
+        "training_curve": thin(curves.training),
+        "test_curve": thin([*curves.test, (solver.MAX_ITER, 100 - test_top1)]),
+    }
+
+
+def last_epoch(curve: Curve, iterations: int, epoch: float) -> float | None:
+    """The mean of a training curve over the last epoch, as near as its points lie."""
+    values = [error for iteration, error in curve if iteration > iterations - epoch]
+    return round(statistics.fmean(values), 3) if values else None
+
+
+def thin(curve: Curve) -> Curve:
+    """At most LONGEST_CURVE points: each the mean of as many neighbours, at the last one's iteration."""
+    size = math.ceil(len(curve) / LONGEST_CURVE)
+    parts = (curve[start : start + size] for start in range(0, len(curve), size or 1))
+    return [(part[-1][0], round(statistics.fmean(error for _, error in part), 2)) for part in parts]
+
+
+def write_record(record: dict[str, Any], path: Path) -> None:
+    """Write a line for each entry: a curve indented by JSON's own rule would be a line for each number."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in record.items()]
+    with atomic_write(path) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def read_records(output: Path) -> dict[str, list[dict[str, Any]]]:
+    """The finished runs of an output folder by network, in the order of their seeds.
+
+    Raises:
+        InputError: there is none, or they are of different data or sizes, which no table may mix.
+    """
+    files = sorted(records(output).glob("*.json"))
+    if not files:
+        raise InputError(f"{records(output)} holds no finished run (NETWORK-SEED.json). Run the experiment first.")
+    found = defaultdict(list)
+    for file in files:
+        try:
+            record = json.loads(file.read_text())
+            found[record["network"]].append(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file} is not the record of a run ({error!r}). Remove it, or copy it again.") from error
+    kinds = {(record["scale"], record["title"]): record for runs in found.values() for record in runs}
+    if len(kinds) > 1:
+        raise InputError(
+            f"{records(output)} mixes {' with '.join(f'{title} (scale {scale})' for scale, title in sorted(kinds))}. "
+            "Keep each in a folder of its own."
+        )
+    return {network: sorted(runs, key=lambda record: record["seed"]) for network, runs in found.items()}
+
+
+def summarise(values: list[float | None]) -> Summary | None:
+    """Over the seeds; None where a run lacks the quantity."""
+    if not values or None in values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Summary(len(values), statistics.fmean(values), min(values), deviation)
+
+
+def mean_curve(curves: list[Curve]) -> Curve:
+    """The mean over the seeds, at the iterations that all of them have."""
+    common = set.intersection(*({iteration for iteration, _ in curve} for curve in curves))
+    values = [dict(map(tuple, curve)) for curve in curves]
+    return [(iteration, statistics.fmean(value[iteration] for value in values)) for iteration in sorted(common)]
