@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from resnet_backbone.benchmarks.photographs import select_photographs, write_photographs, write_shard
-from resnet_backbone.benchmarks.pretrain import Batch, Work, make_config, train_on
+from resnet_backbone.benchmarks.pretrain import Batch, Conduct, Task, make_config, train_on
 from resnet_backbone.benchmarks.reference import PaperTransform, preset_transform, reference_batches
 from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
 from resnet_backbone.data.sources import open_source
@@ -102,40 +102,37 @@ def compare_on_gpu(work: LoadingWork, report: Callable[[str], object]) -> list[C
     return comparisons
 
 
-def compare_training(network: str, training: Work, loading: LoadingWork, report: Callable[[str], object]) -> Comparison:
+def compare_training(task: Task, conduct: Conduct, loading: LoadingWork, report: Callable[[str], object]) -> Comparison:
     """Compare training on files with training on one batch in memory: what waiting for data costs."""
-    pipeline = "device" if training.device.startswith("cuda") else "workers"
-    clock = Clock(training.device, cpu_time=training.cpu_time)
+    pipeline = "device" if conduct.on_gpu else "workers"
+    clock = Clock(conduct.device, cpu_time=conduct.cpu_time)
     with tempfile.TemporaryDirectory() as scratch:
         name, folder = next(_image_sets(loading, Path(scratch)))
-        report(f"training {network} on {name}")
-        words = (
-            *("SOLVER.IMS_PER_BATCH", training.batch, "DATALOADER.NUM_WORKERS", loading.workers),
-            *("DATALOADER.PIPELINE", pipeline, *_augmentation("random_resized", training.size)),
-        )
-        cfg = make_config(training.config_file, network, training, iterations=training.iterations, words=words)
+        report(f"training {task.network} on {name}")
+        words = ("DATALOADER.NUM_WORKERS", loading.workers, "DATALOADER.PIPELINE", pipeline)
+        cfg = make_config(task, conduct, *words, *_augmentation("random_resized", task.size))
         data = TrainBatches(cfg, open_source(folder))
 
         def turns(_model: nn.Module, _optimizer: torch.optim.Optimizer) -> Iterator[Any]:
             in_memory = data.images_of(next(iter(data(0))))
-            yield from repeat(in_memory, training.warm_up)
-            for _ in range(training.rounds):
+            yield from repeat(in_memory, conduct.warm_up)
+            for _ in range(conduct.rounds):
                 from_files = data(0)
                 yield from islice(from_files, _prefetched(loading.workers) + 1)
-                yield from clock.watch(FROM_FILES, islice(from_files, training.iterations))
+                yield from clock.watch(FROM_FILES, islice(from_files, task.iterations))
                 del from_files  # ends its workers, which would load on through the other's turn
-                yield from clock.watch(IN_MEMORY, repeat(in_memory, training.iterations))
+                yield from clock.watch(IN_MEMORY, repeat(in_memory, task.iterations))
 
-        train_on(cfg, 1000, turns, data.images_of)
-    shape = (training.batch, 3, training.size, training.size)
+        train_on(cfg, task.num_classes, turns, data.images_of)
+    shape = (task.batch, 3, task.size, task.size)
     settings = f"{loading.workers} workers, DATALOADER.PIPELINE {pipeline}, crop of random area"
     return Comparison.of(
         clock,
-        task=f"training {network} on {name}",
+        task=f"training {task.network} on {name}",
         unit=UNIT,
         first=FROM_FILES,
         sides={FROM_FILES: Side(settings, shape), IN_MEMORY: Side("one batch, again and again", shape)},
-        work=training.batch * training.iterations,
+        work=task.batch * task.iterations,
     )
 
 
@@ -190,7 +187,7 @@ def _compare(
     for _ in range(work.rounds):
         for side, open_batches in sides.items():
             loaded = open_batches()
-            deque(islice(loaded, _prefetched(work.workers)), maxlen=0)
+            deque(islice(loaded, _prefetched(work.workers) + 1), maxlen=0)  # what opening takes is not timed
             clock.time(side, lambda loaded=loaded: deque(islice(loaded, batches), maxlen=0))
             del loaded
     cores = max(1, work.workers) if unit == CORE_UNIT else 1

@@ -10,9 +10,12 @@ import torch
 from resnet_backbone.benchmarks import data, pretrain
 from resnet_backbone.benchmarks.report import describe_setup, to_dict
 from resnet_backbone.errors import InputError
+from resnet_backbone.networks.analysis import analyze
 
 NETWORKS = ("resnet50", "vgg16", "resnet101", "cifar_resnet20", "cifar_resnet110")
 TINY_NETWORKS = ("resnet18", "cifar_resnet20")
+CIFAR = {"num_classes": 10, "batch": 128, "size": 32}
+WARM_UP = {"cuda": 10, "cpu": 1}  # iterations; a GPU compiles, chooses kernels and records a graph in them
 DEVICES = ("cuda", "cpu")
 PRECISIONS = ("bf16", "fp32")
 NO_GPU = (
@@ -38,34 +41,41 @@ def run_pretrain(
 
     Args:
         configs: the folder of the recipes imagenet.yaml and cifar10.yaml.
-        batch, size, iterations: of ImageNet's networks. CIFAR's take 128 images of 32 pixels, and ten times as many
-            iterations in a turn (on a CPU twice as many).
+        batch, size, iterations: of ImageNet's networks. CIFAR's take 128 images of 32 pixels, and on a GPU ten times,
+            on a CPU twice as many iterations in a turn.
         tiny: a few seconds that show that all of it runs, on the CPU.
 
     Raises:
-        InputError: an argument, or the memory, does not suffice.
+        InputError: an argument cannot be used, or the memory does not hold the batch.
     """
     device = _choose_device("cpu" if tiny else device, cpu_time=cpu_time)
     _check(batch=batch, size=size, rounds=rounds, iterations=iterations)
     on_gpu = device == "cuda"
     iterations = iterations or (10 if on_gpu else 1)
-    work = pretrain.Work(
-        config_file=configs / "imagenet.yaml",
-        cifar_config_file=configs / "cifar10.yaml",
+
+    def task(name: str) -> pretrain.Task:
+        if analyze(name).image_size == CIFAR["size"]:
+            small = {"batch": 8, "iterations": 1} if tiny else {"iterations": (10 if on_gpu else 2) * iterations}
+            return pretrain.Task(network=name, config_file=configs / "cifar10.yaml", **CIFAR | small)
+        return pretrain.Task(
+            network=name,
+            num_classes=1000,
+            config_file=configs / "imagenet.yaml",
+            batch=batch or (4 if tiny else 256 if on_gpu else 32),
+            size=size or (32 if tiny else 224),
+            iterations=iterations,
+        )
+
+    tasks = [task(name) for name in networks or (TINY_NETWORKS if tiny else NETWORKS)]
+    conduct = pretrain.Conduct(
         device=device,
         precision=precision,
-        batch=batch or (4 if tiny else 256 if on_gpu else 32),
-        size=size or (32 if tiny else 224),
-        cifar_batch=8 if tiny else 128,
         rounds=2 if tiny else rounds,
-        iterations=iterations,
-        cifar_iterations=1 if tiny else (10 if on_gpu else 2) * iterations,
-        warm_up=10 if on_gpu else 1,
+        warm_up=WARM_UP[device],
         cpu_time=cpu_time,
     )
     setup = describe_setup(cpu_time=cpu_time)
-    comparisons = pretrain.compare_networks(networks or (TINY_NETWORKS if tiny else NETWORKS), work, report)
-    return to_dict(setup, comparisons, [] if on_gpu else [NO_GPU])
+    return to_dict(setup, pretrain.compare_networks(tasks, conduct, report), [] if on_gpu else [NO_GPU])
 
 
 def run_data(
@@ -113,19 +123,16 @@ def run_data(
     loading = data.LoadingWork(workers=beside, **common, **sizes, **shapes)
     if on_gpu:
         comparisons += data.compare_on_gpu(loading, report)
-    training = pretrain.Work(
-        config_file=configs / "imagenet.yaml",
-        cifar_config_file=configs / "cifar10.yaml",
-        device=device,
+    task = pretrain.Task(
+        network="resnet18" if tiny else "resnet50",
+        num_classes=1000,
+        config_file=common["config_file"],
         batch=4 if tiny else 256 if on_gpu else 16,
         size=sizes["crop"],
-        rounds=common["rounds"],
         iterations=1 if tiny else 20 if on_gpu else 3,
-        cifar_iterations=1,
-        warm_up=10 if on_gpu else 1,
-        cpu_time=cpu_time,
     )
-    comparisons.append(data.compare_training("resnet18" if tiny else "resnet50", training, loading, report))
+    conduct = pretrain.Conduct(device=device, rounds=common["rounds"], warm_up=WARM_UP[device], cpu_time=cpu_time)
+    comparisons.append(data.compare_training(task, conduct, loading, report))
     return to_dict(setup, comparisons, [] if on_gpu else [NO_GPU])
 
 

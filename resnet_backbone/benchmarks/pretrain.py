@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
@@ -25,7 +25,6 @@ from resnet_backbone.engine.trainer import AUTOCAST_TYPES
 from resnet_backbone.errors import InputError, Interrupted
 from resnet_backbone.networks import build_network
 from resnet_backbone.networks import network_arguments as arguments_of
-from resnet_backbone.networks.analysis import analyze
 from resnet_backbone.pretraining.batches import Normalise, TrainBatches
 from resnet_backbone.pretraining.config import get_config
 from resnet_backbone.weights import Metadata
@@ -46,37 +45,49 @@ MEANING = {
 }
 
 LEARNING_RATE = 1e-4  # on random labels nothing is learned, and nothing may diverge
-CIFAR_SIZE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """How much is done.
+class Task:
+    """What a network is trained on.
 
     Attributes:
-        config_file, cifar_config_file: the recipes whose settings the package's loop takes.
+        network: its name.
+        num_classes: of its data set.
+        config_file: the recipe whose settings the package's loop takes.
+        batch, size: images in a batch, and their height and width.
+        iterations: in a turn.
+    """
+
+    network: str
+    num_classes: int
+    config_file: Path
+    batch: int
+    size: int
+    iterations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conduct:
+    """How it is measured.
+
+    Attributes:
         device: "cuda" or "cpu".
         precision: "bf16" or "fp32", of all sides but the plain loop, which is in float32; None: the recipe's.
-        batch, size: images in a batch, and their height and width.
-        cifar_batch: of CIFAR's networks, whose images have 32 pixels.
         rounds: turns of each side.
-        iterations, cifar_iterations: in a turn.
         warm_up: iterations of each side before the first turn.
         cpu_time: count this process's CPU seconds, as `Clock` does.
     """
 
-    config_file: Path
-    cifar_config_file: Path
     device: str
     precision: str | None = None
-    batch: int
-    size: int = 224
-    cifar_batch: int = 128
-    rounds: int = 5
-    iterations: int
-    cifar_iterations: int
+    rounds: int
     warm_up: int
     cpu_time: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
 
 
 class Data(NamedTuple):
@@ -90,34 +101,36 @@ class _Measured(Interrupted):
     """Raised for the next batch: all rounds are done, the loop leaves without the checkpoint of a run's end."""
 
 
-def compare_networks(names: Sequence[str], work: Work, report: Callable[[str], object]) -> list[Comparison]:
-    """Compare the sides of MEANING for each network; `report` gets a line before each.
+def compare_networks(tasks: Iterable[Task], conduct: Conduct, report: Callable[[str], object]) -> list[Comparison]:
+    """Compare the sides of MEANING for each task; `report` gets a line before each.
 
     Raises:
-        InputError: a name is unknown, or the memory does not hold the batch.
+        InputError: the memory does not hold the batch.
     """
-    sizes = {name: analyze(name).image_size for name in names}  # an unknown name stops before anything is timed
     comparisons = []
-    for name, size in sizes.items():
-        report(name)
+    for task in tasks:
+        report(task.network)
         torch.compiler.reset()  # it compiles one function for only so many networks
         try:
-            comparisons.append(_compare_cifar(name, work) if size == CIFAR_SIZE else _compare(name, work))
+            comparisons.append(_compare(task, conduct))
         except torch.OutOfMemoryError as error:
-            raise InputError(f"{name}: the GPU's memory does not hold --batch {work.batch}; lower it") from error
+            raise InputError(
+                f"{task.network}: the GPU's memory does not hold --batch {task.batch}; lower it"
+            ) from error
     return comparisons
 
 
-def make_config(file: Path, network: str, work: Work, *, iterations: int, words: Sequence[Any] = ()) -> CfgNode:
-    """A recipe for one network, with the moving average on, and `words`, which are `KEY VALUE …`."""
-    amp = () if work.precision is None else ("SOLVER.AMP.ENABLED", work.precision != "fp32")
-    words = [
-        *("MODEL.NETWORK.NAME", network, "MODEL.DEVICE", work.device, "SEED", 1, *amp),
-        *("SOLVER.BASE_LR", LEARNING_RATE, "SOLVER.EMA_DECAY", 0.9999, "SOLVER.LOG_PERIOD", min(20, iterations)),
+def make_config(task: Task, conduct: Conduct, *words: Any) -> CfgNode:
+    """The task's recipe with the moving average on, and `words`, which are `KEY VALUE …`."""
+    amp = () if conduct.precision is None else ("SOLVER.AMP.ENABLED", conduct.precision != "fp32")
+    words = (
+        *("MODEL.NETWORK.NAME", task.network, "MODEL.DEVICE", conduct.device, "SEED", 1, *amp),
+        *("SOLVER.IMS_PER_BATCH", task.batch, "INPUT.CROP.SIZE", (task.size, task.size)),
+        *("SOLVER.BASE_LR", LEARNING_RATE, "SOLVER.EMA_DECAY", 0.9999, "SOLVER.LOG_PERIOD", min(20, task.iterations)),
         *("SOLVER.CHECKPOINT_PERIOD", 0, "TEST.EVAL_PERIOD", 0),
         *words,
-    ]
-    return load_config(get_config(), file, [str(word) for word in words])
+    )
+    return load_config(get_config(), task.config_file, [str(word) for word in words])
 
 
 def train_on(
@@ -176,63 +189,54 @@ def train_on(
             raise Interrupted("stopped by a signal; nothing was written") from None
 
 
-def _compare(name: str, work: Work) -> Comparison:
-    words = ("SOLVER.IMS_PER_BATCH", work.batch, "INPUT.CROP.SIZE", (work.size, work.size))
-    cfg = make_config(work.config_file, name, work, iterations=work.iterations, words=words)
-    batch = _synthetic(work.batch, work.size, 1000, work.device)
-    return _in_turns(cfg, work, Data(repeat(batch), lambda batch: batch), batch, num_classes=1000)
-
-
-def _compare_cifar(name: str, work: Work) -> Comparison:
-    """As the others, with a data set that is resident on the device, and on a GPU the step as one CUDA graph."""
-    words = ("SOLVER.IMS_PER_BATCH", work.cifar_batch, "SOLVER.CUDA_GRAPH", work.device.startswith("cuda"))
-    cfg = make_config(work.cifar_config_file, name, work, iterations=work.cifar_iterations, words=words)
-    batch = _synthetic(work.cifar_batch, CIFAR_SIZE, 10, work.device)
+def _compare(task: Task, conduct: Conduct) -> Comparison:
+    cfg = make_config(task, conduct)
+    batch = _synthetic(task, conduct.device)
+    if cfg.DATALOADER.PIPELINE != "resident":
+        return _in_turns(task, conduct, cfg, Data(repeat(batch), lambda batch: batch), batch)
+    # Small images: the data set lies on the device, and a GPU's step is one graph.
+    cfg.SOLVER.CUDA_GRAPH = conduct.on_gpu
     with tempfile.TemporaryDirectory() as folder:
-        images = write_classification(
-            Path(folder) / "images", images=16 * work.cifar_batch, image_size=CIFAR_SIZE, seed=1
-        )
+        images = write_classification(Path(folder) / "images", images=16 * task.batch, image_size=task.size, seed=1)
         resident = TrainBatches(cfg, open_source(images))
-    return _in_turns(cfg, work, Data(resident(0), resident.images_of), batch, num_classes=10)
+    return _in_turns(task, conduct, cfg, Data(resident(0), resident.images_of), batch)
 
 
-def _in_turns(cfg: CfgNode, work: Work, data: Data, batch: Batch, *, num_classes: int) -> Comparison:
+def _in_turns(task: Task, conduct: Conduct, cfg: CfgNode, data: Data, batch: Batch) -> Comparison:
     """Train on `data`; between two turns of the package's loop, the others have theirs, the plain ones on `batch`."""
-    name = cfg.MODEL.NETWORK.NAME
-    iterations = work.iterations if num_classes > 10 else work.cifar_iterations
     precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
-    clock = Clock(work.device, cpu_time=work.cpu_time)
+    clock = Clock(conduct.device, cpu_time=conduct.cpu_time)
     images, labels = batch
     prepare = Normalise(cfg)
     plain = {}
     for side in (PLAIN, TUNED, COMPILED) if _is_compiled(cfg) else (PLAIN, TUNED):
         layout = torch.contiguous_format if side == PLAIN else torch.channels_last
         dtype = None if side == PLAIN else AUTOCAST_TYPES.get(precision)
-        loop = _plain_loop(cfg, num_classes, layout, dtype, compiled=side == COMPILED)
+        loop = _plain_loop(cfg, task.num_classes, layout, dtype, compiled=side == COMPILED)
         plain[side] = functools.partial(loop, prepare(images).contiguous(memory_format=layout), labels)
 
     def turns(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
         others = dict(plain)
         if not cfg.SOLVER.CUDA_GRAPH:  # a recorded step is bound to its loop
             others = {BARE: functools.partial(_bare, model, optimizer, data, prepare, precision), **others}
-        yield from islice(data.batches, work.warm_up)
+        yield from islice(data.batches, conduct.warm_up)
         for run in others.values():
-            run(work.warm_up)
-        for _ in range(work.rounds):
-            yield from clock.watch(OURS, islice(data.batches, iterations))
+            run(conduct.warm_up)
+        for _ in range(conduct.rounds):
+            yield from clock.watch(OURS, islice(data.batches, task.iterations))
             for side, run in others.items():
-                clock.time(side, functools.partial(run, iterations))
+                clock.time(side, functools.partial(run, task.iterations))
 
-    train_on(cfg, num_classes, turns, data.images_of)
+    train_on(cfg, task.num_classes, turns, data.images_of)
     shape = tuple(images.shape)
     settings = _settings(cfg, precision)
     return Comparison.of(
         clock,
-        task=f"{name}, {'×'.join(map(str, shape))}",
+        task=f"{task.network}, {'×'.join(map(str, shape))}",
         unit=UNIT,
         first=OURS,
         sides={side: Side(settings[side], shape) for side in clock.seconds},
-        work=shape[0] * iterations,
+        work=task.batch * task.iterations,
     )
 
 
@@ -299,8 +303,8 @@ def _torchvision_has(name: str) -> bool:
     return name in torchvision.models.list_models(module=torchvision.models)
 
 
-def _synthetic(batch: int, size: int, num_classes: int, device: str) -> Batch:
-    """Random images `(batch, 3, size, size)` uint8 and labels `(batch,)`, on the device."""
+def _synthetic(task: Task, device: str) -> Batch:
+    """Random images `(N, 3, H, W)` uint8 and labels `(N,)` int64, on the device."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
-    return images.to(device), torch.randint(0, num_classes, (batch,), generator=generator).to(device)
+    images = torch.randint(0, 256, (task.batch, 3, task.size, task.size), generator=generator, dtype=torch.uint8)
+    return images.to(device), torch.randint(0, task.num_classes, (task.batch,), generator=generator).to(device)

@@ -8,8 +8,11 @@ one `pread`.
 import os
 import re
 import tarfile
+import zlib
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,6 +21,8 @@ from resnet_backbone.data.interface import ClassificationSource, PackedStrings
 
 RECORD_EXTENSIONS = (".jpg", ".jpeg", ".png")
 _OPEN_FILES = 64  # shards that one process keeps open at once
+_LAST_HEADER = bytes(512)  # ends an archive
+_SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)  # in a member's header, in octal digits
 
 
 class ShardSource(ClassificationSource):
@@ -150,20 +155,18 @@ def _index(shard: str) -> dict[str, tuple[int, int, int]]:
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with open(shard, "rb") as file:
             descriptor = file.fileno()
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # which would grow without limit
-                key, extension = os.path.splitext(member.name)
+            members = _plain_members(descriptor)
+            for name, offset, size in _members(file) if members is None else members:
+                key, extension = os.path.splitext(name)
                 extension = extension.lower()
-                if not member.isreg():
-                    continue
                 if extension == ".cls":
-                    labels[key] = _class_number(os.pread(descriptor, member.size, member.offset_data), shard, key)
+                    labels[key] = _class_number(os.pread(descriptor, size, offset), shard, key)
                 elif extension in RECORD_EXTENSIONS:
                     if key in images:
                         raise DatasetError(f"{shard}:{key} holds two images; give each record a key of its own")
-                    images[key] = (member.offset_data, member.size)
+                    images[key] = (offset, size)
     except tarfile.TarError as error:
         with open(shard, "rb") as file:
             packed = file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"))
@@ -180,6 +183,42 @@ def _index(shard: str) -> dict[str, tuple[int, int, int]]:
             expected = " or ".join(key + extension for extension in RECORD_EXTENSIONS)
             raise DatasetError(f"{shard}:{key} has a .cls but no image; expected {expected} in the same shard")
     return {key: (*place, labels[key]) for key, place in images.items()}
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of the files of a tar archive."""
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # which would grow without limit
+            if member.isreg():
+                yield member.name, member.offset_data, member.size
+
+
+def _plain_members(descriptor: int) -> list[tuple[str, int, int]] | None:
+    """The same, about six times as fast, for archives of nothing but files and folders; None for all others.
+
+    Long names, links, sparse files and damage are left to `tarfile`. The header's fields are those of POSIX ustar.
+    """
+    members, offset, end = [], 0, os.fstat(descriptor).st_size
+    while (header := os.pread(descriptor, 512, offset)) != _LAST_HEADER:
+        try:
+            size, checksum = (int(header[field].split(b"\0", 1)[0], 8) for field in (_SIZE, _CHECKSUM))
+        except ValueError:
+            return None
+        # The checksum is the sum of the bytes, with spaces for its own. Adler-32 has it faster than `sum`: its lower
+        # half is 1 + the sum of the bytes, modulo 65521.
+        spaces = header[:148] + 8 * b" " + header[156:]
+        if (zlib.adler32(spaces) & 0xFFFF) != (1 + checksum) % 65521:
+            return None
+        if header[156] not in b"\x0005" or header[345] or size < 0:  # the kind; the first part of a long name
+            return None
+        offset += 512
+        if header[156] != ord("5"):
+            members.append((os.fsdecode(header[:100].split(b"\0", 1)[0]), offset, size))
+            offset += -(-size // 512) * 512
+        if offset > end:
+            return None
+    return members
 
 
 def _class_number(text: bytes, shard: str, key: str) -> int:

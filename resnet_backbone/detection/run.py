@@ -47,7 +47,7 @@ from resnet_backbone.engine.config import (
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, LAST, open_output, read_last_checkpoint, versions, write_config
 from resnet_backbone.engine.schedule import rescale_for_batch
-from resnet_backbone.engine.train import check_batch, choose_seed, train
+from resnet_backbone.engine.train import check_batch, check_solver, choose_seed, train
 from resnet_backbone.networks import network_arguments as arguments_of
 from resnet_backbone.weights import (
     Checkpoint,
@@ -83,7 +83,9 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         InputError: something in the configuration cannot be used; found before the first iteration.
     """
     check_batch(cfg)
+    check_solver(cfg)
     _check_names(cfg)
+    _check_classifiers_keys(cfg)
     folder = open_output(cfg, resume=resume or eval_only)
     rescale_for_batch(cfg)
     last = read_last_checkpoint(folder) if resume else None
@@ -177,6 +179,16 @@ def _check_names(cfg: CfgNode) -> None:
                 f"{key} is {get_key(cfg, key)} ({origin(cfg, key) or 'default'}), which nothing is registered as; the "
                 f"nearest is {near[0]}."
             )
+
+
+def _check_classifiers_keys(cfg: CfgNode) -> None:
+    """Refuse what the loop can do for classifiers alone."""
+    for key, off, why in (
+        ("SOLVER.CUDA_GRAPH", False, "a detector's shapes change with every image, and a graph's cannot"),
+        ("SOLVER.WARMUP_UNTIL_ERROR", 0.0, "a detector has no training error"),
+    ):
+        if get_key(cfg, key) != off:
+            raise ConfigError(f"{key} is {get_key(cfg, key)} ({origin(cfg, key)}), but {why}. Set it to {off}.")
 
 
 def _read_weights(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoint | None, str]:

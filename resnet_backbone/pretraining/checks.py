@@ -8,17 +8,15 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
-from torch import nn
 
 from resnet_backbone.data.sources import open_source, register_source
 from resnet_backbone.data.subset import Subset
@@ -28,7 +26,8 @@ from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, choose_seed, train
 from resnet_backbone.networks import build_network
 from resnet_backbone.networks import network_arguments as arguments_of
-from resnet_backbone.pretraining.batches import Normalise, TrainBatches, as_config_error
+from resnet_backbone.pretraining.batches import TrainBatches, as_config_error
+from resnet_backbone.pretraining.losses import ImagesOf, classification_losses
 from resnet_backbone.pretraining.run import run
 from resnet_backbone.weights import Metadata
 
@@ -121,7 +120,7 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
 def _measure(
     cfg: CfgNode,
     feed: Callable[[int], Iterable[Any]],
-    images_of: Callable[[Any], tuple[torch.Tensor, torch.Tensor]],
+    images_of: ImagesOf,
     num_classes: int,
     folder: Path,
 ) -> dict[str, float]:
@@ -130,14 +129,6 @@ def _measure(
         arguments = network_arguments(cfg, arguments_of(cfg.MODEL.NETWORK.NAME))
         model = build_network(cfg.MODEL.NETWORK.NAME, num_classes, **arguments)
     model = model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
-    prepare = Normalise(cfg)
-
-    def compute(model: nn.Module, batch: Sequence[Any]):
-        images, labels = images_of(batch)
-        logits = model(prepare(images))
-        wrong = (logits.detach().argmax(dim=1) != labels).float().mean()
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.SOLVER.LABEL_SMOOTHING)
-        return {"loss_cls": loss}, {"top1_error": 100 * wrong}
 
     def metadata(_: int) -> Metadata:
         return Metadata(
@@ -157,7 +148,7 @@ def _measure(
         model=model,
         optimizer=build_optimizer(cfg, model),
         batches=feed,
-        compute=compute,
+        compute=classification_losses(cfg, images_of),
         evaluate=lambda _: {},
         metadata=metadata,
         num_images=cfg.SOLVER.IMS_PER_BATCH,

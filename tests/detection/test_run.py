@@ -182,6 +182,34 @@ def test_the_metadata_say_whether_statistics_were_ever_estimated(detection_confi
     assert statistics == ("never" if norm == "FrozenBN" else "running")
 
 
+def test_parts_of_a_batch_and_the_average_of_the_weights(small, tmp_path):
+    """After two steps with decay d the average is d · first + (1 − d) · second; the final file holds it."""
+    keys = ("SOLVER.ACCUMULATE", 2, "SOLVER.EMA_DECAY", 0.25, "SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1)
+    detection.run(small("run", *keys, "TEST.EVAL_PERIOD", 1, "SOLVER.BASE_LR", 0.001))
+    folder = tmp_path / "run"
+    first, second, final = (
+        read_checkpoint(folder / f"model_{name}.pth").model for name in ("0000000", "0000001", "final")
+    )
+    name = "proposal_generator.rpn_head.conv.weight"
+    assert not torch.equal(first[name], second[name])
+    torch.testing.assert_close(final[name], 0.25 * first[name] + 0.75 * second[name], rtol=0, atol=1e-7)
+    assert (folder / "model_best.pth").is_file()
+
+
+def test_a_loss_that_is_no_number_names_the_images_and_the_layer(small, scenes):
+    cfg = small("run", "SOLVER.MAX_ITER", 3)
+    poison = Trainer.before_train
+
+    def before_train(self):
+        poison(self)
+        self.model.backbone.network.layer2[0].conv1.weight.data[0, 0, 0, 0] = float("inf")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "before_train", before_train)
+        with pytest.raises(InputError, match=r"iteration 0 gave .*layer2\.0\.conv1.*images: .*scenes.*\.jpg"):
+            detection.run(cfg)
+
+
 def test_bf16_trains_float32_weights(small, tmp_path):
     detection.run(small("run", "SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 2))
     model = read_checkpoint(tmp_path / "run" / "model_final.pth").model
@@ -226,6 +254,8 @@ def test_a_contradiction_to_the_weights_stops_and_names_both(small, tmp_path, ke
         (("MODEL.WEIGHTS", "/no/model_final.pth"), ("no checkpoint /no/model_final.pth",)),
         (("MODEL.WEIGHTS", ""), ("MODEL.WEIGHTS is empty", "ALLOW_UNTRAINED_FROZEN_BN")),
         (("MODEL.RESNETS.RES5_DILATION", 4), ("res5_dilation is 4",)),
+        (("SOLVER.WARMUP_UNTIL_ERROR", 80), ("WARMUP_UNTIL_ERROR is 80", "Set it to 0.0")),
+        (("SOLVER.CUDA_GRAPH", True), ("SOLVER.CUDA_GRAPH",)),
     ],
 )
 def test_what_cannot_be_used_stops_before_the_first_iteration(small, tmp_path, overrides, words):

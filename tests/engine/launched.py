@@ -1,4 +1,4 @@
-"""What test_launch.py and test_distributed.py run in processes of its own: `python launched.py WHAT PROCESSES FOLDER`."""
+"""What test_launch.py and test_distributed.py run in new processes: `python launched.py WHAT PROCESSES FOLDER`."""
 
 import argparse
 import os
@@ -62,7 +62,9 @@ def train_network(cfg, name: str, folder: Path, *, stop_at: int | None = None) -
 
     def batches(start):
         share = {"rank": comm.get_rank(), "world_size": comm.get_world_size()}
-        for number, pairs in enumerate(BatchSampler(IMAGES, BATCH, seed=cfg.SEED, start_iteration=start, **share), start):
+        for number, pairs in enumerate(
+            BatchSampler(IMAGES, BATCH, seed=cfg.SEED, start_iteration=start, **share), start
+        ):
             if number == stop_at:
                 raise KeyboardInterrupt
             seen[number] = pairs

@@ -279,7 +279,9 @@ class TestGivenPlace:
         for name, value in VARIABLES.items():
             monkeypatch.setenv(name, value)
         called = []
-        monkeypatch.setattr(launch, "run_given", lambda place, call, on_gpu: called.append((place.rank, call(), on_gpu)))
+        monkeypatch.setattr(
+            launch, "run_given", lambda place, call, on_gpu: called.append((place.rank, call(), on_gpu))
+        )
         for flags in ({}, {"processes": 4}, {"processes": 4, "machines": 2, "machine_rank": 1}):
             assert launch.launch(lambda cfg, word: word, cfg, word="ran", **flags) == 0
         assert called == 3 * [(5, "ran", False)]
@@ -317,11 +319,11 @@ class TestJudge:
         assert self.judge([0, 0], received=[signal.SIGTERM]) == 0  # heard after the last iteration
 
     def test_bad_input_comes_before_its_consequences(self):
-        with pytest.raises(InputError, match="^bad$"):
+        with pytest.raises(InputError, match=r"^bad$"):
             self.judge([1, 2], [Ending(1, "Traceback: connection closed"), Ending(2, "bad"), Ending(2, "later")])
 
     def test_saved(self):
-        with pytest.raises(Interrupted, match="^saved$"):
+        with pytest.raises(Interrupted, match=r"^saved$"):
             self.judge([75, 75], [Ending(75, "saved"), Ending(75, "saved")], [signal.SIGTERM])
 
     def test_a_bug_while_the_others_leave(self, capsys):

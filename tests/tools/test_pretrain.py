@@ -1,6 +1,5 @@
 """tools/pretrain.py as a user calls it."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,7 +9,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from resnet_backbone import list_networks
 from resnet_backbone.weights import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -23,12 +24,9 @@ TEST.PRECISE_BN.NUM_ITER 2 TEST.EVAL_PERIOD 0 DATALOADER.NUM_WORKERS 0 SEED 1
 
 
 @pytest.fixture(scope="module")
-def main():
+def main(load_script):
     """The tool's `main`, called in this process: an import of everything takes seconds."""
-    spec = importlib.util.spec_from_file_location("tool_pretrain", ROOT / "tools" / "pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script(ROOT / "tools" / "pretrain.py").main
 
 
 @pytest.fixture
@@ -166,3 +164,55 @@ def test_a_damaged_last_checkpoint_names_an_earlier_one(main, command, tmp_path,
     last.write_bytes(last.read_bytes()[:2000])
     message = fails(main, command("SOLVER.MAX_ITER", 3, flags=["--resume"]), capsys)
     assert "cannot resume" in message and "model_0000000.pth" in message
+
+
+class TestFlags:
+    def test_list_networks_needs_no_configuration(self, main, capsys):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--list-networks"])
+        lines = capsys.readouterr().out.splitlines()
+        names = [line.split()[0].rstrip(",") for line in lines[3:]]
+        assert list(dict.fromkeys(names)) == list_networks()
+        row = next(line for line in lines if line.startswith("resnet50 "))
+        assert "25,557,032" in row and "4.09e9" in row  # torchvision's documentation of ResNet50_Weights
+
+    def test_print_config(self, main, command, tmp_path, capsys):
+        assert main(command("SOLVER.MAX_ITER", 9, flags=["--print-config"])) == 0
+        printed = capsys.readouterr().out
+        assert "  MAX_ITER: 9  # from command line\n" in printed
+        assert f"  MOMENTUM: 0.9  # from {ROOT}/configs/pretrain/imagenet.yaml\n" in printed
+        assert yaml.safe_load(printed)["SOLVER"]["MOMENTUM"] == 0.9
+        assert not (tmp_path / "run").exists()
+
+    def test_try_leaves_nothing(self, main, command, tmp_path, capsys):
+        assert main(command(flags=["--try", "2"])) == 0
+        assert "works: 2 iterations" in capsys.readouterr().out.splitlines()[-1]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_try_finds_what_does_not_work(self, main, command, tmp_path, capsys):
+        message = fails(main, command("DATASETS.TEST", "/no/where", flags=["--try", "2"]), capsys)
+        assert "/no/where does not exist" in message and list(tmp_path.iterdir()) == []
+
+    def test_throughput_of_two_processes(self, command, tmp_path):
+        words = command("INPUT.RANDOM_FLIP", "none", flags=["--num-gpus", "2", "--throughput", "2"])
+        done = subprocess.run(
+            [sys.executable, ROOT / "tools" / "pretrain.py", *words], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()[-5:]
+        assert "batches of 4 images over 2 process(es)" in lines[0]
+        assert lines[-1].startswith("one batch, repeated") and list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ("--try", "2", "--resume"),
+            ("--throughput", "2", "--eval-only"),
+            ("--try", "2", "--throughput", "2"),
+            ("--try", "two"),
+        ],
+    )
+    def test_flags_that_do_not_go_together(self, main, command, tmp_path, capsys, flags):
+        with pytest.raises(SystemExit, match="2"):
+            main(command(flags=flags))
+        assert "--try" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -1,6 +1,5 @@
 """tools/train_net.py as a user calls it."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from detectron2 import model_zoo
 
 from resnet_backbone.weights import read_checkpoint
@@ -24,12 +24,9 @@ TEST.EVAL_PERIOD 0 DATALOADER.NUM_WORKERS 0 SEED 1
 
 
 @pytest.fixture(scope="module")
-def main():
+def main(load_script):
     """The tool's `main`, called in this process: an import of everything takes seconds."""
-    spec = importlib.util.spec_from_file_location("tool_train_net", ROOT / "tools" / "train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script(ROOT / "tools" / "train_net.py").main
 
 
 @pytest.fixture
@@ -66,6 +63,15 @@ def test_trains_resumes_and_refuses_to_overwrite(main, command, tmp_path, capsys
     assert metadata.origin["iterations"] == 3
     assert metadata.origin["pretrained"]["dataset"].endswith(".tar")  # kept over the resumption
     assert main(command("MODEL.WEIGHTS", out / "model_final.pth", flags=["--eval-only"])) == 0
+
+
+def test_print_config(main, command, tmp_path, capsys):
+    assert main(command("SOLVER.MAX_ITER", 9, flags=["--print-config"])) == 0
+    printed = capsys.readouterr().out
+    assert "  MAX_ITER: 9  # from command line\n" in printed
+    assert f"  FREEZE_AT: 2\n" in printed  # Detectron2's default
+    assert yaml.safe_load(printed)["MODEL"]["NETWORK"]["NAME"] == "resnet18"
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_write_one_checkpoint(command, tmp_path):

@@ -73,10 +73,10 @@ def depth_sentences(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
             verdict = (
                 "As in the paper: depth raises the training error of the plain networks, not of the residual ones."
             )
-        elif plain > residual:
+        elif plain > max(residual, 0):
             verdict = (
-                "In part as in the paper: depth does the plain networks more harm than the residual ones, but in the "
-                "paper the former lose by it and the latter gain."
+                f"In part as in the paper: depth costs the plain networks {plain - residual:.1f} points more than the "
+                "residual ones, but in the paper the latter gain by it."
             )
         else:
             verdict = "Not as in the paper, where depth harms the plain networks and helps the residual ones."

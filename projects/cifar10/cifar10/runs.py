@@ -178,7 +178,10 @@ def _claim(plan: Plan) -> None:
     """Note the plan in the output folder; refuse a folder with another one."""
     file = plan.output / "plan.json"
     if not file.is_file():
-        write_json(file, plan.fixed())
+        try:
+            write_json(file, plan.fixed())
+        except OSError as error:
+            raise InputError(f"--output {plan.output} cannot be written: {error.strerror}. Choose another.") from error
         return
     before = json.loads(file.read_text())
     if differs := [key for key, value in plan.fixed().items() if before.get(key) != value]:

@@ -1,0 +1,61 @@
+"""tools/check_dataset.py as a user calls it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "check_dataset.py"
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("tool_check_dataset", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("a/0.png", "a/1.png", "b/2.png"):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), rng.integers(0, 256, (12, 10, 3), np.uint8))
+    return tmp_path / "set"
+
+
+def test_clean(main, folder, shapes, capsys):
+    assert main([str(folder), "--workers", "0"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{folder}\n  3 images, 2 classes with 1 (b) to 2 (a)\n") and captured.err == ""
+    assert main([shapes, "--workers", "2"]) == 0
+    assert "64 images" in capsys.readouterr().out
+
+
+def test_what_would_stop_a_run(main, folder, tmp_path, capsys):
+    (folder / "b" / "3.png").write_bytes(b"")
+    file = tmp_path / "found.json"
+    assert main([str(folder), str(folder), "--workers", "0", "--json", str(file)]) == 1
+    assert "b/3.png is empty (0 bytes); replace or remove it" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert len(found["data_sets"]) == 2 and len(found["in_both"]) == 3
+    one = found["data_sets"][0]
+    assert (one["images"], one["would_stop_a_run"], one["classes"]) == (4, 1, [["a", 2], ["b", 2]])
+    assert one["findings"]["empty"] == [str(folder / "b" / "3.png")]
+    assert found["in_both"][0] == [str(folder / "a" / "0.png")] * 2
+
+
+def test_no_data_set(main, tmp_path, capsys):
+    assert main([str(tmp_path / "nothing")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+def test_some_of_it(main, folder, capsys):
+    assert main([str(folder), "--limit", "2", "--workers", "0"]) == 0
+    assert "2 of them were looked at" in capsys.readouterr().out

@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Time training and loading beside the usual alternative, in turns, in one process."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_backbone.benchmarks import data, pretrain
+from resnet_backbone.benchmarks.plans import DEVICES, NETWORKS, PRECISIONS, run_data, run_pretrain
+from resnet_backbone.benchmarks.report import format_page, write
+from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
+READING = """Each side has its turn in every round. "first ÷ this" is how many times as fast the first side of a group
+was: the median over the rounds, then the smallest and the largest."""
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    steps = _command(commands, "pretrain", "images a second of a training step", pretrain.MEANING, run_pretrain)
+    steps.add_argument("--networks", nargs="+", metavar="NAME", help=f"default: {' '.join(NETWORKS)}")
+    steps.add_argument("--batch", type=int, help="images; default: 256 on a GPU, else 32 (CIFAR's networks: 128)")
+    steps.add_argument("--size", type=int, help="pixels; default: 224 (CIFAR's networks: 32)")
+    steps.add_argument(
+        "--iterations", type=int, help="in a turn; default: 10 on a GPU, else 1 (CIFAR's: 10 times, or twice)"
+    )
+    steps.add_argument("--precision", choices=PRECISIONS, help="of all sides but the plain loop; default: the recipe's")
+    loading = _command(commands, "data", "images a second of loading and augmenting JPEGs", data.MEANING, run_data)
+    loading.add_argument("--images", type=Path, metavar="FOLDER", help="with JPEGs below it; default: generated ones")
+    loading.add_argument("--workers", type=int, default=0, help="loading processes; default: 0, this process")
+    return parser.parse_args(words)
+
+
+def _command(
+    commands: Any, name: str, what: str, meaning: Mapping[str, str], run: Callable[..., dict[str, Any]]
+) -> argparse.ArgumentParser:
+    """A subcommand with the options that both have."""
+    sides = "\n".join(f"  {side}: {text}" for side, text in meaning.items())
+    parser = commands.add_parser(
+        name,
+        help=what,
+        description=f"Measure {what}.",
+        epilog=f"sides:\n{sides}\n\n{READING}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--device", choices=DEVICES, help="default: the GPU, where there is one")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side; default: 5")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the process's CPU seconds instead of those that pass: for a machine that others use, with "
+        "OMP_NUM_THREADS=1",
+    )
+    parser.add_argument("--tiny", action="store_true", help="a few seconds that show that it runs; says nothing else")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = vars(parse(words))
+    options.pop("command")
+    run, file = options.pop("run"), options.pop("json")
+    try:
+        results = run(configs=CONFIGS, report=lambda line: print(line, file=sys.stderr, flush=True), **options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except Interrupted as signal:
+        print(signal, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(format_page(results))
+    if file is not None:
+        write(file, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Look at every image of a classification data set before a run does: what would stop it, and what is worth knowing."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from resnet_backbone.data.check import check, in_both, in_both_text
+from resnet_backbone.data.sources import open_source
+from resnet_backbone.errors import EXIT_BAD_INPUT, InputError
+
+EXIT_FOUND = 1
+
+EPILOG = """examples:
+  python tools/check_dataset.py imagenet/train imagenet/val --workers 8
+  python tools/check_dataset.py 'shards/train-{000000..000007}.tar' --json found.json
+
+exit code: 0 if a run can read every image that was looked at, 1 if not, 2 if the data set cannot be opened"""
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("entry", metavar="ENTRY", help="as in DATASETS.TRAIN: a folder, a shard pattern or a name")
+    parser.add_argument("other", metavar="ENTRY", nargs="?", help="a second one: find the images that are in both, too")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--limit", type=int, metavar="N", help="look at N images only, spread evenly")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found, name by name")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    given = parse(words)
+    try:
+        reports = [
+            check(open_source(entry), entry=entry, workers=given.workers, limit=given.limit, progress=sys.stderr)
+            for entry in (given.entry, given.other)
+            if entry
+        ]
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print("\n\n".join(report.text() for report in reports))
+    found = {"data_sets": [report.as_dict() for report in reports]}
+    if len(reports) > 1:
+        pairs = in_both(*reports)
+        print(f"\n{in_both_text(*reports, pairs)}")
+        found["in_both"] = [[report.source.describe(i) for report, i in zip(reports, pair)] for pair in pairs]
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return EXIT_FOUND if any(report.stops for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
