@@ -27,7 +27,8 @@ SMALLER = ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
 def test_no_shipped_configuration_is_left_out():
     names = [f"faster_rcnn_{name}.yaml" for name in ("R101", "R50", "R50_FPN", "VGG16", "VGG16_FPN")]
     assert names == DETECTORS
-    assert list(CLASSIFIERS) == ["imagenet.yaml", "imagenet_vgg.yaml"]
+    cifar = [f"cifar10{name}.yaml" for name in ("", "_110", "_walkthrough")]
+    assert [*cifar, *(f"imagenet{name}.yaml" for name in ("", "_modern", "_plateau", "_vgg"))] == CLASSIFIERS
 
 
 @pytest.mark.parametrize("file", DETECTORS)
@@ -59,6 +60,10 @@ def test_a_detector_takes_a_step_that_reaches_every_trainable_parameter(detectio
 def test_a_classifier_trains(pretrain_config, tmp_path, file):
     name = load_config(pretraining.get_config(), CONFIGS / "pretrain" / file).MODEL.NETWORK.NAME
     keys = ("MODEL.NETWORK.NAME", name, "MODEL.NETWORK.POOL5", name != "vgg16", "SOLVER.MAX_ITER", 1)
+    if file == "imagenet_modern.yaml":  # its warm-up must end, and INPUT.CROP.SIZE fit
+        keys += ("SOLVER.WARMUP_ITERS", 0)
+    if file == "imagenet_plateau.yaml":
+        keys += ("TEST.EVAL_PERIOD", 1)
     results = pretraining.run(pretrain_config(tmp_path, *keys, file=CONFIGS / "pretrain" / file))
     assert 0 <= results["top1"] <= 100
     assert read_checkpoint(tmp_path / "model_final.pth").metadata.architecture == name
@@ -114,6 +119,8 @@ def test_the_papers_classifier():
     assert epochs == pytest.approx(90, abs=0.1)
     TrainTransform(short_side=(256, 480), crop=(224, 224), crop_type=cfg.INPUT.CROP.TYPE)
     EvalTransform(short_side=cfg.INPUT.MIN_SIZE_TEST, crop=(224, 224))
+    plateau = load_config(pretraining.get_config(), CONFIGS / "pretrain" / "imagenet_plateau.yaml").SOLVER
+    assert (plateau.LR_SCHEDULER_NAME, plateau.GAMMA, plateau.MAX_ITER) == ("WarmupPlateauLR", 0.1, 600_000)
     vgg = load_config(pretraining.get_config(), CONFIGS / "pretrain" / "imagenet_vgg.yaml")
     rates = [vgg.SOLVER.BASE_LR, vgg.SOLVER.WEIGHT_DECAY]
     assert rates == [0.01, 5e-4]
@@ -121,3 +128,20 @@ def test_the_papers_classifier():
     assert epochs == pytest.approx(74, abs=0.1)
     with torch.device("meta"):
         build_network(vgg.MODEL.NETWORK.NAME)
+
+
+def test_the_papers_cifar_networks():
+    """Section 4.2: batch 128, 0.1 divided by 10 at 32k and 48k of 64k, decay 1e-4, 4 pixels of padding, crops of 32."""
+    cfg = load_config(pretraining.get_config(), CONFIGS / "pretrain" / "cifar10.yaml")
+    solver, crop = cfg.SOLVER, cfg.INPUT.CROP
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WEIGHT_DECAY, solver.MOMENTUM) == (128, 0.1, 1e-4, 0.9)
+    assert (crop.TYPE, crop.PADDING, tuple(crop.SIZE)) == ("padded", 4, (32, 32))
+    multiplier = build_multiplier(cfg)
+    for iteration, rate in ((0, 1.0), (31_999, 1.0), (32_000, 0.1), (47_999, 0.1), (48_000, 0.01), (63_999, 0.01)):
+        assert multiplier(iteration / solver.MAX_ITER) == pytest.approx(rate)
+    assert solver.MAX_ITER == 64_000
+    deep = load_config(pretraining.get_config(), CONFIGS / "pretrain" / "cifar10_110.yaml").SOLVER
+    assert pytest.approx((80, 0.01)) == (deep.WARMUP_UNTIL_ERROR, deep.BASE_LR * deep.WARMUP_FACTOR)
+    walk = load_config(pretraining.get_config(), CONFIGS / "pretrain" / "cifar10_walkthrough.yaml").SOLVER
+    epochs = [iterations * 64 / 50_000 for iterations in (*walk.STEPS, walk.MAX_ITER)]
+    assert epochs == pytest.approx([30, 45, 60], abs=0.01) and walk.IMS_PER_BATCH == 64

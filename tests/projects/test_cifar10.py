@@ -490,6 +490,7 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys, arguments, expected
     assert run.main([*arguments[:2], "--output", str(tmp_path / "out"), *arguments[2:]]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and expected in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "plan.json").exists(), "the corrected command would be refused"
 
 
 @pytest.mark.parametrize("scale", ["cpu", "paper", "smoke"])

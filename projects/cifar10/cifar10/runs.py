@@ -38,9 +38,9 @@ def carry_out(plan: Plan) -> str:
         Interrupted: a signal asked to leave; the runs under way are saved.
     """
     plan.check()
-    _claim(plan)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s %(name)s] %(message)s", datefmt="%m-%d %H:%M:%S")
     dataset = open_dataset(plan)
+    _claim(plan)
     logger.info("%s: %d training and %d test images", dataset.title, *dataset.images)
     jobs = [job for job in plan.jobs() if not plan.record(*job).is_file()]
     logger.info("%d runs, of which %d are finished", len(plan.jobs()), len(plan.jobs()) - len(jobs))
