@@ -174,9 +174,7 @@ def build_plateau(cfg: CfgNode) -> Plateau | None:
     """By SOLVER.PLATEAU_PATIENCE, PLATEAU_THRESHOLD and GAMMA; None with another schedule."""
     if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupPlateauLR":
         return None
-    return Plateau(
-        gamma=cfg.SOLVER.GAMMA, patience=cfg.SOLVER.PLATEAU_PATIENCE, threshold=cfg.SOLVER.PLATEAU_THRESHOLD
-    )
+    return Plateau(gamma=cfg.SOLVER.GAMMA, patience=cfg.SOLVER.PLATEAU_PATIENCE, threshold=cfg.SOLVER.PLATEAU_THRESHOLD)
 
 
 def build_warm_up(cfg: CfgNode) -> WarmUpUntil | None:

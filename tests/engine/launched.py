@@ -1,4 +1,4 @@
-"""What test_launch.py and test_distributed.py run in new processes: `python launched.py WHAT PROCESSES FOLDER`."""
+"""What test_processes.py and test_distributed.py run in new processes: `python launched.py WHAT PROCESSES FOLDER`."""
 
 import argparse
 import os
