@@ -30,7 +30,10 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--limit", type=int, metavar="N", help="look at N images only, spread evenly")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found, name by name")
-    return parser.parse_args(words)
+    given = parser.parse_args(words)
+    if given.json and not given.json.absolute().parent.is_dir():
+        parser.error(f"--json: the folder {given.json.absolute().parent} does not exist")
+    return given
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -185,9 +185,11 @@ class Report:
         """The indices of images that are equal, byte for byte, in groups."""
         readable = np.flatnonzero(self.findings & _STOPS == 0)
         order = readable[np.argsort(self.digests[readable], kind="stable")]
-        groups = np.split(order, np.flatnonzero(np.diff(self.digests[order])) + 1) if len(order) else []
+        begins = np.concatenate([[0], np.flatnonzero(np.diff(self.digests[order])) + 1, [len(order)]])
+        several = np.flatnonzero(np.diff(begins) > 1)
         # A hash of 64 bits: two different images among a million share one with a probability of 3e-8.
-        return sorted((self.checked[group] for group in groups if len(group) > 1), key=lambda group: group[0])
+        groups = [self.checked[order[begins[number] : begins[number + 1]]] for number in several]
+        return sorted(groups, key=lambda group: group[0])
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for a JSON file."""
@@ -240,12 +242,16 @@ class Report:
         return _counted(len(found), kind.meaning, self._shorts(found[:_NAMED]))
 
     def _duplicate_lines(self) -> Iterator[str]:
-        groups = self.duplicates()
-        across = [group for group in groups if len(set(self.source.labels[group].tolist())) > 1]
-        for meaning, chosen in (("copies of others", groups), ("of these copies are in another class", across)):
-            if chosen:
-                examples = [" = ".join(self._shorts(group[:2])) for group in chosen[:1]]
-                yield _counted(sum(len(group) - 1 for group in chosen), meaning, examples)
+        groups, labels = self.duplicates(), self.source.labels
+        if groups:
+            example = " = ".join(self._shorts(groups[0][:2]))
+            yield _counted(sum(len(group) - 1 for group in groups), "copies of others", [example])
+        # Of each group, the first image and the first of another class.
+        across = [(group[0], *group[labels[group] != labels[group[0]]][:1]) for group in groups]
+        across = [pair for pair in across if len(pair) > 1]
+        if across:
+            example = " = ".join(self._shorts(across[0]))
+            yield _counted(len(across), "images with copies in more than one class", [example])
 
     def _ignored_lines(self) -> Iterator[str]:
         for extension, count in self.ignored.most_common():
@@ -287,7 +293,7 @@ def check(
         for inspection in inspections:
             report.add(place, inspection)
             place += 1
-        ticker.show(place, report.stops)
+        ticker.show(place, report)
     ticker.end()
     return report
 
@@ -303,7 +309,7 @@ def in_both(one: Report, other: Report) -> list[tuple[int, int]]:
 def in_both_text(one: Report, other: Report, pairs: Sequence[tuple[int, int]]) -> str:
     """One sentence about the images that two data sets share."""
     if not pairs:
-        return "No image is in both."
+        return "Of the images that were looked at, none is in both."
     example = f"{one.source.describe(pairs[0][0])} = {other.source.describe(pairs[0][1])}"
     return f"In both: {len(pairs):,}, such as {example}"
 
@@ -397,13 +403,13 @@ class _Progress:
         self._terminal = file is not None and file.isatty()
         self._start = self._last = time.monotonic()
 
-    def show(self, done: int, stops: int) -> None:
+    def show(self, done: int, report: Report) -> None:
         now = time.monotonic()
         if self._file is None or now - self._last < (0.2 if self._terminal else 10) or done == self._total:
             return
         self._last = now
         left = round((now - self._start) / done * (self._total - done))
-        line = f"{done:,} of {self._total:,} images, {stops:,} that would stop a run, "
+        line = f"{done:,} of {self._total:,} images, {report.stops:,} that would stop a run, "
         line += f"{left // 60} min {left % 60:02d} s left"
         self._file.write(f"\r{line}\x1b[K" if self._terminal else line + "\n")
         self._file.flush()

@@ -208,7 +208,7 @@ def _plain_members(descriptor: int) -> list[tuple[str, int, int]] | None:
         # The checksum is the sum of the bytes, with spaces for its own. Adler-32 has it faster than `sum`: its lower
         # half is 1 + the sum of the bytes, modulo 65521.
         spaces = header[:148] + 8 * b" " + header[156:]
-        if (zlib.adler32(spaces) & 0xFFFF) != (1 + checksum) % 65521:
+        if len(header) < 512 or (zlib.adler32(spaces) & 0xFFFF) != (1 + checksum) % 65521:
             return None
         if header[156] not in b"\x0005" or header[345] or size < 0:  # the kind; the first part of a long name
             return None

@@ -178,7 +178,13 @@ def test_copies(copies):
     assert [group.tolist() for group in report.duplicates()] == [[0, 3], [1, 4, 5]]
     lines = [line.strip() for line in report.text().splitlines()]
     assert lines[lines.index("3  copies of others") + 1] == "a/0.jpg = a/3.jpg and 2 more"
-    assert lines[lines.index("2  of these copies are in another class") + 1] == "a/1.jpg = b/4.jpg and 1 more"
+    assert lines[lines.index("1  images with copies in more than one class") + 1] == "a/1.jpg = b/4.jpg"
+
+
+def test_no_copies(shards, tmp_path, write_tar):
+    assert check(open_source(shards[0]), entry="x").duplicates() == []
+    write_tar(tmp_path / "empty.tar", {"k.jpg": b"", "k.cls": b"0"})
+    assert check(open_source(tmp_path / "empty.tar"), entry="x").duplicates() == []
 
 
 def test_images_in_both_sets(copies, shards):
@@ -187,7 +193,10 @@ def test_images_in_both_sets(copies, shards):
     text = in_both_text(*copies, pairs)
     assert text.startswith("In both: 2, such as ") and text.endswith("two/b/2.jpg")
     other = check(open_source(shards[0]), entry="shards")
-    assert in_both_text(copies[0], other, in_both(copies[0], other)) == "No image is in both."
+    assert (
+        in_both_text(copies[0], other, in_both(copies[0], other))
+        == "Of the images that were looked at, none is in both."
+    )
 
 
 def test_a_part(shards):

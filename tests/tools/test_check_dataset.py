@@ -56,6 +56,12 @@ def test_no_data_set(main, tmp_path, capsys):
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
 
 
+def test_a_file_that_could_not_be_written_is_found_at_the_start(main, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(folder), "--json", str(tmp_path / "nothing" / "found.json")])
+    assert "nothing does not exist" in capsys.readouterr().err
+
+
 def test_some_of_it(main, folder, capsys):
     assert main([str(folder), "--limit", "2", "--workers", "0"]) == 0
     assert "2 of them were looked at" in capsys.readouterr().out
