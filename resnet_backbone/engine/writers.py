@@ -32,7 +32,9 @@ class Progress(EventWriter):
         self._last = done
         seconds = (time.perf_counter() - self._start_time) / (done - self._start_iter)
         latest = {name: value for name, (value, _) in stored.items()}
-        losses = [f"{name} {value:.3f}" for name, value in latest.items() if "loss" in name and name != "loss_scale"]
+        # An evaluation's loss is older, and a loss scale is none.
+        read = [name for name, (_, iteration) in stored.items() if iteration == done - 1 and name != "loss_scale"]
+        losses = [f"{name} {latest[name]:.3f}" for name in read if "loss" in name]
         others = [f"{name} {latest[name]:.3g}" for name in ("top1_error", "lr") if name in latest]
         rate = f"{latest['images_per_second']:.4g} images/s, waiting for data {latest['data_share']:.0%}"
         left = datetime.timedelta(seconds=round(seconds * (self.max_iter - done)))

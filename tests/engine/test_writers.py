@@ -28,6 +28,8 @@ class TestProgress:
         with EventStorage(20) as storage:
             progress = Progress(100, 20)
             clock[0] += 30
+            storage.iter = 25
+            storage.put_scalars(test_loss=9.0, smoothing_hint=False)
             storage.iter = 29
             storage.put_scalars(loss_cls=1.23456, total_loss=2.5, top1_error=75.0, lr=0.001, smoothing_hint=False)
             storage.put_scalars(images_per_second=755.25, data_share=0.125, loss_scale=65536.0, smoothing_hint=False)
@@ -40,7 +42,7 @@ class TestProgress:
         assert line.startswith("30/100  left 0:03:30  ")
         for part in ("loss_cls 1.235", "total_loss 2.500", "top1_error 75", "lr 0.001", "755.2 images/s"):
             assert part in line
-        assert line.endswith("waiting for data 12%") and "loss_scale" not in line
+        assert line.endswith("waiting for data 12%") and "loss_scale" not in line and "test_loss" not in line
 
     def test_before_the_first_reading_there_is_no_line(self, clock, caplog):
         caplog.set_level(logging.INFO)
