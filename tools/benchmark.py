@@ -25,7 +25,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     steps.add_argument("--batch", type=int, help="images; default: 256 on a GPU, else 32 (CIFAR's networks: 128)")
     steps.add_argument("--size", type=int, help="pixels; default: 224 (CIFAR's networks: 32)")
     steps.add_argument(
-        "--iterations", type=int, help="in a turn; default: 10 on a GPU, else 1 (CIFAR's: 10 times, or twice)"
+        "--iterations", type=int, help="in a turn; default: 5 on a GPU, else 1 (CIFAR's: 10 times, or twice)"
     )
     steps.add_argument("--precision", choices=PRECISIONS, help="of all sides but the plain loop; default: the recipe's")
     loading = _command(commands, "data", "images a second of loading and augmenting JPEGs", data.MEANING, run_data)

@@ -51,7 +51,7 @@ def run_pretrain(
     device = _choose_device("cpu" if tiny else device, cpu_time=cpu_time)
     _check(batch=batch, size=size, rounds=rounds, iterations=iterations)
     on_gpu = device == "cuda"
-    iterations = iterations or (10 if on_gpu else 1)
+    iterations = iterations or (5 if on_gpu else 1)
 
     def task(name: str) -> pretrain.Task:
         if analyze(name).image_size == CIFAR["size"]:

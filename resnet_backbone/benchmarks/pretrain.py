@@ -268,10 +268,9 @@ def _settings(cfg: CfgNode, precision: str) -> dict[str, str]:
     """What tells the sides apart, in words."""
     network = "torchvision's network" if _torchvision_has(cfg.MODEL.NETWORK.NAME) else "our network"
     compiled = ", compiled" if _is_compiled(cfg) else ""
-    bare = f"{precision}, channels_last{compiled}" + (
-        ", resident data" if cfg.DATALOADER.PIPELINE == "resident" else ""
-    )
+    resident = ", resident data" if cfg.DATALOADER.PIPELINE == "resident" else ""
     graph = ", one CUDA graph" if cfg.SOLVER.CUDA_GRAPH else ""
+    bare = f"{precision}, channels_last{compiled}{resident}"
     tuned = f"{network}, {precision}, channels_last"
     return {
         OURS: f"{bare}{graph}, moving average",

@@ -53,7 +53,7 @@ def test_steps_on_a_cpu(asked, no_gpu):
 def test_steps_on_a_gpu(asked, gpu):
     assert run_pretrain(**COMMON) == []
     tasks, conduct, _ = asked["compare_networks"]
-    assert [(task.batch, task.iterations) for task in tasks] == 3 * [(256, 10)] + 2 * [(128, 100)]
+    assert [(task.batch, task.iterations) for task in tasks] == 3 * [(256, 5)] + 2 * [(128, 50)]
     assert conduct.device == "cuda" and conduct.warm_up > 4  # three eager steps and a recording precede the graph
 
 

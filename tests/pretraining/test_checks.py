@@ -74,13 +74,14 @@ def test_it_tests_on_images_from_the_whole_test_set(pretrain_config, shapes, out
 def test_the_learning_rate_is_that_of_the_first_iteration(pretrain_config, output, warm_up, rate):
     cfg = pretrain_config(output, "SOLVER.BASE_LR", 0.05, *warm_up)
     short = checks._shortened(cfg, output, {"SOLVER.MAX_ITER": 3})
-    assert short.SOLVER.BASE_LR == pytest.approx(rate)
+    found = short.SOLVER.BASE_LR
+    assert found == pytest.approx(rate)
     assert (short.SOLVER.WARMUP_ITERS, short.SOLVER.MAX_ITER) == (0, 3)
 
 
 def test_what_does_not_work_is_said_and_leaves_nothing(pretrain_config, shapes, output):
     register_source("bad images", lambda _: BadSource(shapes))
-    with pytest.raises(InputError, match="cannot be read|cannot be decoded|no image"):
+    with pytest.raises(InputError, match="is unreadable"):
         checks.try_run(pretrain_config(output, "DATASETS.TEST", "bad images"), iterations=2)
 
 

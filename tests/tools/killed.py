@@ -7,6 +7,7 @@ its exit status as `subprocess` counts it, when it has ended.
 
 import errno
 import io
+import itertools
 import json
 import os
 import runpy
@@ -17,9 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.utils.tensorboard
 from torch.utils.data import DataLoader
 
-from resnet_backbone import pretraining  # noqa: F401
+from resnet_backbone import pretraining  # noqa: F401  here already, instead of in each run
 from resnet_backbone.data.sampler import EvaluationSampler
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.weights import files
@@ -107,7 +109,7 @@ def hold_in_step(number: int) -> None:
 
 
 def hold_in_evaluation(number: int) -> None:
-    """Wait in the `number`-th evaluation, after its first batch."""
+    """Wait in the `number`-th evaluation, when each of its workers has given a batch."""
     iterate, count = DataLoader.__iter__, 0
 
     def held(loader):
@@ -116,10 +118,10 @@ def hold_in_evaluation(number: int) -> None:
         if not isinstance(loader.batch_sampler, EvaluationSampler) or not loader.num_workers:
             return batches
         count += 1
-        return hold_after_first(batches) if count == number else batches
+        return hold_after(batches, loader.num_workers) if count == number else batches
 
-    def hold_after_first(batches):
-        yield next(batches)
+    def hold_after(batches, number_of_batches):
+        yield from itertools.islice(batches, number_of_batches)
         hold()
         yield from batches
 

@@ -41,7 +41,7 @@ TIMES = ("images_per_second", "data_share")
 DIVIDED = """
 MODEL.NETWORK.NAME cifar_resnet20  MODEL.NETWORK.WIDTH 0.5  MODEL.NETWORK.POOL5 True  MODEL.RESNETS.NORM GN
 DATALOADER.NUM_WORKERS 1  SOLVER.MAX_ITER 60  SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR  SOLVER.WARMUP_UNTIL_ERROR 0
-TEST.EVAL_PERIOD 0
+SOLVER.BASE_LR 0.003  TEST.EVAL_PERIOD 0
 """
 
 
@@ -207,8 +207,9 @@ def assert_same(folder: Path, whole: Path) -> None:
         if one.trainer is not None or other.trainer is not None:
             states = [dict(checkpoint.trainer) for checkpoint in (one, other)]
             configs = [state.pop("config") for state in states]
-            assert [state.pop("config_sha256") for state in states]  # of OUTPUT_DIR too
-            assert [config.pop("OUTPUT_DIR") for config in configs] == [str(folder), str(whole)]
+            assert all(
+                state.pop("config_sha256") and config.pop("OUTPUT_DIR") for state, config in zip(states, configs)
+            )
             assert_equal(*configs, f"{name}: config")
             assert_equal(*states, f"{name}: trainer")
     for name in ("results.json", "last_checkpoint"):
@@ -288,7 +289,6 @@ def test_killed_at_random_moments(start, finish, whole, seconds, tmp_path):
         (("die_before_removal", "model_0000002.pth"), 9),
         (("die_before_rename", "model_best.pth"), 3),
         (("die_before_rename", "model_final.pth"), 24),
-        (("die_before_rename", "results.json"), 24),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -305,11 +305,16 @@ def test_killed_while_a_file_is_written(start, finish, whole, tmp_path, accident
     assert_same(folder, whole)
 
 
-@pytest.mark.parametrize("where", ["writing", "flushing"])
 @pytest.mark.parametrize(
-    ("name", "following"), [("model_0000008.pth", 6), ("model_best.pth", 3), ("model_final.pth", 24)]
+    ("name", "where", "following"),
+    [
+        ("model_0000008.pth", "writing", 6),
+        ("model_0000008.pth", "flushing", 6),
+        ("model_best.pth", "writing", 3),
+        ("model_final.pth", "writing", 24),
+    ],
 )
-def test_no_space_for_a_file(start, finish, whole, tmp_path, where, name, following):
+def test_no_space_for_a_file(start, finish, whole, tmp_path, name, where, following):
     folder = tmp_path / "run"
     status, printed = start(folder, "fill_disk", name, where).end()
     assert status == 2 and "Traceback" not in printed, printed
@@ -383,15 +388,22 @@ def test_a_damaged_checkpoint_gives_way_to_an_earlier_one(start, finish, whole, 
     assert_same(folder, whole)
 
 
-SIGNALS = [(signal.SIGTERM, False), (signal.SIGUSR1, False), (signal.SIGINT, True), (signal.SIGTERM, True)]
-MOMENTS = {"step": ("hold_in_step", 10), "evaluation": ("hold_in_evaluation", 2)}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(("number", "to_all"), [*SIGNALS, (signal.SIGUSR1, True)])
+@pytest.mark.parametrize(
+    ("number", "to_all", "moment"),
+    [
+        (signal.SIGTERM, False, "step"),
+        (signal.SIGUSR1, False, "step"),
+        (signal.SIGINT, True, "step"),
+        (signal.SIGTERM, True, "step"),
+        (signal.SIGUSR1, True, "step"),
+        (signal.SIGTERM, False, "evaluation"),
+        (signal.SIGINT, True, "evaluation"),
+        (signal.SIGTERM, True, "evaluation"),
+    ],
+)
 def test_asked_to_leave(start, finish, whole, tmp_path, number, to_all, moment):
     folder = tmp_path / "run"
-    run = start(folder, *MOMENTS[moment])
+    run = start(folder, *{"step": ("hold_in_step", 10), "evaluation": ("hold_in_evaluation", 2)}[moment])
     run.wait_for("held")
     run.send(number, to_all=to_all)
     status, printed = run.end()
@@ -419,7 +431,7 @@ def test_ctrl_c_twice_leaves_at_once(start, finish, whole, tmp_path):
     assert_same(folder, whole)
 
 
-@pytest.mark.parametrize(("number", "to_all"), SIGNALS)
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_ended_before_the_first_iteration(start, finish, whole, tmp_path, number, to_all):
     folder = tmp_path / "run"
     run = start(folder, "hold_before_training")
@@ -446,7 +458,7 @@ def assert_close(folder: Path, alone: Path) -> None:
     assert found.keys() == expected.keys() and len(found) == 15
     for iteration, values in expected.items():
         assert found[iteration]["lr"] == values["lr"]
-        assert found[iteration]["total_loss"] == pytest.approx(values["total_loss"], rel=1e-3), iteration
+        assert found[iteration]["total_loss"] == pytest.approx(values["total_loss"], rel=1e-4), iteration
 
 
 def test_of_two_processes_one_is_killed(words, finish, alone, tmp_path):

@@ -66,10 +66,12 @@ def test_trains_resumes_and_refuses_to_overwrite(main, command, tmp_path, capsys
 
 
 def test_print_config(main, command, tmp_path, capsys):
-    assert main(command("SOLVER.MAX_ITER", 9, flags=["--print-config"])) == 0
+    words = command("SOLVER.MAX_ITER", 9, flags=["--print-config"])
+    capsys.readouterr()
+    assert main(words) == 0
     printed = capsys.readouterr().out
     assert "  MAX_ITER: 9  # from command line\n" in printed
-    assert f"  FREEZE_AT: 2\n" in printed  # Detectron2's default
+    assert "\nVIS_PERIOD: 0\n" in printed  # Detectron2's default
     assert yaml.safe_load(printed)["MODEL"]["NETWORK"]["NAME"] == "resnet18"
     assert not (tmp_path / "run").exists()
 
