@@ -8,8 +8,7 @@ from pathlib import Path
 from coco_transfer.plan import SCALES, Plan
 from coco_transfer.stages import carry_out
 
-from resnet_backbone.engine.launch import EXIT_BAD_INPUT
-from resnet_backbone.errors import InputError
+from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
 
 EXAMPLES = """examples:
   # generated data, ten minutes on two cores
@@ -64,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

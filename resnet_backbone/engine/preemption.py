@@ -79,11 +79,11 @@ class Preemption(HookBase):
         if os.getpid() != self._process:
             return  # a loader's worker, which shares the handlers: the training process decides
         again = self._received is not None
-        self._received = signal.Signals(number).name
         if number == signal.SIGINT and again:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         if not again:
+            self._received = signal.Signals(number).name
             # Not by the logger, which may be in the middle of a line.
             os.write(2, f"{self._received}: finishing the step, then saving\n".encode())
         if self._may_leave:

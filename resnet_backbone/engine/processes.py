@@ -193,7 +193,8 @@ def _work(place: Place, call: Callable[[], object], on_gpu: bool) -> Ending:
     except InputError as error:
         return Ending(EXIT_BAD_INPUT, str(error))
     except Interrupted as error:
-        dist.barrier()  # it is raised in all of them; the first to go would end those that still write
+        with contextlib.suppress(RuntimeError):  # one of them may have died meanwhile
+            dist.barrier()  # it is raised in all of them; the first to go would end those that still write
         return Ending(EXIT_INTERRUPTED, str(error))
     except KeyboardInterrupt:
         return Ending(EXIT_CTRL_C, "interrupted")

@@ -245,11 +245,8 @@ def kill_at_random(start, folder: Path, kills: int, longest: float, *, keys: str
     while kills:
         run = start(folder, keys=keys)
         run.wait_for("epochs ")  # the table of the schedule: the first iteration is next
-        number, moment = (
-            rng.choice([signal.SIGKILL, signal.SIGTERM if ask else signal.SIGKILL]),
-            rng.uniform(0, longest),
-        )
-        time.sleep(moment)
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM]) if ask else signal.SIGKILL
+        time.sleep(moment := rng.uniform(0, longest))
         with contextlib.suppress(ProcessLookupError):
             run.send(number, to_all=True)
         status, printed = run.end()
