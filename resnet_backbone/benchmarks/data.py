@@ -11,7 +11,6 @@ from typing import Any
 
 import cv2
 import torch
-from detectron2.config import CfgNode
 from torch import nn
 
 from resnet_backbone.benchmarks.photographs import select_photographs, write_photographs, write_shard
@@ -20,7 +19,7 @@ from resnet_backbone.benchmarks.reference import PaperTransform, preset_transfor
 from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.data.transforms import PCA_VALUES, PCA_VECTORS
-from resnet_backbone.engine.config import load_config
+from resnet_backbone.engine.config import CfgNode, load_config
 from resnet_backbone.pretraining.batches import TrainBatches
 from resnet_backbone.pretraining.config import get_config
 

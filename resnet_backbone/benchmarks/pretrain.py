@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import torchvision
-from detectron2.config import CfgNode
 from torch import nn
 
 from resnet_backbone.benchmarks.reference import PlainLoop
 from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
 from resnet_backbone.data.generated import write_classification
 from resnet_backbone.data.sources import open_source
-from resnet_backbone.engine.config import load_config, network_arguments
+from resnet_backbone.engine.config import CfgNode, load_config, network_arguments
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.train import train
 from resnet_backbone.engine.trainer import AUTOCAST_TYPES
@@ -27,6 +26,7 @@ from resnet_backbone.networks import build_network
 from resnet_backbone.networks import network_arguments as arguments_of
 from resnet_backbone.pretraining.batches import Normalise, TrainBatches
 from resnet_backbone.pretraining.config import get_config
+from resnet_backbone.pretraining.losses import classification_losses
 from resnet_backbone.weights import Metadata
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -144,17 +144,10 @@ def train_on(
     arguments = network_arguments(cfg, arguments_of(name))
     model = build_network(name, num_classes, **arguments).to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
     optimizer = build_optimizer(cfg, model)
-    prepare = Normalise(cfg)
 
     def until_measured(_start: int) -> Iterator[Any]:
         yield from batches(model, optimizer)
         raise _Measured
-
-    def compute(model: nn.Module, batch: Any):  # as pretraining.run's
-        images, labels = images_of(batch)
-        logits = model(prepare(images))
-        wrong = (logits.detach().argmax(dim=1) != labels).float().mean()
-        return {"loss_cls": F.cross_entropy(logits.float(), labels)}, {"top1_error": 100 * wrong}
 
     def metadata(_iterations: int, **_results: float) -> Metadata:
         return Metadata(
@@ -176,7 +169,7 @@ def train_on(
                 model=model,
                 optimizer=optimizer,
                 batches=until_measured,
-                compute=compute,
+                compute=classification_losses(cfg, images_of),
                 evaluate=lambda _model: {},
                 metadata=metadata,
                 num_images=cfg.SOLVER.IMS_PER_BATCH,

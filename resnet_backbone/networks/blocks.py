@@ -226,4 +226,5 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, options: BlockOp
 def _add_shortcut(block: BasicBlock | Bottleneck, out: Tensor, x: Tensor) -> Tensor:
     if not block.residual:
         return out
-    return out + (x if block.downsample is None else block.downsample(x))
+    out += x if block.downsample is None else block.downsample(x)  # in place: nothing needs the branch's output itself
+    return out
