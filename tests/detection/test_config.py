@@ -4,6 +4,7 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 
 from resnet_backbone.detection import add_network_config, get_config
+from resnet_backbone.engine.config import flat_config
 
 
 def test_added_keys_leave_a_stock_configuration_as_it_is():
@@ -11,11 +12,7 @@ def test_added_keys_leave_a_stock_configuration_as_it_is():
     file = model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
     ours.merge_from_file(file)
     stock.merge_from_file(file)
-    del ours.MODEL["NETWORK"]
-    for key in ("LOG_PERIOD", "REFERENCE_IMS_PER_BATCH"):
-        del ours.SOLVER[key]
-    del ours.SOLVER.AMP["PRECISION"]
-    assert ours == stock
+    assert flat_config(stock).items() < flat_config(ours).items()
 
 
 def test_a_dumped_configuration_merges_into_a_users_own(tmp_path):
