@@ -62,6 +62,7 @@ class Checkpoints(HookBase):
         if iteration == self._saved:
             return
         self.trainer.check_finite()
+        self.trainer.share_metrics()
         if comm.is_main_process():
             self._save(iteration)
         self._saved = iteration

@@ -247,6 +247,12 @@ class Trainer(TrainerBase):
         self._count = 0
         self._start_window()
 
+    def share_metrics(self) -> None:
+        """Give every process the mean of their sums, so that a checkpoint, which one writes, holds what all measured."""
+        if self._count and comm.get_world_size() > 1:
+            torch.distributed.all_reduce(self._sums)
+            self._sums /= comm.get_world_size()
+
     def _start_window(self) -> None:
         """Begin to measure the rate anew."""
         self._timed = 0
