@@ -248,7 +248,7 @@ class Trainer(TrainerBase):
         self._start_window()
 
     def share_metrics(self) -> None:
-        """Give every process the mean of their sums, so that a checkpoint, which one writes, holds what all measured."""
+        """Give every process the mean of their sums, so that a checkpoint, which one writes, holds them all."""
         if self._count and comm.get_world_size() > 1:
             torch.distributed.all_reduce(self._sums)
             self._sums /= comm.get_world_size()
