@@ -17,17 +17,13 @@ from resnet_backbone.benchmarks.reference import PlainLoop
 from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
 from resnet_backbone.data.generated import write_classification
 from resnet_backbone.data.sources import open_source
-from resnet_backbone.engine.config import CfgNode, load_config, network_arguments
-from resnet_backbone.engine.optimizer import build_optimizer
-from resnet_backbone.engine.train import train
+from resnet_backbone.engine.config import CfgNode, load_config
 from resnet_backbone.engine.trainer import AUTOCAST_TYPES
 from resnet_backbone.errors import InputError, Interrupted
 from resnet_backbone.networks import build_network
-from resnet_backbone.networks import network_arguments as arguments_of
 from resnet_backbone.pretraining.batches import Normalise, TrainBatches
 from resnet_backbone.pretraining.config import get_config
-from resnet_backbone.pretraining.losses import classification_losses
-from resnet_backbone.weights import Metadata
+from resnet_backbone.pretraining.network import train_new
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -140,42 +136,14 @@ def train_on(
     images_of: Callable[[Any], Batch],
 ) -> None:
     """Run `engine.train.train`, with all its hooks, on what `batches(model, optimizer)` hands out, to its end."""
-    name = cfg.MODEL.NETWORK.NAME
-    arguments = network_arguments(cfg, arguments_of(name))
-    model = build_network(name, num_classes, **arguments).to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
-    optimizer = build_optimizer(cfg, model)
 
-    def until_measured(_start: int) -> Iterator[Any]:
+    def until_measured(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
         yield from batches(model, optimizer)
         raise _Measured
 
-    def metadata(_iterations: int, **_results: float) -> Metadata:
-        return Metadata(
-            kind="classifier",
-            architecture=name,
-            arguments=arguments,
-            channel_order=cfg.INPUT.FORMAT,
-            pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
-            pixel_std=tuple(cfg.MODEL.PIXEL_STD),
-            norm_statistics="running",
-            norm_epsilon=None,
-            class_names=tuple(map(str, range(num_classes))),
-        )
-
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(
-                cfg,
-                model=model,
-                optimizer=optimizer,
-                batches=until_measured,
-                compute=classification_losses(cfg, images_of),
-                evaluate=lambda _model: {},
-                metadata=metadata,
-                num_images=cfg.SOLVER.IMS_PER_BATCH,
-                folder=Path(folder),
-                resume_from=None,
-            )
+            train_new(cfg, num_classes, until_measured, images_of, Path(folder))
         except _Measured:
             pass
         except Interrupted:

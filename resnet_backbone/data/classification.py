@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from resnet_backbone.data.decode import decode, jpeg_size
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sampler import BatchSampler, EvaluationSampler
 from resnet_backbone.data.transforms import EvalTransform, TrainTransform
-from resnet_backbone.data.workers import prepare_worker
+from resnet_backbone.data.workers import Loader
 from resnet_backbone.errors import InputError
 
 ON_CORRUPT = ("stop", "skip")
@@ -115,7 +115,7 @@ def train_loader(
     pin_memory: bool = False,
     reduced_decoding: bool = False,
     on_corrupt: str = "stop",
-) -> DataLoader:
+) -> Loader:
     """Shuffled, augmented batches, each a `Batch`, one for each iteration from `start_iteration` on.
 
     Arguments:
@@ -139,7 +139,7 @@ def train_loader(
         rank=rank,
         world_size=world_size,
     )
-    return _loader(dataset, sampler, workers, pin_memory, collate)
+    return Loader(dataset, sampler, workers=workers, collate_fn=collate, pin_memory=pin_memory)
 
 
 def evaluation_loader(
@@ -152,7 +152,7 @@ def evaluation_loader(
     world_size: int = 1,
     pin_memory: bool = False,
     collate_samples: Callable[[list[tuple]], tuple] = default_collate,
-) -> DataLoader:
+) -> Loader:
     """Batches of `(images, labels)` with every image exactly once over all ranks, in order.
 
     Images are `(n, 3, H, W)` uint8, labels `(n,)` int64, with `n` at most `batch_size` (of this rank alone). They are
@@ -160,7 +160,7 @@ def evaluation_loader(
     """
     dataset = ClassificationDataset(source, transform, seed=0)
     sampler = EvaluationSampler(len(source), batch_size=batch_size, rank=rank, world_size=world_size)
-    return _loader(dataset, sampler, workers, pin_memory, collate_samples)
+    return Loader(dataset, sampler, workers=workers, collate_fn=collate_samples, pin_memory=pin_memory)
 
 
 def collate(samples: list[tuple]) -> Batch:
@@ -201,24 +201,3 @@ class CorruptCounter:
                 f"{100 * self.limit:.3g} %. The last one: {sentence}. Find all of them with tools/check_dataset.py and "
                 "repair or remove them, or raise DATALOADER.MAX_CORRUPT"
             )
-
-
-def _loader(
-    dataset: Dataset,
-    sampler: BatchSampler | EvaluationSampler,
-    workers: int,
-    pin_memory: bool,
-    collate_samples: Callable[[list[tuple]], tuple],
-) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate_samples,
-        persistent_workers=workers > 0,
-        worker_init_fn=prepare_worker,
-        pin_memory=pin_memory,
-        # The loader draws a number for its workers from this generator; from the global one it would shift the random
-        # numbers (dropout's) of a run that was stopped and resumed.
-        generator=torch.Generator(),
-    )

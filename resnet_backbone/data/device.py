@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from resnet_backbone.data.decode import decode
@@ -25,7 +25,7 @@ from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sampler import BatchSampler
 from resnet_backbone.data.transforms import PCA_VALUES, PCA_VECTORS, Plan, TrainTransform
-from resnet_backbone.data.workers import prepare_worker
+from resnet_backbone.data.workers import Loader
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def encoded_loader(
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader:
+) -> Loader:
     """`EncodedBatch`es, one for each iteration from `start_iteration` on; arguments as `train_loader`'s."""
     sampler = BatchSampler(
         len(source),
@@ -101,15 +101,8 @@ def encoded_loader(
         rank=rank,
         world_size=world_size,
     )
-    return DataLoader(
-        EncodedDataset(source, transform, seed=seed),
-        batch_sampler=sampler,
-        collate_fn=_collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=prepare_worker,
-        generator=torch.Generator(),  # leaves the global one, which dropout draws from, alone
-    )
+    dataset = EncodedDataset(source, transform, seed=seed)
+    return Loader(dataset, sampler, workers=workers, collate_fn=_collate)
 
 
 class DeviceAugment:

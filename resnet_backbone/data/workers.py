@@ -1,25 +1,59 @@
-"""What every loading process does first."""
+"""The processes that load: how they are started, and what each of them does first."""
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import cv2
 import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+# What asks a run to stop; a queue or a terminal often sends it to all processes of a run.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Loader(DataLoader):
+    """A DataLoader with `workers` processes that outlive signals to the whole run, or with 0 in this process.
+
+    The workers are forked, so they share the data set's memory and import nothing, also where this process was spawned
+    (whose children would be spawned by default).
+    """
+
+    def __init__(self, dataset: Dataset, batch_sampler: Sampler, *, workers: int, **options: Any):
+        super().__init__(
+            dataset,
+            batch_sampler=batch_sampler,
+            num_workers=workers,
+            worker_init_fn=prepare_worker,
+            multiprocessing_context="fork" if workers else None,
+            persistent_workers=workers > 0,
+            # A number for the workers is drawn from this generator; from the global one it would shift the random
+            # numbers (dropout's) of a run that was stopped and resumed.
+            generator=torch.Generator(),
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        # A worker that is being started inherits the mask, and gets no signal before `prepare_worker`.
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def prepare_worker(worker: int) -> None:
     """A DataLoader's `worker_init_fn`: one thread, since the workers are the parallelism, and deaf to strangers.
 
-    Signals that ask a run to stop often go to all of its processes. The training process decides when to leave, and
-    needs its workers until then. So they take SIGTERM, by which a DataLoader ends them, from it alone.
+    The training process decides when to leave, and needs its workers until then. So they take SIGTERM, by which a
+    DataLoader ends them, from it alone.
     """
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    for number in (signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    # Only a waiting thread is told who sent a signal.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # Only who waits for a signal is told who sent it, and only a blocked one can be waited for.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 
 

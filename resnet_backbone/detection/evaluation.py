@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.data.build import get_detection_dataset_dicts
@@ -19,6 +20,7 @@ from detectron2.evaluation import (
 )
 from torch import nn
 
+from resnet_backbone.data.workers import Loader
 from resnet_backbone.detection.loader import ReadableImages
 from resnet_backbone.engine.config import ConfigError
 
@@ -53,8 +55,9 @@ def evaluate(cfg: CfgNode, model: nn.Module, folder: Path) -> dict[str, Any]:
     """
     results = {}
     for name in cfg.DATASETS.TEST:
-        loader = build_detection_test_loader(cfg, name, mapper=ReadableImages(DatasetMapper(cfg, is_train=False)))
-        found = inference_on_dataset(model, loader, build_evaluator(name, _folder(cfg, name, folder)))
+        evaluator = build_evaluator(name, _folder(cfg, name, folder))
+        with torch.compiler.set_stance("force_eager"):  # its shapes are not those of training
+            found = inference_on_dataset(model, _loader(cfg, name), evaluator)
         # Plain floats: NumPy's, which the VOC evaluator gives, could not be read back from a checkpoint's metadata.
         results[name] = {task: {k: float(v) for k, v in metrics.items()} for task, metrics in found.items()}
         logger.info("%s: %s", name, _summary(results[name]))
@@ -71,6 +74,14 @@ def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
         with _quiet():
             evaluator = build_evaluator(name, None if in_memory else _folder(cfg, name, Path(cfg.OUTPUT_DIR)))
             inference_on_dataset(model, build_detection_test_loader(dicts, mapper=mapper), evaluator)
+
+
+def _loader(cfg: CfgNode, name: str) -> Loader:
+    """Detectron2's test loader for a data set, with worker processes like those of training."""
+    theirs = build_detection_test_loader(cfg, name, mapper=ReadableImages(DatasetMapper(cfg, is_train=False)))
+    return Loader(
+        theirs.dataset, theirs.batch_sampler, workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=theirs.collate_fn
+    )
 
 
 def _folder(cfg: CfgNode, name: str, folder: Path) -> Path:

@@ -4,17 +4,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.sampler import BatchSampler, seeded_globals
-from resnet_backbone.data.workers import prepare_worker
+from resnet_backbone.data.workers import Loader
 from resnet_backbone.engine.config import ConfigError
 
 
@@ -96,17 +95,7 @@ class TrainBatches:
 
     def __call__(self, start_iteration: int) -> Iterator[list[dict[str, Any]]]:
         workers = self._cfg.DATALOADER.NUM_WORKERS
-        return iter(
-            DataLoader(
-                self._dataset,
-                batch_sampler=self._sampler(start_iteration),
-                num_workers=workers,
-                collate_fn=_as_list,
-                worker_init_fn=prepare_worker,
-                # The loader draws a number for its workers; from the global generator it would shift everybody else's.
-                generator=torch.Generator(),
-            )
-        )
+        return iter(Loader(self._dataset, self._sampler(start_iteration), workers=workers, collate_fn=_as_list))
 
 
 def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -23,7 +23,6 @@ class NonFiniteGuard:
     """
 
     def __init__(self, model: nn.Module, *, gradients: bool = True):
-        self.model = model
         self.gradients = gradients
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         device = next(model.parameters()).device

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
@@ -101,8 +100,7 @@ class Evaluation(HookBase):
         if self.period <= 0 or self.trainer.iter == 0 or self.trainer.iter % self.period:
             return
         self.trainer.check_finite()  # evaluators fail in their own words on boxes that are not numbers
-        with torch.compiler.set_stance("force_eager"):  # its shapes are not those of training
-            results = flatten_results_dict(self._evaluate())
+        results = flatten_results_dict(self._evaluate())
         results = {name: float(value) for name, value in results.items()}
         self.trainer.storage.put_scalars(**results, smoothing_hint=False)
         # Detectron2's evaluators have results on the main process alone.

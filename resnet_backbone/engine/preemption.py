@@ -8,6 +8,7 @@ from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from resnet_backbone.engine.hooks import Checkpoints
 from resnet_backbone.errors import Interrupted
@@ -30,7 +31,6 @@ class Preemption(HookBase):
         self._checkpoints = checkpoints
         self._period = period
         self._received: str | None = None
-        self._may_leave = False
         self._former: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
@@ -54,20 +54,26 @@ class Preemption(HookBase):
             self._leave(received, self.trainer.iter)
 
     def interruptible(self, evaluate: Callable[[], dict]) -> dict:
-        """Call `evaluate`, which a signal ends at once: it is done again after the resume.
+        """Call `evaluate`, which ends after a signal as soon as a module is called: it is done again after the resume.
 
         Not with several processes, which would wait for each other: there it runs to its end.
         """
+        if comm.get_world_size() > 1:
+            return evaluate()
+        # The handler itself must not raise: whatever it interrupts, such as a `__del__`, may swallow that.
+        watch = register_module_forward_pre_hook(self._leave_evaluation)
         try:
-            self._may_leave = comm.get_world_size() == 1
-            if self._may_leave and self._received is not None:
-                raise _EvaluationLeft
+            self._leave_evaluation()
             return evaluate()
         except _EvaluationLeft:
-            self._may_leave = False
-            self._leave(self._received, self.trainer.iter - 1)
+            pass
         finally:
-            self._may_leave = False
+            watch.remove()
+        self._leave(self._received, self.trainer.iter - 1)
+
+    def _leave_evaluation(self, *_: Any) -> None:
+        if self._received is not None:
+            raise _EvaluationLeft
 
     def _leave(self, received: str, iteration: int) -> None:
         self._checkpoints.save(iteration)
@@ -86,6 +92,3 @@ class Preemption(HookBase):
             self._received = signal.Signals(number).name
             # Not by the logger, which may be in the middle of a line.
             os.write(2, f"{self._received}: finishing the step, then saving\n".encode())
-        if self._may_leave:
-            self._may_leave = False
-            raise _EvaluationLeft

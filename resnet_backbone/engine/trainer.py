@@ -230,10 +230,8 @@ class Trainer(TrainerBase):
         scale = self._scaler.get_scale()
         if scale < LOWEST_LOSS_SCALE:
             raise self._bad_iteration(self.iter, comm.all_gather(self._second_look(self.iter)))
+        self.share_metrics()
         values = self._sums / self._count
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(values)
-            values /= comm.get_world_size()
         seconds = time.perf_counter() - self._window_start
         self.storage.put_scalars(
             **dict(zip(self._metric_names, values.tolist(), strict=True)),

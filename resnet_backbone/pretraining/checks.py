@@ -8,7 +8,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,12 @@ from tabulate import tabulate
 
 from resnet_backbone.data.sources import open_source, register_source
 from resnet_backbone.data.subset import Subset
-from resnet_backbone.engine.config import ConfigError, network_arguments, set_key
-from resnet_backbone.engine.optimizer import build_optimizer
+from resnet_backbone.engine.config import ConfigError, set_key
 from resnet_backbone.engine.schedule import rescale_for_batch
-from resnet_backbone.engine.train import check_batch, choose_seed, train
-from resnet_backbone.networks import build_network
-from resnet_backbone.networks import network_arguments as arguments_of
-from resnet_backbone.pretraining.batches import TrainBatches, as_config_error
-from resnet_backbone.pretraining.losses import ImagesOf, classification_losses
+from resnet_backbone.engine.train import check_batch, choose_seed
+from resnet_backbone.pretraining.batches import TrainBatches
+from resnet_backbone.pretraining.network import train_new
 from resnet_backbone.pretraining.run import run
-from resnet_backbone.weights import Metadata
 
 TEST_BATCHES = 2  # that try_run evaluates on
 SOME = "some images of DATASETS.TEST"  # the name of their data set
@@ -101,12 +97,14 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
         one = next(iter(batches(0)))
         rows = []
         for title, feed in (
-            (short.DATASETS.TRAIN[0], batches),
-            ("one batch, repeated", lambda _: itertools.repeat(one)),
+            (short.DATASETS.TRAIN[0], lambda *_: batches(0)),
+            ("one batch, repeated", lambda *_: itertools.repeat(one)),
         ):
             target = folder / str(len(rows))
             target.mkdir(exist_ok=True)
-            measured = _measure(short, feed, batches.images_of, len(source.class_names), target)
+            train_new(short, len(source.class_names), feed, batches.images_of, target)
+            comm.synchronize()  # the main process has written
+            measured = json.loads((target / "metrics.json").read_text().splitlines()[-1])
             rows.append((title, measured["images_per_second"], 100 * measured["data_share"]))
     if comm.is_main_process():
         precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
@@ -115,48 +113,6 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
             f"process(es), {cfg.MODEL.DEVICE}, {precision}; {iterations} iterations, after {iterations} of warm-up"
         )
         print(tabulate(rows, ("data", "images/s", "waiting for data, % of the time"), floatfmt=".1f"))
-
-
-def _measure(
-    cfg: CfgNode,
-    feed: Callable[[int], Iterable[Any]],
-    images_of: ImagesOf,
-    num_classes: int,
-    folder: Path,
-) -> dict[str, float]:
-    """Train a new network on the batches of `feed`; return the metrics of the last LOG_PERIOD iterations."""
-    with as_config_error("MODEL.NETWORK"):
-        arguments = network_arguments(cfg, arguments_of(cfg.MODEL.NETWORK.NAME))
-        model = build_network(cfg.MODEL.NETWORK.NAME, num_classes, **arguments)
-    model = model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
-
-    def metadata(_: int) -> Metadata:
-        return Metadata(
-            kind="classifier",
-            architecture=cfg.MODEL.NETWORK.NAME,
-            arguments=arguments,
-            channel_order=cfg.INPUT.FORMAT,
-            pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
-            pixel_std=tuple(cfg.MODEL.PIXEL_STD),
-            norm_statistics="never",
-            norm_epsilon=None,
-            class_names=(),
-        )
-
-    train(
-        cfg,
-        model=model,
-        optimizer=build_optimizer(cfg, model),
-        batches=feed,
-        compute=classification_losses(cfg, images_of),
-        evaluate=lambda _: {},
-        metadata=metadata,
-        num_images=cfg.SOLVER.IMS_PER_BATCH,
-        folder=folder,
-        resume_from=None,
-    )
-    comm.synchronize()  # the main process has written
-    return json.loads((folder / "metrics.json").read_text().splitlines()[-1])
 
 
 def _shortened(cfg: CfgNode, folder: Path, keys: Mapping[str, Any]) -> CfgNode:

@@ -128,7 +128,8 @@ class Evaluator:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Evaluate the network of the configuration, with the ensemble's where there is one."""
         images = EvaluationSampler(len(self._source), batch_size=1, **_shares())
-        results = self._evaluate(model, self._batches(), images=len(images))
+        with torch.compiler.set_stance("force_eager"):  # its shapes are not those of training
+            results = self._evaluate(model, self._batches(), images=len(images))
         logger.info(
             "top-1 %.2f %%, top-5 %.2f %%, cross entropy %.4f of %d images (%s, %s%s)",
             *results.values(),

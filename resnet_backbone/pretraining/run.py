@@ -11,18 +11,18 @@ from torch import nn
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.data.subset import hold_out
-from resnet_backbone.engine.config import ConfigError, fill_from_metadata, network_arguments, origin, set_key
+from resnet_backbone.engine.config import ConfigError, fill_from_metadata, origin, set_key
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, versions, write_config
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics
 from resnet_backbone.engine.pretrained import read_with_statements, statements
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, check_solver, choose_seed, train
-from resnet_backbone.networks import FrozenBatchNorm2d, build_network
-from resnet_backbone.networks import network_arguments as arguments_of
-from resnet_backbone.pretraining.batches import Normalise, TrainBatches, as_config_error, crop_size
+from resnet_backbone.networks import FrozenBatchNorm2d
+from resnet_backbone.pretraining.batches import Normalise, TrainBatches, crop_size
 from resnet_backbone.pretraining.evaluation import Evaluator, load_ensemble
 from resnet_backbone.pretraining.losses import classification_losses
+from resnet_backbone.pretraining.network import build_classifier
 from resnet_backbone.weights import Checkpoint, Metadata, load_state, write_checkpoint, write_json
 
 logger = logging.getLogger(__name__)
@@ -119,8 +119,7 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         if layers := estimate_norm_statistics(trained, images, iterations):
             precise = True
             logger.info("precise BN: %d layers over %d batches", layers, iterations)
-    with torch.compiler.set_stance("force_eager"):  # its shapes are not those of training
-        results = evaluate(trained)
+    results = evaluate(trained)
     if comm.is_main_process():
         final = metadata(cfg.SOLVER.MAX_ITER, precise=precise, top1=results["top1"], top5=results["top5"])
         write_checkpoint(folder / FINAL, Checkpoint(trained.state_dict(), final))
@@ -196,9 +195,7 @@ def _build_model(
     cfg: CfgNode, weights: Checkpoint | None, num_classes: int
 ) -> tuple[nn.Module, dict[str, bool | float | str]]:
     """The network on its device, with the weights that it starts from, and the arguments that it was built with."""
-    with as_config_error("MODEL.NETWORK"):
-        arguments = network_arguments(cfg, arguments_of(cfg.MODEL.NETWORK.NAME))
-        model = build_network(cfg.MODEL.NETWORK.NAME, num_classes, **arguments)
+    model, arguments = build_classifier(cfg, num_classes)
     if weights is not None:
         file = cfg.MODEL.WEIGHTS if weights.trainer is None else "the last checkpoint"
         logger.info(load_state(model, weights.model, part="network", source=file))

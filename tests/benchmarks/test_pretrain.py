@@ -10,10 +10,10 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
-from resnet_backbone.benchmarks import pretrain
 from resnet_backbone.benchmarks.pretrain import BARE, COMPILED, OURS, PLAIN, TUNED, Conduct, Task, compare_networks
-from resnet_backbone.errors import InputError
+from resnet_backbone.errors import InputError, Interrupted
 from resnet_backbone.networks.stages import StagedNetwork
+from resnet_backbone.pretraining import network
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
 ROUNDS, ITERATIONS, CIFAR_ITERATIONS, WARM_UP = 3, 2, 1, 1
@@ -54,7 +54,7 @@ def watched():
 @pytest.fixture(scope="module")
 def measured():
     """Comparisons of resnet18 and cifar_resnet20, what the networks were given, the runs and the files they wrote."""
-    runs, real = [], pretrain.train
+    runs, real = [], network.train
 
     def train(cfg, *, folder, optimizer, **arguments):
         try:
@@ -65,7 +65,7 @@ def measured():
 
     lines = []
     with pytest.MonkeyPatch.context() as patch, watched() as given:
-        patch.setattr(pretrain, "train", train)
+        patch.setattr(network, "train", train)
         comparisons = compare_networks([tiny("resnet18"), tiny("cifar_resnet20")], conduct(), lines.append)
     return SimpleNamespace(comparisons=comparisons, given=given, runs=runs, lines=lines)
 
@@ -135,17 +135,17 @@ def test_a_batch_that_the_memory_does_not_hold(monkeypatch):
     def train(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(pretrain, "train", train)
+    monkeypatch.setattr(network, "train", train)
     with pytest.raises(InputError, match="resnet18: the GPU's memory does not hold --batch 2; lower it"):
         compare_networks([tiny("resnet18")], conduct(), print)
 
 
 def test_a_signal_ends_it_without_a_promise_to_resume(monkeypatch):
     def train(*arguments, **named):
-        raise pretrain.Interrupted("SIGTERM: saved after 3 of 5 iterations. Go on with --resume.")
+        raise Interrupted("SIGTERM: saved after 3 of 5 iterations. Go on with --resume.")
 
-    monkeypatch.setattr(pretrain, "train", train)
-    with pytest.raises(pretrain.Interrupted, match=r"^stopped by a signal; nothing was written$"):
+    monkeypatch.setattr(network, "train", train)
+    with pytest.raises(Interrupted, match=r"^stopped by a signal; nothing was written$"):
         compare_networks([tiny("resnet18")], conduct(), print)
 
 

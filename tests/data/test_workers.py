@@ -6,8 +6,9 @@ import sys
 import time
 
 import pytest
+from torch.utils.data import Dataset
 
-from resnet_backbone.data.workers import prepare_worker
+from resnet_backbone.data.workers import STOPPING, Loader, prepare_worker
 
 
 def work(ready) -> None:
@@ -28,7 +29,7 @@ def worker():
     process.join()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPPING)
 def test_a_strangers_signals_do_nothing(worker, number):
     send = f"import os; os.kill({worker.pid}, {int(number)})"
     subprocess.run([sys.executable, "-c", send], check=True)
@@ -41,3 +42,55 @@ def test_the_parent_ends_it(worker):
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
+
+
+class Numbers(Dataset):
+    def __init__(self):
+        self.unpicklable = lambda: None
+
+    def __getitem__(self, number: int) -> int:
+        return number
+
+
+def load() -> list[list[int]]:
+    return [batch.tolist() for batch in Loader(Numbers(), [[3, 1], [2]], workers=2)]
+
+
+def test_workers_are_forked_where_others_would_be_spawned(monkeypatch):
+    """As in a process that was spawned itself."""
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("spawn")
+    )
+    assert multiprocessing.get_start_method() == "spawn"
+    assert load() == [[3, 1], [2]]
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_reaches_a_worker_at_its_very_beginning(monkeypatch, number):
+    fork, workers = os.fork, []
+
+    def signalled() -> int:
+        if (child := fork()) == 0:
+            os.kill(os.getpid(), number)
+        workers.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", signalled)
+    assert load() == [[3, 1], [2]]
+    assert len(workers) == 2
+
+
+def test_a_signal_to_this_process_meanwhile_is_not_lost(monkeypatch):
+    fork, received = os.fork, []
+
+    def signalled() -> int:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", signalled)
+    former = signal.signal(signal.SIGUSR1, lambda *_: received.append(os.getpid()))
+    try:
+        assert load() == [[3, 1], [2]]
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+    assert set(received) == {os.getpid()}

@@ -53,6 +53,13 @@ def test_a_perfect_detector_has_100_ap(cfg, scenes, tmp_path):
     assert all(type(value) is float for value in results["bbox"].values())
 
 
+def test_with_workers_it_is_the_same(cfg, scenes, tmp_path):
+    model = Oracle(scenes)
+    cfg.DATALOADER.NUM_WORKERS = 2
+    assert evaluate(cfg, model, tmp_path)["bbox"]["AP"] == pytest.approx(100)
+    assert model.seen == [record["image_id"] for record in DatasetCatalog.get(scenes)]
+
+
 def test_a_missed_class_costs_its_share(cfg, scenes, tmp_path):
     present = {a["category_id"] for r in DatasetCatalog.get(scenes) for a in r["annotations"]}
     missed = min(present)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.engine import HookBase
+from torch import nn
 
 from resnet_backbone.engine.hooks import Checkpoints, Evaluation
 from resnet_backbone.engine.output import read_last_checkpoint
@@ -103,6 +104,7 @@ class TestInAnEvaluation:
         def evaluate(i):
             try:
                 send(signal.SIGTERM, 5)(i)
+                nn.Identity()(i)
                 reached.append("on")
             except Exception:
                 reached.append("swallowed")
@@ -110,6 +112,26 @@ class TestInAnEvaluation:
         with pytest.raises(Interrupted):
             Run(cfg, tmp_path / "run", during_evaluation=evaluate)
         assert reached == []
+
+    def test_it_may_come_where_nothing_can_be_raised(self, cfg, tmp_path):
+        cfg.TEST.EVAL_PERIOD = 5
+
+        class Sender:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                gone.append(1)
+
+        gone = []
+        with pytest.raises(Interrupted, match="SIGTERM: saved after 5 of 10"):
+            Run(cfg, tmp_path / "run", during_evaluation=lambda _: Sender() and None)
+        assert gone == [1]
+
+    def test_nothing_watches_modules_afterwards(self, cfg, tmp_path):
+        cfg.TEST.EVAL_PERIOD = 5
+        Run(cfg, tmp_path / "run", scores=float)
+        with pytest.raises(Interrupted):
+            Run(cfg, tmp_path / "left", during_evaluation=send(signal.SIGTERM, 5))
+        assert not nn.modules.module._global_forward_pre_hooks
 
     def test_one_that_came_before_it_began(self):
         """Between two steps: the evaluation is not begun."""

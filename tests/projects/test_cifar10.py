@@ -1,7 +1,6 @@
 """The experiment on CIFAR-10: the paper's recipe and numbers, aggregation, the report, and the command end to end."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -28,14 +27,11 @@ JPEG_COPIES = Path(__file__).parents[2].parent / "shared" / "data" / "cifar10_jp
 
 
 @pytest.fixture(scope="module")
-def run():
+def run(load_script):
     """`run.py` as a module."""
-    sys.path.insert(0, str(PROJECT))
-    spec = importlib.util.spec_from_file_location("cifar10_run", PROJECT / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(PROJECT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PROJECT)  # as Python does, for the processes that it starts too
+        yield load_script(PROJECT / "run.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """The comparison, end to end at a tiny size, as a user starts it."""
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import cv2
@@ -26,14 +24,11 @@ MODEL.RPN.POST_NMS_TOPK_TEST 10  DATALOADER.NUM_WORKERS 0
 
 
 @pytest.fixture(scope="module")
-def run():
+def run(load_script):
     """`run.py` as a module."""
-    sys.path.insert(0, str(PROJECT))
-    spec = importlib.util.spec_from_file_location("coco_transfer_run", PROJECT / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(PROJECT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PROJECT)  # as Python does, for the processes that it starts too
+        yield load_script(PROJECT / "run.py")
 
 
 def _arguments(output, shapes, scenes, *more) -> list[str]:

@@ -1,7 +1,6 @@
 """The signal and gradient measurement where theory gives the values, and the command at a tiny size."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import sys
@@ -18,14 +17,11 @@ PROJECT = Path(__file__).parents[2] / "projects" / "signal_propagation"
 
 
 @pytest.fixture(scope="module")
-def run():
+def run(load_script):
     """`run.py` as a module."""
-    sys.path.insert(0, str(PROJECT))
-    spec = importlib.util.spec_from_file_location("signal_propagation_run", PROJECT / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(PROJECT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PROJECT)  # as Python does, for the processes that it starts too
+        yield load_script(PROJECT / "run.py")
 
 
 @pytest.fixture(scope="module")

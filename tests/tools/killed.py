@@ -152,6 +152,7 @@ def hold() -> None:
 def run(words: list[str], output: str, accident: list) -> None:
     """Become `python tools/pretrain.py WORDS`, as the leader of a process group, printing to the file `output`."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(log, 1)

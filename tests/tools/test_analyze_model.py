@@ -1,7 +1,6 @@
 """tools/analyze_model.py as a user calls it, and the page that it made."""
 
 import functools
-import importlib.util
 import json
 import re
 import subprocess
@@ -17,10 +16,8 @@ PAGE = ROOT / "docs" / "networks.md"
 
 
 @pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("tool_analyze_model", ROOT / "tools" / "analyze_model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def main(load_script):
+    module = load_script(ROOT / "tools" / "analyze_model.py")
     # Two tests ask for all networks, which takes seconds.
     module.analyze_catalogue = functools.cache(module.analyze_catalogue)
     return module.main

@@ -1,6 +1,5 @@
 """tools/benchmark.py as a user calls it, in its shortest form."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,11 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("tool_benchmark", ROOT / "tools" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def main(load_script):
+    return load_script(ROOT / "tools" / "benchmark.py").main
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """tools/check_dataset.py as a user calls it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,11 +11,8 @@ TOOL = Path(__file__).parents[2] / "tools" / "check_dataset.py"
 
 
 @pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("tool_check_dataset", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def main(load_script):
+    return load_script(TOOL).main
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """tools/convert_weights.py as a user calls it."""
 
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -20,12 +19,9 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "convert_weights.py"
 
 
 @pytest.fixture(scope="module")
-def main():
+def main(load_script):
     """The tool's `main`, called in this process."""
-    spec = importlib.util.spec_from_file_location("tool_convert_weights", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script(SCRIPT).main
 
 
 @pytest.fixture(scope="module")

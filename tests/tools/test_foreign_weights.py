@@ -1,6 +1,5 @@
 """Weights of other libraries through the tools: evaluated, converted, trained, written in every format, read again."""
 
-import importlib.util
 import json
 import pickle
 from pathlib import Path
@@ -37,16 +36,9 @@ BGR = "INPUT.FORMAT BGR MODEL.PIXEL_MEAN [103.53,116.28,123.675] MODEL.PIXEL_STD
 
 
 @pytest.fixture(scope="module")
-def tool():
+def tool(load_script):
     """The function that gives a tool's `main`, to be called in this process: an import of everything takes seconds."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.main
-
-    return load
+    return lambda name: load_script(ROOT / "tools" / f"{name}.py").main
 
 
 def trained(net: nn.Module) -> nn.Module:

@@ -23,11 +23,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "install_detectron2.py"
 
 
 @pytest.fixture(scope="module")
-def installer():
-    spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def installer(load_script):
+    return load_script(SCRIPT)
 
 
 def made_by_script() -> bool:
