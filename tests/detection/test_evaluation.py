@@ -60,6 +60,16 @@ def test_with_workers_it_is_the_same(cfg, scenes, tmp_path):
     assert model.seen == [record["image_id"] for record in DatasetCatalog.get(scenes)]
 
 
+def test_a_compiled_detector_runs_uncompiled(cfg, scenes, tmp_path):
+    """Compiled for training, it would be compiled anew for each image's shape."""
+    model, compiled = Oracle(scenes), []
+    model.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    evaluate(cfg, model, tmp_path)
+    assert model.seen and compiled == []
+    model([{"image_id": model.seen[0], "height": 9, "width": 9}])
+    assert compiled
+
+
 def test_a_missed_class_costs_its_share(cfg, scenes, tmp_path):
     present = {a["category_id"] for r in DatasetCatalog.get(scenes) for a in r["annotations"]}
     missed = min(present)

@@ -7,15 +7,7 @@ import torch.distributed as dist
 from resnet_backbone.engine import launch
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.errors import InputError, Interrupted
-
-VARIABLES = {
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "node1",
-    "MASTER_PORT": "29500",
-}
+from tests.engine.tiny import VARIABLES
 
 
 class TestArguments:

@@ -12,24 +12,15 @@ from detectron2.config import get_cfg
 from resnet_backbone.detection import add_network_config
 from resnet_backbone.engine import output
 from resnet_backbone.engine.config import ConfigError, load_config
-from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, read_checkpoint
-
-METADATA = Metadata(
-    kind="classifier",
-    architecture="resnet18",
-    arguments={},
-    channel_order="RGB",
-    pixel_mean=(0.0, 0.0, 0.0),
-    pixel_std=(1.0, 1.0, 1.0),
-    norm_statistics="running",
-    norm_epsilon=1e-5,
-    class_names=("a",),
-)
+from resnet_backbone.weights import Checkpoint, CheckpointError, read_checkpoint
+from tests.engine.tiny import metadata
 
 
 def save(folder, iteration: int, **arguments):
     model = {"weight": torch.full((100,), float(iteration))}
-    return output.save_training_checkpoint(folder, Checkpoint(model, METADATA, iteration, {"seed": 0}), **arguments)
+    return output.save_training_checkpoint(
+        folder, Checkpoint(model, metadata(iteration + 1), iteration, {"seed": 0}), **arguments
+    )
 
 
 class TestOpen:
@@ -112,7 +103,7 @@ class TestLastCheckpoint:
             path = save(tmp_path, iteration)
         assert path.name == "model_0000012.pth"
         last = output.read_last_checkpoint(tmp_path)
-        assert last.iteration == 12 and last.model["weight"][0] == 12 and last.metadata == METADATA
+        assert last.iteration == 12 and last.model["weight"][0] == 12 and last.metadata == metadata(13)
         assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000003.pth", "model_0000012.pth"]
 
     def test_the_note_follows_the_file(self, tmp_path, monkeypatch):
@@ -209,7 +200,7 @@ class TestKeep:
 
 def test_the_best_is_for_use_not_for_resuming(tmp_path):
     save(tmp_path, 3)
-    output.save_best_checkpoint(tmp_path, Checkpoint({"weight": torch.ones(2)}, METADATA))
+    output.save_best_checkpoint(tmp_path, Checkpoint({"weight": torch.ones(2)}, metadata(0)))
     assert output.read_last_checkpoint(tmp_path).iteration == 3
     best = read_checkpoint(tmp_path / "model_best.pth")
     assert best.trainer is None and best.iteration is None and torch.equal(best.model["weight"], torch.ones(2))

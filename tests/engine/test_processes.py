@@ -15,19 +15,12 @@ from resnet_backbone.engine import processes
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.processes import Ending, Place, given_place
 from resnet_backbone.errors import InputError, Interrupted
+from tests.engine.tiny import VARIABLES
 
 SCRIPT = Path(__file__).with_name("launched.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 LIMIT = 200  # seconds that something may take on a machine with better things to do
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-VARIABLES = {
-    "RANK": "5",
-    "WORLD_SIZE": "8",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_ADDR": "node1",
-    "MASTER_PORT": "29500",
-}
 
 
 def words(what: str, number: int, folder: Path) -> list[str]:

@@ -22,6 +22,15 @@ from resnet_backbone.weights import Metadata
 
 IMAGES = torch.randn(37, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 TIMES = ("images_per_second", "data_share")
+# What torchrun tells a process: the second of four on the second machine.
+VARIABLES = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}
 
 
 class Batch(NamedTuple):

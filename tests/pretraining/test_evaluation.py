@@ -179,6 +179,15 @@ class TestEvaluateClassifier:
 
 
 class TestEvaluator:
+    def test_a_compiled_network_runs_uncompiled(self, config, seven):
+        """Compiled for training's shapes, it would be compiled anew."""
+        cfg, compiled, model = config(), [], network()
+        model.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+        Evaluator(cfg, open_source(seven), Normalise(cfg))(model)
+        assert compiled == []
+        model(torch.zeros(1, 3, 32, 32))
+        assert compiled
+
     @pytest.mark.parametrize("batch", [1, 3, 7])
     def test_one_crop(self, config, seven, batch):
         cfg = config("TEST.IMS_PER_BATCH", batch)

@@ -27,14 +27,6 @@ JPEG_COPIES = Path(__file__).parents[2].parent / "shared" / "data" / "cifar10_jp
 
 
 @pytest.fixture(scope="module")
-def run(load_script):
-    """`run.py` as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(PROJECT)  # as Python does, for the processes that it starts too
-        yield load_script(PROJECT / "run.py")
-
-
-@pytest.fixture(scope="module")
 def project(run):
     """The modules of the package by name."""
     return {name: sys.modules[f"cifar10.{name}"] for name in ("plan", "dataset", "runs", "results", "report", "figure")}

@@ -23,14 +23,6 @@ MODEL.RPN.POST_NMS_TOPK_TEST 10  DATALOADER.NUM_WORKERS 0
 """
 
 
-@pytest.fixture(scope="module")
-def run(load_script):
-    """`run.py` as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(PROJECT)  # as Python does, for the processes that it starts too
-        yield load_script(PROJECT / "run.py")
-
-
 def _arguments(output, shapes, scenes, *more) -> list[str]:
     data = ["--pretrain-data", shapes, shapes, "--detection-data", scenes, scenes]
     keys = ["--pretrain", *PRETRAIN.split(), "--detection", *DETECTION.split()]

@@ -17,14 +17,6 @@ PROJECT = Path(__file__).parents[2] / "projects" / "signal_propagation"
 
 
 @pytest.fixture(scope="module")
-def run(load_script):
-    """`run.py` as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(PROJECT)  # as Python does, for the processes that it starts too
-        yield load_script(PROJECT / "run.py")
-
-
-@pytest.fixture(scope="module")
 def measure(run):
     return sys.modules["signal_propagation.measure"]
 

@@ -1,0 +1,9 @@
+import pytest
+
+
+@pytest.fixture(scope="module")
+def run(request, load_script):
+    """`run.py` of the project that the module's PROJECT names, as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(request.module.PROJECT)  # as Python does, for the processes that it starts too
+        yield load_script(request.module.PROJECT / "run.py")
