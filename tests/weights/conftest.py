@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from resnet_backbone.networks import build_network
 from resnet_backbone.weights import Checkpoint, Metadata
+from tests.weights.networks import randomized
 
 
 @pytest.fixture
@@ -43,3 +45,15 @@ def checkpoint(metadata) -> Checkpoint:
     }
     trainer = {"optimizer": {"state": {0: {"momentum_buffer": model["weight"].clone()}}, "param_groups": [{"lr": 0.1}]}}
     return Checkpoint(model, metadata(), iteration=41, trainer={**trainer, "seed": 7})
+
+
+@pytest.fixture
+def narrow(metadata):
+    """The function `(name, …)` that gives a checkpoint of a randomized narrow network."""
+
+    def make(name, **arguments) -> Checkpoint:
+        arguments = {"width": 1.0 if name == "resnet18" else 0.125, **arguments}
+        net = randomized(build_network(name, 3, **arguments))
+        return Checkpoint(net.state_dict(), metadata(architecture=name, arguments=arguments))
+
+    return make
