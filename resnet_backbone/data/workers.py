@@ -1,5 +1,6 @@
 """The processes that load: how they are started, and what each of them does first."""
 
+import gc
 import os
 import signal
 import threading
@@ -52,6 +53,8 @@ def prepare_worker(worker: int) -> None:
     """
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    # The collector marks every object it looks at, and so would copy what the workers share with their parent.
+    gc.freeze()
     # Only who waits for a signal is told who sent it, and only a blocked one can be waited for.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()

@@ -23,6 +23,11 @@ def _write_tar(path: Path, members: dict[str, bytes]) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
+def _private_memory(process: int) -> float:
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:")) / 1024
+
+
 @pytest.fixture
 def write_tar():
     """The function `(path, {member name: bytes})` that writes a tar archive."""
@@ -33,6 +38,14 @@ def write_tar():
 def png():
     """The function `(rng, height=…, width=…)` that gives a PNG file of random pixels."""
     return _png
+
+
+@pytest.fixture
+def private_memory():
+    """The function `(process)` that gives the MB that belong to this process alone and that it has written to."""
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("needs Linux's /proc/PID/smaps_rollup")
+    return _private_memory
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import gc
 import multiprocessing
 import os
 import signal
@@ -94,3 +95,22 @@ def test_a_signal_to_this_process_meanwhile_is_not_lost(monkeypatch):
     finally:
         signal.signal(signal.SIGUSR1, former)
     assert set(received) == {os.getpid()}
+
+
+class Collected(Dataset):
+    """The MB that the worker has for itself; from number 1 on, after a collection."""
+
+    def __init__(self, private_memory):
+        self.private_memory = private_memory
+
+    def __getitem__(self, number: int) -> float:
+        if number:
+            gc.collect()
+        return self.private_memory(os.getpid())
+
+
+def test_a_collection_copies_nothing_of_the_parent(private_memory):
+    shared = [[number] for number in range(500_000)]
+    before, after = (float(batch) for batch in Loader(Collected(private_memory), [[0], [1]], workers=1))
+    assert after - before < 4
+    assert len(shared) == 500_000

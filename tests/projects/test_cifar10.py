@@ -282,6 +282,25 @@ def test_the_figure_shows_each_curve_in_its_panel(project, tmp_path, monkeypatch
     assert cv2.imread(str(tmp_path / "figure6.png")).shape[1] == 800
 
 
+@pytest.mark.parametrize(
+    ("networks", "panels"),
+    [
+        (["cifar_resnet18"], ["others"]),
+        (["cifar_resnet18", "cifar_resnet56", "cifar_resnet20"], ["residual", "others"]),
+        (["cifar_plain20"], ["plain"]),
+    ],
+)
+def test_every_network_has_a_panel_and_every_panel_a_network(project, tmp_path, monkeypatch, networks, panels):
+    figures = []
+    monkeypatch.setattr(project["figure"].plt, "close", figures.append)
+    project["figure"].draw({name: [_record(name)] for name in networks}, tmp_path / "figure6.png")
+    axes = figures[0].axes
+    assert [each.get_title() for each in axes] == panels
+    assert sum(len(each.lines) for each in axes) == 2 * len(networks)
+    if panels[-1] == "others":
+        assert [text.get_text() for text in axes[-1].get_legend().get_texts()] == ["cifar_resnet18"]
+
+
 # ---- data
 
 

@@ -1,4 +1,4 @@
-"""The paper's Figure 6: error over iterations, plain networks left and residual ones right, a colour a depth."""
+"""The paper's Figure 6: error over iterations, plain and residual networks side by side, a colour a depth."""
 
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,26 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Training error dashed and test error solid, of each network the mean over its seeds.
 
     Args:
-        runs: records by network. Networks that are not in the paper's figure are left out.
+        runs: records by network. Networks that are not in the paper's figure get a panel of their own.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, constrained_layout=True)
+    families = {
+        "plain": {f"{depth} layers": (name, COLORS[depth]) for depth, name in PLAIN.items() if name in runs},
+        "residual": {f"{depth} layers": (name, COLORS[depth]) for depth, name in RESIDUAL.items() if name in runs},
+    }
+    others = sorted(set(runs) - {*PLAIN.values(), *RESIDUAL.values()})
+    families["others"] = {name: (name, f"C{number}") for number, name in enumerate(others)}
+    families = {family: networks for family, networks in families.items() if networks}
+    figure, panels = plt.subplots(
+        1, len(families), figsize=(5 * len(families), 4.2), sharey=True, squeeze=False, constrained_layout=True
+    )
+    panels = panels[0]
     full = next(iter(runs.values()))[0]["scale"] == "paper"
-    for axes, (family, names) in zip(panels, (("plain", PLAIN), ("residual", RESIDUAL)), strict=True):
-        for depth, name in names.items():
-            if name in runs:
-                _network(axes, runs[name], unit=1e4 if full else 1, color=COLORS[depth], label=f"{depth} layers")
+    for axes, (family, networks) in zip(panels, families.items(), strict=True):
+        for label, (name, color) in networks.items():
+            _network(axes, runs[name], unit=1e4 if full else 1, color=color, label=label)
         axes.set(title=family, xlabel="iteration (1e4)" if full else "iteration")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(frameon=False, loc="upper right")
+        axes.legend(frameon=False, loc="upper right")
     panels[0].set(ylabel="error (%); dashed: training, solid: test")
     if full:
         panels[0].set(ylim=(0, PAPER_LIMIT), yticks=range(0, PAPER_LIMIT + 1, 5))

@@ -16,7 +16,7 @@ PAPER_110 = "6.43 (6.61 ± 0.16)"
 PAPER_PLAIN_110 = "above 60 (Figure 6)"
 
 WHAT_IT_IS = {
-    "paper": "The paper's schedule (section 4.2).",
+    "paper": "The paper's schedule (section 4.2), but for the differences below.",
     "cpu": "A part of the images and few iterations, for two CPU cores. What is compared is the training error, which "
     "is where the paper sees degradation; the absolute numbers are not the paper's.",
     "smoke": "Three iterations: it shows that everything works, and nothing else.",
