@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib
 
-from cifar10.plan import PLAIN, RESIDUAL
+from cifar10.plan import PLAIN, RESIDUAL, by_family
 from cifar10.results import mean_curve
 from resnet_backbone.weights import atomic_write
 
@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLORS = {20: "#c9a800", 32: "#17a2b8", 44: "#2e9e3f", 56: "#d62728", 110: "#222222", 1202: "#8e44ad"}
+STYLES = {name: (f"{depth} layers", COLORS[depth]) for names in (PLAIN, RESIDUAL) for depth, name in names.items()}
 PAPER_LIMIT = 20  # per cent: where the paper's axis ends
 
 
@@ -22,20 +23,15 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     Args:
         runs: records by network. Networks that are not in the paper's figure get a panel of their own.
     """
-    families = {
-        "plain": {f"{depth} layers": (name, COLORS[depth]) for depth, name in PLAIN.items() if name in runs},
-        "residual": {f"{depth} layers": (name, COLORS[depth]) for depth, name in RESIDUAL.items() if name in runs},
-    }
-    others = sorted(set(runs) - {*PLAIN.values(), *RESIDUAL.values()})
-    families["others"] = {name: (name, f"C{number}") for number, name in enumerate(others)}
-    families = {family: networks for family, networks in families.items() if networks}
+    families = by_family(runs)
     figure, panels = plt.subplots(
         1, len(families), figsize=(5 * len(families), 4.2), sharey=True, squeeze=False, constrained_layout=True
     )
     panels = panels[0]
     full = next(iter(runs.values()))[0]["scale"] == "paper"
     for axes, (family, networks) in zip(panels, families.items(), strict=True):
-        for label, (name, color) in networks.items():
+        for number, name in enumerate(networks):
+            label, color = STYLES.get(name, (name, f"C{number}"))
             _network(axes, runs[name], unit=1e4 if full else 1, color=color, label=label)
         axes.set(title=family, xlabel="iteration (1e4)" if full else "iteration")
         axes.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """What is to be done: which networks and seeds, and the configuration of each run."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,6 +125,16 @@ class Plan:
 def records(output: Path) -> Path:
     """The folder of the finished runs' numbers."""
     return output / "runs"
+
+
+def by_family(networks: Collection[str]) -> dict[str, list[str]]:
+    """The plain, the residual and the other ones of `networks`, by depth or name; a family without any is left out."""
+    families = {
+        "plain": [name for name in PLAIN.values() if name in networks],
+        "residual": [name for name in RESIDUAL.values() if name in networks],
+        "others": sorted(set(networks) - {*PLAIN.values(), *RESIDUAL.values()}),
+    }
+    return {family: names for family, names in families.items() if names}
 
 
 def parameters(network: str, width: float = 1.0) -> int:

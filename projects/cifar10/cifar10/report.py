@@ -1,12 +1,13 @@
 """Table 6 of the paper with the numbers measured here beside it, and what they say about depth, as Markdown."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from cifar10.figure import draw
-from cifar10.plan import PLAIN, RESIDUAL, parameters
+from cifar10.plan import PLAIN, RESIDUAL, by_family, parameters
 from cifar10.results import Summary, read_records, summarise
 from resnet_backbone.weights import atomic_write
 
@@ -122,9 +123,8 @@ def differences(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def _table(runs: dict[str, list[dict[str, Any]]]) -> str:
     rows = []
-    known = [*PLAIN.values(), *RESIDUAL.values()]
     full = next(iter(runs.values()))[0]["scale"] == "paper"
-    for network in [*(name for name in known if name in runs), *sorted(set(runs) - set(known))]:
+    for network in chain.from_iterable(by_family(runs).values()):
         test = _error(runs, network, "test_error")
         paper = next((PAPER[depth] for depth, name in RESIDUAL.items() if name == network), None)
         printed = {PLAIN[110]: PAPER_PLAIN_110, RESIDUAL[110]: PAPER_110}
