@@ -4,6 +4,9 @@ The batches are those of `train_loader` with the same `TrainTransform`: the same
 windows, mirrors and colour shifts. The pixels differ slightly, because each image is resized in float32 with one
 rounding at the end (the host rounds after each direction), and, on a GPU, because nvJPEG decodes colour otherwise than
 libjpeg does.
+
+On a GPU the work is queued from a thread beside the training's, and one of the two threads at a time can run Python. So
+the images of a batch are augmented together: the number of operations hardly depends on the batch's size.
 """
 
 import io
@@ -16,13 +19,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from resnet_backbone.data.decode import decode
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.interface import ClassificationSource
+from resnet_backbone.data.resize import resize_each, resize_windows, to_device
 from resnet_backbone.data.sampler import BatchSampler
 from resnet_backbone.data.transforms import PCA_VALUES, PCA_VECTORS, Plan, TrainTransform
 from resnet_backbone.data.workers import Loader
@@ -120,6 +123,7 @@ class DeviceAugment:
         self._transform = transform
         self._seed = seed
         self._warned = False
+        self._resize = resize_each if self.device.type == "cpu" else resize_windows
         try:
             decode_jpeg([encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))], device=self.device)
         except RuntimeError as error:
@@ -129,34 +133,38 @@ class DeviceAugment:
             ) from None
 
     def __call__(self, batch: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        crop = self._transform.crop
         pieces = batch.data.tensor_split(batch.ends[:-1])
         jpegs = [row for row, plan in enumerate(batch.plans) if plan is not None]
-        finished = {row: pieces[row].view(3, *crop) for row, plan in enumerate(batch.plans) if plan is None}
-        pixels = torch.zeros((len(batch.plans), 3, *crop), device=self.device)
+        finished = {
+            row: pieces[row].view(3, *self._transform.crop) for row, plan in enumerate(batch.plans) if plan is None
+        }
+        decoded = {}
         for row, image in zip(jpegs, self._decode([pieces[row] for row in jpegs])):
             if image is None:
                 finished[row] = self._on_the_host(batch, row, pieces[row])
-                continue
-            top, left, height, width = batch.plans[row][:4]
-            window = image[None, :, top : top + height, left : left + width].float()
-            pixels[row] = functional.interpolate(window, size=crop, mode="bilinear", antialias=True)[0]
-        images = self._mirror_and_shift(pixels.round_(), batch.plans).to(torch.uint8)
-        if self._transform.channel_order == "BGR":
-            images = images.flip(1)
-        for row, image in finished.items():
-            images[row] = image.to(self.device)
-        return images, batch.labels.to(self.device)
+            else:
+                decoded[row] = image
+        parts = []
+        if decoded:
+            parts.append(self._augment(list(decoded.values()), [batch.plans[row] for row in decoded]))
+        if finished:
+            parts.append(to_device(torch.stack(list(finished.values())), self.device))
+        images = torch.cat(parts)
+        if finished:
+            places = to_device(torch.tensor([*decoded, *finished]), self.device)
+            images = torch.empty_like(images).index_copy_(0, places, images)
+        return images, to_device(batch.labels, self.device)
 
-    def _mirror_and_shift(self, pixels: torch.Tensor, plans: list[Plan | None]) -> torch.Tensor:
-        flip = torch.tensor([plan is not None and bool(plan.flip) for plan in plans], device=self.device)
-        pixels = torch.where(flip[:, None, None, None], pixels.flip(3), pixels)
-        nothing = np.zeros(3)
-        weights = np.stack([nothing if plan is None or plan.colour is None else plan.colour for plan in plans])
+    def _augment(self, images: list[torch.Tensor], plans: list[Plan]) -> torch.Tensor:
+        """`(n, 3, *crop)` uint8 from decoded images `(3, H, W)` uint8 RGB on the device."""
+        windows, flips = [plan[:4] for plan in plans], [plan.flip for plan in plans]
+        pixels = self._resize(images, windows, self._transform.crop, flips).round_()
+        weights = np.stack([np.zeros(3) if plan.colour is None else plan.colour for plan in plans])
         if weights.any():
             shift = np.rint(weights * PCA_VALUES @ PCA_VECTORS.T)  # as `shift_colour`
-            pixels = pixels + torch.tensor(shift, dtype=torch.float32, device=self.device)[:, :, None, None]
-        return pixels.clamp_(0, 255)
+            pixels += to_device(torch.tensor(shift, dtype=torch.float32), self.device)[:, :, None, None]
+        pixels = pixels.clamp_(0, 255).to(torch.uint8)
+        return pixels.flip(1) if self._transform.channel_order == "BGR" else pixels
 
     def _decode(self, files: list[torch.Tensor]) -> list[torch.Tensor | None]:
         """`(3, H, W)` uint8 RGB on the device for each file, or None."""

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_backbone.data import device as module
 from resnet_backbone.data.decode import decode
 from resnet_backbone.data.device import DeviceAugment, DevicePrefetcher, encoded_loader, plain_jpeg_size
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.interface import ClassificationSource
+from resnet_backbone.data.resize import resize_windows
 from resnet_backbone.data.sampler import BatchSampler
 from resnet_backbone.data.transforms import TrainTransform
 
@@ -113,11 +115,41 @@ def test_pixels_of_the_host(name):
     check(Files(jpegs()), TRANSFORMS[name], "cpu", HOST_TOLERANCE, batch_size=6, seed=1, iterations=6)
 
 
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_pixels_of_the_host_resized_together(name, monkeypatch):
+    """As on a GPU, where all windows of a batch are resized in a few operations."""
+    monkeypatch.setattr(module, "resize_each", resize_windows)
+    source = Files(jpegs() + others())
+    check(source, TRANSFORMS[name], "cpu", HOST_TOLERANCE, batch_size=11, seed=1, iterations=6)
+
+
+def test_operators_do_not_grow_with_the_batch(monkeypatch):
+    """Each launch from Python delays the training's own. Decoding, with its allocations, is one call."""
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "aten" and not func.is_view and func.name() != "aten::empty.memory_format":
+                names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(module, "resize_each", resize_windows)
+    transform = TrainTransform(short_side=(90, 90), crop=(56, 60), channel_order="BGR")
+    counts = []
+    for size in (4, 16):
+        source = Files([encode(picture(seed, 120, 150), quality=90) for seed in range(size)])
+        augment = DeviceAugment(transform, seed=0, device="cpu")
+        (batch,) = encoded_loader(source, transform, batch_size=size, seed=0, iterations=1)
+        names = []
+        with Operators():
+            augment(batch)
+        counts.append(names)
+    print(len(counts[0]), counts[0])
+    assert counts[0] == counts[1] and len(counts[0]) < 60
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_pixels_on_a_gpu(name):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     source = Files(jpegs() + others())
     check(source, TRANSFORMS[name], "cuda", CUDA_TOLERANCE, batch_size=11, seed=1, iterations=20)
 
@@ -135,8 +167,6 @@ def test_pixels_of_photographs():
 
 @pytest.mark.gpu
 def test_pixels_of_photographs_on_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     transform = TrainTransform(short_side=(256, 480), crop=(224, 224))
     check(photographs(), transform, "cuda", CUDA_TOLERANCE, batch_size=24, seed=0, iterations=4)
 
@@ -219,8 +249,6 @@ def test_prefetcher_passes_errors_on():
 @pytest.mark.gpu
 def test_prefetched_memory_is_not_overwritten():
     """A slow training step still reads its batch while the next ones are made: the checksums are as without a hurry."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     source, transform = Files(jpegs()), TRANSFORMS["plain"]
     augment = DeviceAugment(transform, seed=0, device="cuda")
     arguments = dict(batch_size=6, seed=0, iterations=30)
