@@ -32,6 +32,17 @@ SOLVER.LOG_PERIOD 1  SOLVER.CHECKPOINT_PERIOD 0  TEST.EVAL_PERIOD 0
 """
 
 
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU, or with `gpu(2)` two of them, where there are fewer."""
+    marker = item.get_closest_marker("gpu")
+    if marker is not None:
+        import torch
+
+        needed = marker.args[0] if marker.args else 1
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} CUDA device{'s' if needed > 1 else ''}")
+
+
 @pytest.fixture(scope="session")
 def load_script():
     """The function `(path)` that gives a Python file as a module: one of tools/ or projects/, which are no packages."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import cv2
 import torch
-from torch import nn
 
 from resnet_backbone.benchmarks.photographs import select_photographs, write_photographs, write_shard
 from resnet_backbone.benchmarks.pretrain import Batch, Conduct, Task, make_config, train_on
@@ -112,7 +111,7 @@ def compare_training(task: Task, conduct: Conduct, loading: LoadingWork, report:
         cfg = make_config(task, conduct, *words, *_augmentation("random_resized", task.size))
         data = TrainBatches(cfg, open_source(folder))
 
-        def turns(_model: nn.Module, _optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+        def turns(*_: Any) -> Iterator[Any]:
             in_memory = data.images_of(next(iter(data(0))))
             yield from repeat(in_memory, conduct.warm_up)
             for _ in range(conduct.rounds):

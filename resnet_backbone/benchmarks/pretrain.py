@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -18,11 +17,12 @@ from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
 from resnet_backbone.data.generated import write_classification
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.engine.config import CfgNode, load_config
-from resnet_backbone.engine.trainer import AUTOCAST_TYPES
+from resnet_backbone.engine.precision import AUTOCAST_TYPES, autocast, precision_of
 from resnet_backbone.errors import InputError, Interrupted
 from resnet_backbone.networks import build_network
 from resnet_backbone.pretraining.batches import Normalise, TrainBatches
 from resnet_backbone.pretraining.config import get_config
+from resnet_backbone.pretraining.losses import ClassificationLosses
 from resnet_backbone.pretraining.network import train_new
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -132,13 +132,15 @@ def make_config(task: Task, conduct: Conduct, *words: Any) -> CfgNode:
 def train_on(
     cfg: CfgNode,
     num_classes: int,
-    batches: Callable[[nn.Module, torch.optim.Optimizer], Iterable[Any]],
+    batches: Callable[[nn.Module, torch.optim.Optimizer, ClassificationLosses], Iterable[Any]],
     images_of: Callable[[Any], Batch],
 ) -> None:
-    """Run `engine.train.train`, with all its hooks, on what `batches(model, optimizer)` hands out, to its end."""
+    """Run `engine.train.train`, with all its hooks, on what `batches(model, optimizer, losses)` hands out, to its end."""
 
-    def until_measured(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
-        yield from batches(model, optimizer)
+    def until_measured(
+        model: nn.Module, optimizer: torch.optim.Optimizer, losses: ClassificationLosses
+    ) -> Iterator[Any]:
+        yield from batches(model, optimizer, losses)
         raise _Measured
 
     with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +167,7 @@ def _compare(task: Task, conduct: Conduct) -> Comparison:
 
 def _in_turns(task: Task, conduct: Conduct, cfg: CfgNode, data: Data, batch: Batch) -> Comparison:
     """Train on `data`; between two turns of the package's loop, the others have theirs, the plain ones on `batch`."""
-    precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
+    precision = precision_of(cfg)
     clock = Clock(conduct.device, cpu_time=conduct.cpu_time)
     images, labels = batch
     prepare = Normalise(cfg)
@@ -176,10 +178,12 @@ def _in_turns(task: Task, conduct: Conduct, cfg: CfgNode, data: Data, batch: Bat
         loop = _plain_loop(cfg, task.num_classes, layout, dtype, compiled=side == COMPILED)
         plain[side] = functools.partial(loop, prepare(images).contiguous(memory_format=layout), labels)
 
-    def turns(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+    def turns(
+        model: nn.Module, optimizer: torch.optim.Optimizer, losses: ClassificationLosses
+    ) -> Iterator[Any]:
         others = dict(plain)
         if not cfg.SOLVER.CUDA_GRAPH:  # a recorded step is bound to its loop
-            others = {BARE: functools.partial(_bare, model, optimizer, data, prepare, precision), **others}
+            others = {BARE: functools.partial(_bare, model, optimizer, losses, data, precision), **others}
         yield from islice(data.batches, conduct.warm_up)
         for run in others.values():
             run(conduct.warm_up)
@@ -204,18 +208,17 @@ def _in_turns(task: Task, conduct: Conduct, cfg: CfgNode, data: Data, batch: Bat
 def _bare(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    losses: ClassificationLosses,
     data: Data,
-    prepare: Callable[[torch.Tensor], torch.Tensor],
     precision: str,
     iterations: int,
 ) -> None:
     """The steps of `train_on`'s network without the loop around them."""
-    dtype = AUTOCAST_TYPES.get(precision)
+    device = next(model.parameters()).device
     for batch in islice(data.batches, iterations):
-        images, labels = data.images_of(batch)
         optimizer.zero_grad()
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
-            loss = F.cross_entropy(model(prepare(images)).float(), labels)
+        with autocast(precision, device):
+            loss = losses(model, batch)[0]["loss_cls"]
         loss.backward()
         optimizer.step()
 

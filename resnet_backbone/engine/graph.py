@@ -1,10 +1,29 @@
 """A training step as one CUDA graph: recorded once, then started by a single call."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 EAGER_STEPS = 3  # on a stream of their own, as torch asks for before a recording
+
+
+@contextlib.contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Collect garbage now, so that its memory is free, and not while recording, which frees nothing on a GPU.
+
+    torch does neither by itself: a cycle of dead tensors holds their memory besides the graph's own pool, and its
+    collection in the middle of a recording would be an error.
+    """
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class GraphedStep:
@@ -35,9 +54,8 @@ class GraphedStep:
         if self._graph is None:
             copies = [tensor.clone() for tensor in batch]
             self._inputs = type(batch)(*copies) if hasattr(batch, "_fields") else tuple(copies)
-            torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with _no_garbage(), torch.cuda.graph(self._graph):
                 self._step(self._inputs)
         for kept, tensor in zip(self._inputs, batch, strict=True):
             kept.copy_(tensor, non_blocking=True)

@@ -102,7 +102,7 @@ class Evaluation(HookBase):
         self.trainer.check_finite()  # evaluators fail in their own words on boxes that are not numbers
         results = flatten_results_dict(self._evaluate())
         results = {name: float(value) for name, value in results.items()}
-        self.trainer.storage.put_scalars(**results, smoothing_hint=False)
+        self.trainer.store(results)
         # Detectron2's evaluators have results on the main process alone.
         score = comm.all_gather(results.get(self.metric))[0]
         if score is None:
@@ -125,8 +125,8 @@ class Evaluation(HookBase):
 class Writers(HookBase):
     """Let every writer write after an iteration in which something was measured; on the main process.
 
-    The learning rate, which each iteration stores, is no reason: so a run that was stopped and resumed writes the same
-    as one that was not.
+    What each iteration stores (the learning rate, and the counts of anchors and RoIs of Detectron2's models) is no
+    reason: a file is written and synchronized each time.
     """
 
     def __init__(self, writers: list[EventWriter]):
@@ -142,9 +142,7 @@ class Writers(HookBase):
             writer.close()
 
     def _write(self) -> None:
-        stored = self.trainer.storage.latest().items()
-        newest = max((iteration for name, (_, iteration) in stored if name != "lr"), default=-1)
-        if newest > self._last:
-            self._last = newest
+        if self.trainer.last_measured > self._last:
+            self._last = self.trainer.last_measured
             for writer in self.writers:
                 writer.write()

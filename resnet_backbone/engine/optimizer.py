@@ -1,9 +1,13 @@
 """The optimizer, by Detectron2's keys."""
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import GradientClipType, get_default_optimizer_params
 from torch import nn
+
+from resnet_backbone.engine.config import ConfigError
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -11,6 +15,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     Weight decay by the kind of layer (SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS), decided by module
     type; gradient clipping by SOLVER.CLIP_GRADIENTS.
+
+    Raises:
+        ConfigError: SOLVER.CLIP_GRADIENTS.CLIP_TYPE is unknown.
     """
     parameters = get_default_optimizer_params(
         model,
@@ -19,8 +26,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
     )
-    sgd = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
-    optimizer = sgd(
+    optimizer = torch.optim.SGD(
         parameters,
         lr=cfg.SOLVER.BASE_LR,
         momentum=cfg.SOLVER.MOMENTUM,
@@ -34,4 +40,36 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        optimizer.register_step_pre_hook(GradientClipping(cfg.SOLVER.CLIP_GRADIENTS))
     return optimizer
+
+
+class GradientClipping:
+    """Clip each parameter's gradient by itself, by value or by norm, as Detectron2 does; called before a step.
+
+    The same numbers by a handful of kernels for all parameters; Detectron2 launches several for each of them, one
+    parameter after the other.
+    """
+
+    def __init__(self, clip: CfgNode):
+        types = [kind.value for kind in GradientClipType]
+        kind = clip.CLIP_TYPE
+        if kind not in types:
+            raise ConfigError(f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {kind!r}, expected {' or '.join(types)}.")
+        self._by_value = kind == GradientClipType.VALUE.value
+        self._limit = clip.CLIP_VALUE
+        self._norm_type = clip.NORM_TYPE
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer, _arguments: Any, _named: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:  # torch's functions on lists refuse an empty one
+            return
+        if self._by_value:
+            nn.utils.clip_grad_value_(parameters, self._limit, foreach=True)
+        else:
+            gradients = [parameter.grad for parameter in parameters]
+            norms = torch.stack(torch._foreach_norm(gradients, self._norm_type))
+            factors = (self._limit / (norms + 1e-6)).clamp(max=1.0)  # as `clip_grad_norm_` has it
+            torch._foreach_mul_(gradients, factors.unbind())

@@ -11,9 +11,12 @@ from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
 from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.precision import autocast
 
 
-def estimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor], iterations: int) -> int:
+def estimate_norm_statistics(
+    model: nn.Module, batches: Iterable[torch.Tensor], iterations: int, *, precision: str = "fp32"
+) -> int:
     """Replace the running averages of every batch normalisation by the statistics over `iterations` batches.
 
     The mean is that of all values of all batches and processes, the variance that around it (divided by their number,
@@ -23,6 +26,7 @@ def estimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor], 
     Args:
         model: in the mode in which it is trained afterwards; its training mode is restored.
         batches: normalised images `(N, 3, H, W)` on the model's device, at least `iterations` of them.
+        precision: of the forward passes, as in training. The statistics are in float32 always.
 
     Returns:
         The number of layers estimated; 0 if the network has none, and then no batch is read.
@@ -37,7 +41,8 @@ def estimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor], 
     layers = get_bn_modules(model)
     if layers:
         with torch.no_grad():
-            update_bn_stats(model, batches, iterations)
+            with autocast(precision, next(model.parameters()).device):
+                update_bn_stats(model, batches, iterations)
             _average_over_processes(layers)
             for layer in layers:  # a channel that never changes can round to just below zero
                 layer.running_var.clamp_(min=0)

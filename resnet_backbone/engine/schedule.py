@@ -190,7 +190,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     A rate that is a tensor (for CUDA graphs, which remember addresses) is changed in place.
     """
     for group in optimizer.param_groups:
-        rate = group.setdefault("initial_lr", float(group["lr"])) * factor
+        if "initial_lr" not in group:  # read once: the value of a tensor on a GPU is waited for
+            group["initial_lr"] = float(group["lr"])
+        rate = group["initial_lr"] * factor
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
         else:

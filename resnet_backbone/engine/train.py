@@ -4,7 +4,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from detectron2.config import CfgNode
@@ -25,13 +25,20 @@ from resnet_backbone.engine.config import (
 from resnet_backbone.engine.ema import MovingAverage
 from resnet_backbone.engine.launch import unwrap, wrap_for_processes
 from resnet_backbone.engine.output import keep_metrics_before, save_best_checkpoint, save_training_checkpoint
+from resnet_backbone.engine.precision import PRECISIONS, precision_of
 from resnet_backbone.engine.preemption import Preemption
 from resnet_backbone.engine.schedule import build_multiplier, build_plateau, build_warm_up, describe_schedule
-from resnet_backbone.engine.trainer import PRECISIONS, Losses, Trainer
+from resnet_backbone.engine.trainer import Losses, Trainer
 from resnet_backbone.engine.writers import Progress, WeightsAndBiases
 from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, load_state
 
 logger = logging.getLogger(__name__)
+
+
+class Compilable(Protocol):
+    """What can be compiled in place, as a module can."""
+
+    def compile(self) -> None: ...
 
 
 def train(
@@ -48,7 +55,7 @@ def train(
     resume_from: Checkpoint | None,
     best_metric: str = "",
     names: Callable[[int], Sequence[str]] | None = None,
-    compiled: nn.Module | None = None,
+    compiled: Compilable | None = None,
 ) -> nn.Module:
     """Train `model` in place for SOLVER.MAX_ITER iterations, from `resume_from` on where it is given.
 
@@ -62,7 +69,7 @@ def train(
         folder: for checkpoints, metrics.json and TensorBoard.
         best_metric: of the evaluation, the higher the better; chooses `model_best.pth` and drives WarmupPlateauLR.
         names: given an iteration, the names of its images of this process.
-        compiled: the part of the model that SOLVER.COMPILE compiles; by default all of it.
+        compiled: what SOLVER.COMPILE compiles; by default the model.
 
     Returns:
         What is to be evaluated and saved: the model, or with SOLVER.EMA_DECAY the moving average of its weights.
@@ -90,7 +97,7 @@ def train(
         compute=compute,
         images_per_batch=cfg.SOLVER.IMS_PER_BATCH,
         seed=cfg.SEED,
-        precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32",
+        precision=precision_of(cfg),
         log_period=cfg.SOLVER.LOG_PERIOD,
         accumulate=cfg.SOLVER.ACCUMULATE,
         average=average,
@@ -147,23 +154,24 @@ def train(
     return result()
 
 
-def _compile(cfg: CfgNode, module: nn.Module) -> None:
-    """Compile a module in place, at its first call; on CPUs only where the command line says so.
+def _compile(cfg: CfgNode, compiled: Compilable) -> None:
+    """Compile something in place, at its first call; on CPUs only where the command line says so.
 
     The recipes, which are written for GPUs, ask for it. A CPU gains little, and may have no compiler.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") or origin(cfg, "SOLVER.COMPILE") == COMMAND_LINE:
         logger.info("the first iterations compile the network, which takes a minute or more")
-        module.compile()
+        compiled.compile()
     else:
         logger.info("SOLVER.COMPILE is left out on a CPU, unless it is given on the command line")
 
 
 def _writers(cfg: CfgNode, folder: Path, start: int) -> list[EventWriter]:
+    # Without smoothing over former iterations, which a resumed run does not have.
     writers = [
         Progress(cfg.SOLVER.MAX_ITER, start),
-        JSONWriter(str(folder / "metrics.json")),
-        TensorboardXWriter(str(folder)),
+        JSONWriter(str(folder / "metrics.json"), window_size=1),
+        TensorboardXWriter(str(folder), window_size=1),
     ]
     if cfg.WANDB_PROJECT:
         writers.append(WeightsAndBiases(cfg.WANDB_PROJECT, folder, flat_config(cfg)))
@@ -208,7 +216,7 @@ def _check_graph(cfg: CfgNode) -> None:
         found = f"MODEL.DEVICE is {cfg.MODEL.DEVICE}"
     elif comm.get_world_size() > 1:
         found = f"there are {comm.get_world_size()} processes"
-    elif cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "fp16":
+    elif precision_of(cfg) == "fp16":
         found = "SOLVER.AMP.PRECISION is fp16, whose loss scale is decided by the host"
     if found:
         raise ConfigError(f"SOLVER.CUDA_GRAPH records the step of one GPU, but {found}. Set it to False.")

@@ -20,14 +20,13 @@ from resnet_backbone.engine.graph import GraphedStep
 from resnet_backbone.engine.guard import NonFiniteGuard
 from resnet_backbone.engine.launch import unwrap
 from resnet_backbone.engine.nonfinite import find_cause
+from resnet_backbone.engine.precision import autocast
 from resnet_backbone.errors import InputError, Interrupted
 
 logger = logging.getLogger(__name__)
 
 Losses = dict[str, torch.Tensor]
 
-AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = ("fp32", *AUTOCAST_TYPES)
 LOWEST_LOSS_SCALE = 2.0**-14  # 30 halvings below where torch starts: no scale makes such gradients finite
 
 
@@ -45,6 +44,9 @@ class Trainer(TrainerBase):
     Metrics are summed on the device and read every `log_period` iterations; in between nothing waits for the device. A
     loss or gradient that is not finite stops all updates on the device at once (`guard.py`), and the run at the next
     reading.
+
+    Attributes:
+        last_measured: the newest iteration in which something was measured (`store`); -1 before the first.
 
     Args:
         model: what is trained; on its device, wrapped for several processes already.
@@ -90,6 +92,7 @@ class Trainer(TrainerBase):
         self.log_period = log_period
         self.accumulate = accumulate
         self.average = average
+        self.last_measured = -1
         self._batches = batches
         self._compute = compute
         self._names = names
@@ -145,7 +148,7 @@ class Trainer(TrainerBase):
         batch = next(self._iterator)
         self._waited += time.perf_counter() - start
 
-        seed_iteration(self.seed, self.iter, comm.get_rank())
+        seed_iteration(self.seed, self.iter, comm.get_rank(), self._device)
         try:
             (self._step if self._graph is None else self._graph)(batch)
         except FloatingPointError as error:  # by which Detectron2 refuses boxes that are not numbers
@@ -197,12 +200,8 @@ class Trainer(TrainerBase):
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision that a forward pass runs in."""
-        if self._precision not in AUTOCAST_TYPES:
-            return contextlib.nullcontext()
         # A graph must hold the weights' conversion to the narrow type itself.
-        return torch.autocast(
-            self._device.type, dtype=AUTOCAST_TYPES[self._precision], cache_enabled=self._graph is None
-        )
+        return autocast(self._precision, self._device, cache_enabled=self._graph is None)
 
     def _add(self, parts: list[Losses]) -> None:
         """Add the means over a batch's parts to the sums over iterations, in place."""
@@ -233,17 +232,20 @@ class Trainer(TrainerBase):
         self.share_metrics()
         values = self._sums / self._count
         seconds = time.perf_counter() - self._window_start
-        self.storage.put_scalars(
-            **dict(zip(self._metric_names, values.tolist(), strict=True)),
-            images_per_second=self._timed * self.images_per_batch / seconds,
-            data_share=self._waited / seconds,
-            smoothing_hint=False,
-        )
+        measured = dict(zip(self._metric_names, values.tolist(), strict=True))
+        measured["images_per_second"] = self._timed * self.images_per_batch / seconds
+        measured["data_share"] = self._waited / seconds
         if self._scaler.is_enabled():
-            self.storage.put_scalar("loss_scale", scale, smoothing_hint=False)
+            measured["loss_scale"] = scale
+        self.store(measured)
         self._sums.zero_()
         self._count = 0
         self._start_window()
+
+    def store(self, measured: dict[str, float]) -> None:
+        """Store what was measured, for the writers to write after this iteration."""
+        self.storage.put_scalars(**measured, smoothing_hint=False)
+        self.last_measured = self.iter
 
     def share_metrics(self) -> None:
         """Give every process the mean of their sums, so that a checkpoint, which one writes, holds them all."""
@@ -306,7 +308,7 @@ class Trainer(TrainerBase):
         """Run a bad iteration again, with the weights that it began with: since it, none have changed."""
         model = unwrap(self.model)
         batch = next(iter(self._batches(iteration)))
-        seed_iteration(self.seed, iteration, comm.get_rank())
+        seed_iteration(self.seed, iteration, comm.get_rank(), self._device)
 
         def losses_of(part: Any) -> Losses:
             with self.autocast():
@@ -371,9 +373,17 @@ def split(batch: Any, parts: int) -> list[Any]:
     return [type(batch)(*row) if hasattr(batch, "_fields") else tuple(row) for row in rows]
 
 
-def seed_iteration(seed: int, iteration: int, rank: int) -> None:
-    """Make every random number of this iteration, on every device, a function of seed, iteration and rank."""
+def seed_iteration(seed: int, iteration: int, rank: int, device: torch.device | str = "cpu") -> None:
+    """Make every random number of this iteration, on the CPU and on `device`, a function of seed, iteration and rank.
+
+    The numbers are those that `torch.manual_seed` gives. It is not called, since it seeds every kind of device that
+    torch was built for, which takes longer than all else that the loop does in an iteration.
+    """
     words = [int(word) for word in np.random.SeedSequence((seed, iteration, rank)).generate_state(2, np.uint64)]
-    torch.manual_seed(words[0])
+    torch.default_generator.manual_seed(words[0])
+    device = torch.device(device)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(words[0])
     random.seed(words[1])
     np.random.seed(words[1] % 2**32)

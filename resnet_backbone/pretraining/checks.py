@@ -21,6 +21,7 @@ from tabulate import tabulate
 from resnet_backbone.data.sources import open_source, register_source
 from resnet_backbone.data.subset import Subset
 from resnet_backbone.engine.config import ConfigError, set_key
+from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, choose_seed
 from resnet_backbone.pretraining.batches import TrainBatches
@@ -107,7 +108,7 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
             measured = json.loads((target / "metrics.json").read_text().splitlines()[-1])
             rows.append((title, measured["images_per_second"], 100 * measured["data_share"]))
     if comm.is_main_process():
-        precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
+        precision = precision_of(cfg)
         print(
             f"{cfg.MODEL.NETWORK.NAME}, batches of {cfg.SOLVER.IMS_PER_BATCH} images over {comm.get_world_size()} "
             f"process(es), {cfg.MODEL.DEVICE}, {precision}; {iterations} iterations, after {iterations} of warm-up"

@@ -21,7 +21,7 @@ from resnet_backbone.data.resident import ResidentEvaluation
 from resnet_backbone.data.sampler import EvaluationSampler
 from resnet_backbone.data.transforms import EvalTransform
 from resnet_backbone.engine.config import ConfigError
-from resnet_backbone.engine.trainer import AUTOCAST_TYPES
+from resnet_backbone.engine.precision import autocast, precision_of
 from resnet_backbone.networks import build_network
 from resnet_backbone.pretraining.batches import Normalise, crop_size
 from resnet_backbone.pretraining.views import Group, choose_views, collate, log_probabilities
@@ -70,8 +70,7 @@ def evaluate_classifier(
     with contextlib.ExitStack() as stack:
         for model, _ in members:
             stack.enter_context(_eval_mode(model))
-        if precision in AUTOCAST_TYPES:
-            stack.enter_context(torch.autocast(device.type, dtype=AUTOCAST_TYPES[precision]))
+        stack.enter_context(autocast(precision, device))
         for views, labels in _with_progress(batches, images):
             groups = [Group(views, torch.arange(len(views)))] if isinstance(views, torch.Tensor) else views
             predictions = [
@@ -112,7 +111,7 @@ class Evaluator:
         self._prepare = prepare
         self._ensemble = list(ensemble)
         self._views = choose_views(cfg)
-        self._precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
+        self._precision = precision_of(cfg)
         # TEST.IMS_PER_BATCH counts over all processes, a loader's batch is its process's share.
         self._batch_size = max(1, (cfg.TEST.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH) // comm.get_world_size())
         height, width = crop_size(cfg)

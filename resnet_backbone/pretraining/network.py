@@ -14,7 +14,7 @@ from resnet_backbone.engine.train import train
 from resnet_backbone.networks import build_network
 from resnet_backbone.networks import network_arguments as arguments_of
 from resnet_backbone.pretraining.batches import as_config_error
-from resnet_backbone.pretraining.losses import ImagesOf, classification_losses
+from resnet_backbone.pretraining.losses import ClassificationLosses, ImagesOf
 from resnet_backbone.weights import Metadata
 
 
@@ -33,11 +33,11 @@ def build_classifier(cfg: CfgNode, num_classes: int) -> tuple[nn.Module, dict[st
 def train_new(
     cfg: CfgNode,
     num_classes: int,
-    feed: Callable[[nn.Module, torch.optim.Optimizer], Iterable[Any]],
+    feed: Callable[[nn.Module, torch.optim.Optimizer, ClassificationLosses], Iterable[Any]],
     images_of: ImagesOf,
     folder: Path,
 ) -> None:
-    """Train a new network on what `feed(model, optimizer)` hands out, with all hooks: to measure, not to keep.
+    """Train a new network on what `feed(model, optimizer, losses)` hands out, with all hooks: to measure, not to keep.
 
     Args:
         images_of: from a batch to images `(n, 3, H, W)` uint8 and labels `(n,)` on the device.
@@ -46,6 +46,7 @@ def train_new(
     model, arguments = build_classifier(cfg, num_classes)
     model = model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
     optimizer = build_optimizer(cfg, model)
+    losses = ClassificationLosses(cfg, images_of)
 
     def metadata(_iterations: int) -> Metadata:
         return Metadata(
@@ -64,11 +65,12 @@ def train_new(
         cfg,
         model=model,
         optimizer=optimizer,
-        batches=lambda _start: feed(model, optimizer),
-        compute=classification_losses(cfg, images_of),
+        batches=lambda _start: feed(model, optimizer, losses),
+        compute=losses,
         evaluate=lambda _model: {},
         metadata=metadata,
         num_images=cfg.SOLVER.IMS_PER_BATCH,
         folder=folder,
         resume_from=None,
+        compiled=losses,
     )

@@ -15,13 +15,14 @@ from resnet_backbone.engine.config import ConfigError, fill_from_metadata, origi
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, versions, write_config
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics
+from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.pretrained import read_with_statements, statements
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, check_solver, choose_seed, train
 from resnet_backbone.networks import FrozenBatchNorm2d
 from resnet_backbone.pretraining.batches import Normalise, TrainBatches, crop_size
 from resnet_backbone.pretraining.evaluation import Evaluator, load_ensemble
-from resnet_backbone.pretraining.losses import classification_losses
+from resnet_backbone.pretraining.losses import ClassificationLosses
 from resnet_backbone.pretraining.network import build_classifier
 from resnet_backbone.weights import Checkpoint, Metadata, load_state, write_checkpoint, write_json
 
@@ -97,12 +98,13 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         return evaluate(model)
     write_config(cfg, folder)
 
+    losses = ClassificationLosses(cfg, batches.images_of)
     trained = train(
         cfg,
         model=model,
         optimizer=build_optimizer(cfg, model),
         batches=batches,
-        compute=classification_losses(cfg, batches.images_of),
+        compute=losses,
         evaluate=evaluate,
         metadata=metadata,
         num_images=len(source),
@@ -110,13 +112,14 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         resume_from=last,
         best_metric="top1",
         names=batches.names,
+        compiled=losses,
     )
 
     precise = False
     if cfg.TEST.PRECISE_BN.ENABLED:
         iterations = cfg.TEST.PRECISE_BN.NUM_ITER
         images = (prepare(batches.images_of(batch)[0]) for batch in itertools.islice(batches(0), iterations))
-        if layers := estimate_norm_statistics(trained, images, iterations):
+        if layers := estimate_norm_statistics(trained, images, iterations, precision=precision_of(cfg)):
             precise = True
             logger.info("precise BN: %d layers over %d batches", layers, iterations)
     results = evaluate(trained)

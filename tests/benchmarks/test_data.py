@@ -120,7 +120,6 @@ def test_training_from_files_and_from_memory(workers):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
     (comparison,) = compare_on_gpu(tiny(workers=2), print)
     assert list(comparison.rates) == [DEVICE, OURS, PRESET] and comparison.unit == "images/s"

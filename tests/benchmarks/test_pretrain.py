@@ -150,7 +150,6 @@ def test_a_signal_ends_it_without_a_promise_to_resume(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_steps_are_compiled_or_recorded():
     tasks = [tiny("resnet18", batch=8, size=64), tiny("cifar_resnet20", batch=8)]
     resnet, cifar = compare_networks(tasks, conduct(device="cuda", warm_up=6), print)

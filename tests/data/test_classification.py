@@ -276,8 +276,6 @@ def test_pinning_keeps_the_batch(monkeypatch):
 
 @pytest.mark.gpu
 def test_pinned_batches(damaged):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     batch = next(iter(train_loader(damaged, TRAIN, pin_memory=True, workers=1, iterations=4, **SKIPPING)))
     assert type(batch) is Batch and batch.images.is_pinned() and batch.labels.is_pinned()
 

@@ -33,8 +33,6 @@ class Memory(ClassificationSource):
 
 @pytest.fixture(params=["cpu", CUDA])
 def device(request) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     return request.param
 
 
@@ -121,8 +119,6 @@ def test_cut_follows_its_definition():
 
 @pytest.mark.gpu
 def test_in_a_cuda_graph(source):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     transform = PaddedCropTransform(crop=(20, 24))
     resident = ResidentBatches(source, transform, batch_size=8, seed=0, device="cuda")
     places = [part.clone() for part in resident.places(0)]
@@ -143,8 +139,6 @@ def test_in_a_cuda_graph(source):
 @pytest.mark.gpu
 def test_waits_for_the_device_never(source):
     """Neither a step nor the upload of an epoch's places; torch raises where something would."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     resident = ResidentBatches(source, PaddedCropTransform(crop=(20, 24)), batch_size=8, seed=0, device="cuda")
     batches = resident(0)
     next(batches)

@@ -11,20 +11,21 @@ from resnet_backbone.detection.loader import TrainBatches
 from resnet_backbone.detection.precision import keep_boxes_in_float32
 
 
-def test_regions_are_pooled_at_their_own_coordinates():
-    """A ramp over x gives each box's position back; bfloat16 knows 600 and 604 pixels, nothing between."""
+@pytest.mark.parametrize(("dtype", "left"), [(torch.bfloat16, 601.0), (torch.float16, 3001.0)])
+def test_regions_are_pooled_at_their_own_coordinates(dtype, left):
+    """A ramp over x gives each box's position back; bfloat16 knows 600 and 604 pixels, float16 3,000 and 3,002."""
     pooler = ROIPooler(output_size=1, scales=(1.0,), sampling_ratio=2, pooler_type="ROIAlignV2")
-    ramp = torch.arange(64.0).expand(1, 1, 8, 64)  # exact in bfloat16
-    far = torch.zeros(1, 1, 8, 1024)
-    far[..., 560:624] = ramp
-    box = [Boxes(torch.tensor([[601.0, 2.0, 605.0, 4.0]]))]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        off = pooler([far.bfloat16()], box)
+    start = int(left) - 41
+    far = torch.zeros(1, 1, 8, start + 64)
+    far[..., start:] = torch.arange(64.0)  # exact in either
+    box = [Boxes(torch.tensor([[left, 2.0, left + 4, 4.0]]))]
+    with torch.autocast("cpu", dtype=dtype):
+        off = pooler([far.to(dtype)], box)
         keep_boxes_in_float32(nn.Sequential(pooler))
-        kept = pooler([far.bfloat16()], box)
+        kept = pooler([far.to(dtype)], box)
     assert kept.dtype == torch.float32
-    assert kept.item() == pytest.approx(603 - 0.5 - 560)
-    assert off.item() != pytest.approx(603 - 0.5 - 560, abs=0.4)  # what it guards against
+    assert kept.item() == pytest.approx(left + 2 - 0.5 - start)
+    assert off.item() != pytest.approx(left + 2 - 0.5 - start, abs=0.4)  # what it guards against
 
 
 @pytest.mark.parametrize("file", ["faster_rcnn_R50.yaml", "faster_rcnn_VGG16.yaml", "faster_rcnn_R50_FPN.yaml"])

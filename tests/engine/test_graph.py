@@ -1,7 +1,9 @@
 """A step as one CUDA graph, against the same steps without."""
 
 import contextlib
+import gc
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +18,6 @@ from resnet_backbone.engine.train import train as run_training
 from resnet_backbone.engine.trainer import NonFiniteLossError
 from tests.engine.tiny import IMAGES, assert_equal, build, build_model, loss_of, metadata, metrics, state_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 STEPS = 12
 
 
@@ -80,6 +78,7 @@ def assert_close(one, other) -> None:
     torch.testing.assert_close(one["momenta"], other["momenta"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_as_without(cfg, precision, accumulate):
@@ -95,6 +94,7 @@ def test_as_without(cfg, precision, accumulate):
         assert stored[name] == pytest.approx(expected[name], rel=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("bad", [1, EAGER_STEPS, EAGER_STEPS + 4])
 def test_a_bad_step_changes_nothing(cfg, bad):
     """One before the recording, the one that is recorded, one that is replayed."""
@@ -107,6 +107,7 @@ def test_a_bad_step_changes_nothing(cfg, bad):
     assert found["model"]["1.num_batches_tracked"] == bad
 
 
+@pytest.mark.gpu
 def test_a_run_that_is_resumed(cfg, tmp_path):
     """Its learning rate is a tensor, which the checkpoint holds too; it falls to a tenth at iteration 6."""
     cfg.MODEL.DEVICE, cfg.SOLVER.CUDA_GRAPH = "cuda", True
@@ -148,6 +149,7 @@ def test_a_run_that_is_resumed(cfg, tmp_path):
         torch.testing.assert_close(eager[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.gpu
 def test_the_batch_is_copied_and_its_kind_kept():
     """What is recorded reads its own copies: the loader may use a batch's memory again."""
     total = torch.zeros((), device="cuda")
@@ -161,3 +163,28 @@ def test_the_batch_is_copied_and_its_kind_kept():
         values.fill_(1e9)
         factor.fill_(1e9)
     assert total.item() == expected
+
+
+def test_garbage_is_collected_before_the_recording_and_not_in_it(monkeypatch):
+    """What a recording frees stays allocated, and the collection of a stream or an event would end it."""
+    events = []
+
+    @contextlib.contextmanager
+    def record(_graph):
+        events.append(("recording, collector", gc.isenabled()))
+        yield
+
+    stand_ins = {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
+        "stream": lambda _: contextlib.nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: events.append("replay")),
+        "graph": record,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(gc, "collect", lambda: events.append("collected"))
+    step = GraphedStep(lambda batch: None)
+    for _ in range(EAGER_STEPS + 2):
+        step((torch.zeros(1),))
+    assert events == ["collected", ("recording, collector", False), "replay", "replay"] and gc.isenabled()

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_backbone.engine.guard import NonFiniteGuard
 from resnet_backbone.engine.launch import unwrap, wrap_for_processes
 from resnet_backbone.engine.trainer import NonFiniteLossError, Trainer
-from tests.engine.tiny import assert_equal, build_model, in_two_processes, loss_of, state_of
+from tests.engine.tiny import Reads, assert_equal, build_model, in_two_processes, loss_of, state_of
 
 BAD = 5  # the step that goes wrong
 
@@ -133,19 +132,6 @@ def test_gradient_clipping_does_not_hide_it(cfg):
     assert_equal(state_of(model, optimizer), before)
 
 
-class Reads(TorchDispatchMode):
-    """Counts the times that a tensor's value comes to the host: `item`, `bool`, `int`, `float`, `nonzero`."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
-            self.count += 1
-        return function(*arguments, **(named or {}))
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_no_value_comes_to_the_host_between_readings(monkeypatch, precision, accumulate):
@@ -236,15 +222,15 @@ def test_in_two_processes_of_which_one_has_the_bad_image(tmp_path):
         assert not torch.equal(zero[0]["model"]["1.running_mean"], one[0]["model"]["1.running_mean"])
 
 
-def by_hand(steps: int, factor: float) -> tuple[nn.Module, list[float]]:
+def by_hand(steps: int, factor: float, device: str) -> tuple[nn.Module, list[float]]:
     """The weights after `steps` of torch's own recipe for fp16, and the scale after each."""
-    model = build_model(norm=False, dropout=0.0)
+    model = build_model(norm=False, dropout=0.0).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
-    scaler, scales = torch.amp.GradScaler("cpu"), []
+    scaler, scales = torch.amp.GradScaler(device), []
     for i in range(steps):
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16):
-            loss = factor * loss_of(model, images_of(i))
+        with torch.autocast(device, dtype=torch.float16):
+            loss = factor * loss_of(model, images_of(i).to(device))
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -252,11 +238,12 @@ def by_hand(steps: int, factor: float) -> tuple[nn.Module, list[float]]:
     return model, scales
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 class TestLossScale:
-    """fp16, on the CPU: gradients above 65504 overflow until the scale has come down."""
+    """fp16: gradients above 65504 overflow until the scale has come down."""
 
-    def train(self, steps, losses, *, log_period=1):
-        model = build_model(norm=False, dropout=0.0)
+    def train(self, device, steps, losses, *, log_period=1):
+        model = build_model(norm=False, dropout=0.0).to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9, fused=True)
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -284,27 +271,33 @@ class TestLossScale:
         trainer.train(0, steps)
         return model, scales, states
 
-    def test_as_torchs_own_recipe(self):
+    def test_as_torchs_own_recipe(self, device):
         factor = 30.0
-        expected, scales = by_hand(14, factor)
-        model, found, states = self.train(14, lambda model, i: ({"loss": factor * loss_of(model, images_of(i))}, {}))
+        expected, scales = by_hand(14, factor, device)
+        model, found, states = self.train(
+            device, 14, lambda model, i: ({"loss": factor * loss_of(model, images_of(i).to(device))}, {})
+        )
         assert found == scales
         assert found[0] == 32768.0 and found[-1] == found[-2]  # some steps overflow, then none do
         for a, b in zip(model.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-        initial = build_model(norm=False, dropout=0.0)
+        initial = build_model(norm=False, dropout=0.0).to(device)
         assert_equal(states[0]["model"], initial.state_dict())  # skipped
         assert all(not momentum.any() for momentum in states[0]["momenta"])
         assert not torch.equal(model[0].weight, initial[0].weight)  # and then trained
 
-    def test_a_loss_that_is_not_a_number_is_no_matter_of_the_scale(self):
+    def test_a_loss_that_is_not_a_number_is_no_matter_of_the_scale(self, device):
         def losses(model, i):
-            return {"loss": loss_of(model, images_of(i)) + (math.nan if i == 4 else 0.0)}, {}
+            return {"loss": loss_of(model, images_of(i).to(device)) + (math.nan if i == 4 else 0.0)}, {}
 
         with pytest.raises(NonFiniteLossError, match=r"iteration 4 gave .* in the loss loss"):
-            self.train(8, losses)
+            self.train(device, 8, losses)
 
-    def test_gradients_that_no_scale_mends_end_the_run(self):
+    def test_gradients_that_no_scale_mends_end_the_run(self, device):
         """torch would halve the scale for ever, and train nothing."""
+
+        def losses(model, i):
+            return {"loss": loss_of(model, images_of(i).to(device)) + root_at_zero(model)}, {}
+
         with pytest.raises(NonFiniteLossError, match=r"the gradient of 0\.weight"):
-            self.train(60, lambda m, i: ({"loss": loss_of(m, images_of(i)) + root_at_zero(m)}, {}), log_period=10)
+            self.train(device, 60, losses, log_period=10)

@@ -118,6 +118,17 @@ class TestWriters:
         run([hooks.Evaluation(lambda: {"AP": 1.0}, 3), hooks.Writers([recorder])])
         assert recorder.written == [3, 6, 7, 9]
 
+    def test_what_each_iteration_stores_is_no_reason(self):
+        """Detectron2's models count anchors and RoIs in each of them."""
+        recorder = Recorder()
+
+        def count_anchors(i):
+            get_event_storage().put_scalar("rpn/num_pos_anchors", i)
+            return 1.0
+
+        run([hooks.Writers([recorder])], loss=count_anchors)
+        assert recorder.written == [3, 7, 9]
+
     @pytest.mark.parametrize(("stop", "expected"), [(6, [3, 6]), (5, [3]), (4, [3])])
     def test_what_was_measured_before_an_exception_is_written_and_nothing_twice(self, stop, expected):
         def fail(i):

@@ -17,6 +17,7 @@ from resnet_backbone.engine.schedule import (
     rescale_for_batch,
     set_learning_rate,
 )
+from tests.engine.tiny import Reads
 
 
 def rates(cfg) -> list[float]:
@@ -108,6 +109,17 @@ def test_a_rate_that_is_a_tensor_is_changed_in_place():
     for factor in (0.5, 0.1, 1.0):
         assert set_learning_rate(optimizer, factor) == 0.5 * factor
         assert optimizer.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(0.5 * factor)
+
+
+def test_a_rate_that_is_a_tensor_is_read_once():
+    """Each reading waits for a GPU, so that nothing overlaps with a graph's replay."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=torch.tensor(0.5))
+    counts = []
+    for factor in (1.0, 0.5, 0.25):
+        with Reads() as reads:
+            set_learning_rate(optimizer, factor)
+        counts.append(reads.count)
+    assert counts == [1, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_backbone.data.sampler import BatchSampler
 from resnet_backbone.engine.optimizer import build_optimizer
@@ -86,6 +87,19 @@ def build(model: nn.Module | None = None, losses=None, *, optimizer=None, hooks=
     )
     trainer.register_hooks(list(hooks))
     return trainer
+
+
+class Reads(TorchDispatchMode):
+    """Counts the times that a tensor's value comes to the host: `item`, `bool`, `int`, `float`, `nonzero`."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.count += 1
+        return function(*arguments, **(named or {}))
 
 
 class Run:

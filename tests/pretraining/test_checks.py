@@ -3,7 +3,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source, register_source
@@ -112,8 +111,6 @@ def test_a_folder_that_cannot_be_written(pretrain_config):
 
 @pytest.mark.gpu
 def test_on_a_gpu(pretrain_config, output, capsys):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     cfg = pretrain_config(output, "MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True)
     checks.try_run(cfg, iterations=4)
     assert "GPU memory" in capsys.readouterr().out

@@ -160,11 +160,13 @@ class TestEvaluateClassifier:
         assert found["test_loss"] == pytest.approx(F.cross_entropy(model(images), labels).item(), rel=0.02)
 
     @pytest.mark.gpu
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+    @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.08), ("fp16", 0.01)])
     @pytest.mark.parametrize("whole", [False, True])
-    def test_a_gpu_says_what_the_cpu_says(self, precision, whole):
-        images = torch.randint(0, 256, (9, 3, 64, 48), dtype=torch.uint8)
+    def test_a_gpu_says_what_the_cpu_says(self, precision, tolerance, whole, monkeypatch):
+        """Over 24 draws of images, the CPU's own loss moves by up to 0.026 in bf16 and 0.003 in fp16."""
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which moves a loss in fp32 by 4e-4
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (9, 3, 64, 48), dtype=torch.uint8, generator=generator)
         labels = torch.arange(9) % 3
         results = []
         for device, kind in (("cpu", "fp32"), ("cuda", precision)):
@@ -173,9 +175,7 @@ class TestEvaluateClassifier:
             batches = zip(images.split(4), labels.split(4))
             results.append(evaluate_classifier([member], batches, whole=whole, max_pixels=9000, precision=kind))
         assert results[1]["images"] == 9
-        assert results[1]["test_loss"] == pytest.approx(
-            results[0]["test_loss"], rel=1e-4 if precision == "fp32" else 0.02
-        )
+        assert results[1]["test_loss"] == pytest.approx(results[0]["test_loss"], rel=tolerance)
 
 
 class TestEvaluator:

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import cv2
 import numpy as np
@@ -175,6 +176,33 @@ def test_bf16_differs_from_float32_in_the_first_loss(pretrain_config, tmp_path):
         pretraining.run(pretrain_config(folder, "SOLVER.AMP.ENABLED", enabled, "SOLVER.MAX_ITER", 1))
         losses.append(json.loads((folder / "metrics.json").read_text().splitlines()[0])["loss_cls"])
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_training_steps_alone_are_compiled(pretrain_config, tmp_path, compiled, caplog):
+    """An evaluation or precise BN would be compiled anew, for a minute on a GPU."""
+    keys = ("SOLVER.COMPILE", True, "SOLVER.AMP.ENABLED", True, "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 3)
+    pretraining.run(pretrain_config(tmp_path, *keys))
+    assert len(compiled) == 1
+    assert read_checkpoint(tmp_path / "model_final.pth").metadata.norm_statistics == "precise"
+
+
+def test_precise_bn_runs_in_the_precision_of_training(pretrain_config, tmp_path, monkeypatch):
+    seen = set()
+    module = sys.modules[pretraining.run.__module__]
+    estimate = module.estimate_norm_statistics
+
+    def watched(model, *arguments, **named):
+        handle = model.conv1.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
+        layers = estimate(model, *arguments, **named)
+        handle.remove()
+        return layers
+
+    monkeypatch.setattr(module, "estimate_norm_statistics", watched)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        keys = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", precision, "SOLVER.MAX_ITER", 0)
+        pretraining.run(pretrain_config(tmp_path / precision, *keys))
+        assert seen == {dtype}
 
 
 def test_every_parameter_learns(pretrain_config, tmp_path, monkeypatch):

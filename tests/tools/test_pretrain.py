@@ -66,8 +66,9 @@ def test_trains_resumes_and_refuses_to_overwrite(main, command, tmp_path, capsys
     assert json.loads((out / "results.json").read_text())["images"] == 64
 
 
-def test_two_processes_write_one_checkpoint(command, tmp_path):
-    words = command("INPUT.RANDOM_FLIP", "none", flags=["--num-gpus", "2"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
+def test_two_processes_write_one_checkpoint(command, tmp_path, device):
+    words = command("INPUT.RANDOM_FLIP", "none", "MODEL.DEVICE", device, flags=["--num-gpus", "2"])
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "pretrain.py", *words], capture_output=True, text=True, timeout=300
     )

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from cifar10.dataset import Dataset
 from cifar10.plan import Plan, records
 from resnet_backbone.engine.output import versions
+from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights import atomic_write
 
@@ -92,7 +93,7 @@ def make_record(
             "iterations": solver.MAX_ITER,
             "warm_up_until_error": solver.WARMUP_UNTIL_ERROR,
             "weight_decay": solver.WEIGHT_DECAY,
-            "precision": solver.AMP.PRECISION if solver.AMP.ENABLED else "fp32",
+            "precision": precision_of(cfg),
         },
         "keys": list(plan.keys),
         "versions": versions(),
