@@ -14,8 +14,8 @@ EXAMPLES = """examples:
   # generated data, ten minutes on two cores
   python projects/coco_transfer/run.py --scale demo --output output/demo
 
-  # your own data on one GPU
-  python projects/coco_transfer/run.py --scale subset --output output/subset \\
+  # your own data, both networks at a time on one GPU
+  python projects/coco_transfer/run.py --scale subset --output output/subset --parallel 2 \\
       --pretrain-data 'shards/train-{000000..000007}.tar' shards/val-000000.tar \\
       --detection-data voc/train.json:voc/images voc/val.json:voc/images
 
@@ -34,6 +34,9 @@ def parse(arguments: list[str] | None = None) -> Plan:
     parser.add_argument("--nets", nargs="+", default=["vgg16", "resnet101"], metavar="NAME")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--num-gpus", type=int, default=1, help="processes (on CPUs too)")
+    parser.add_argument(
+        "--parallel", type=int, default=1, metavar="K", help="networks side by side on the same GPU, each a process"
+    )
     parser.add_argument("--no-control", action="store_true", help="leave out the detectors with random backbones")
     data = parser.add_argument_group("data (subset: required; paper: ImageNet and COCO 2014; demo: generated)")
     entry = ("TRAIN", "TEST")
@@ -50,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
         seed=given.seed,
         processes=given.num_gpus,
         control=not given.no_control,
+        parallel=given.parallel,
         pretrain_data=tuple(given.pretrain_data or ()),
         detection_data=tuple(given.detection_data or ()),
         pretrain_keys=tuple(given.pretrain),
@@ -63,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except Interrupted as error:
-        print(error, file=sys.stderr)
+    except Interrupted:
+        print("stopped and saved: the same command goes on from there.", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

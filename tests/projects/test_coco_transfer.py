@@ -2,16 +2,22 @@
 
 import json
 import math
+import os
+import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import cv2
 import pytest
+import torch
 
 PROJECT = Path(__file__).parents[2] / "projects" / "coco_transfer"
 
 PRETRAIN = """
 MODEL.NETWORK.WIDTH 0.125  INPUT.MIN_SIZE_TRAIN (64,64)  INPUT.MIN_SIZE_TEST 64  INPUT.CROP.SIZE (64,64)
-SOLVER.IMS_PER_BATCH 16  SOLVER.REFERENCE_IMS_PER_BATCH 0  SOLVER.MAX_ITER 4  SOLVER.CHECKPOINT_PERIOD 2
+SOLVER.IMS_PER_BATCH 16  SOLVER.REFERENCE_IMS_PER_BATCH 0  SOLVER.MAX_ITER 40  SOLVER.CHECKPOINT_PERIOD 0
 SOLVER.LOG_PERIOD 1  SOLVER.WARMUP_ITERS 1  SOLVER.AMP.ENABLED False  TEST.PRECISE_BN.NUM_ITER 2  TEST.EVAL_PERIOD 0
 DATALOADER.NUM_WORKERS 0
 """
@@ -27,6 +33,26 @@ def _arguments(output, shapes, scenes, *more) -> list[str]:
     data = ["--pretrain-data", shapes, shapes, "--detection-data", scenes, scenes]
     keys = ["--pretrain", *PRETRAIN.split(), "--detection", *DETECTION.split()]
     return ["--scale", "subset", "--output", str(output), "--nets", "vgg16", "resnet18", *data, *keys, *more]
+
+
+def _numbers(output: Path) -> dict:
+    """What was measured of each network, and not how long it took."""
+    networks = json.loads((output / "results.json").read_text())["networks"]
+    for row in networks.values():
+        for part in (row, row["control"]):
+            del part["seconds"], part["resumed"]
+    return networks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The order in which numbers are added is that of the networks side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +117,12 @@ def test_finished_stages_are_kept(run, finished, shapes, scenes):
     files = sorted(finished.glob("*/*/model_final.pth"))
     before = [file.stat().st_mtime_ns for file in files]
     assert len(files) == 8
-    assert run.main(_arguments(finished, shapes, scenes)) == 0
+    # How many networks run at once may differ from one start to the next.
+    assert run.main(_arguments(finished, shapes, scenes, "--parallel", "2")) == 0
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
 def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_numbers(run, finished, shapes, scenes, tmp_path):
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     stage = copy / "vgg16" / "detection"
@@ -105,11 +130,79 @@ def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_numbers(run, fi
     for name in ("stage.json", "results.json", "model_final.pth", "model_0000002.pth"):
         (stage / name).unlink()
     (stage / "last_checkpoint").write_text("model_0000001.pth")
+    (stage / "stopped.json").write_text('{"seconds": 1000.5}')
     # The copied detector started from the original folder's classifier, which is as good.
     assert run.main(_arguments(copy, shapes, scenes)) == 0
     again = json.loads((stage / "results.json").read_text())
     assert again == whole
-    assert json.loads((copy / "results.json").read_text())["networks"]["vgg16"]["resumed"]
+    row = json.loads((copy / "results.json").read_text())["networks"]["vgg16"]
+    assert row["resumed"] and 1000.5 < row["seconds"]["detection"] < 1100, "of both starts"
+
+
+def test_networks_side_by_side_are_stopped_by_a_signal_and_go_on_to_the_same_numbers(
+    run, finished, shapes, scenes, tmp_path, capfd
+):
+    output = tmp_path / "run"
+    words = _arguments(output, shapes, scenes, "--parallel", "2")
+    metrics = [output / net / "pretrain" / "metrics.json" for net in ("vgg16", "resnet18")]
+
+    def stop() -> None:
+        end = time.monotonic() + 120
+        while not all(file.is_file() and file.stat().st_size for file in metrics) and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=stop)
+    sender.start()
+    assert run.main(words) == 75
+    sender.join()
+    output_of_both = capfd.readouterr()
+    assert "stopped and saved: the same command goes on from there." in output_of_both.err
+    assert "Traceback" not in output_of_both.err
+    assert output_of_both.out == "", "each network's log is in its stages' folders"
+    saved = {file.parent: json.loads(file.read_text())["seconds"] for file in output.glob("*/*/stopped.json")}
+    assert saved and not (output / "report.md").exists()
+
+    assert run.main(words) == 0
+    assert _numbers(output) == _numbers(finished)
+    for folder, seconds in saved.items():
+        stage = json.loads((folder / "stage.json").read_text())
+        assert stage["resumed"] and stage["seconds"] > seconds and not (folder / "stopped.json").exists()
+    assert "2 networks at a time" in (output / "report.md").read_text()
+    assert "resumed: the next iteration is" in "".join((folder / "log.txt").read_text() for folder in saved)
+
+
+def test_a_network_that_fails_is_named_after_the_others_are_done(run, project, tmp_path, capsys, monkeypatch):
+    done = []
+
+    def run_stage(cfg, _run, _processes):
+        if cfg.MODEL.NETWORK.NAME == "vgg16":
+            raise project["stages"].InputError("the loss is not a number.")
+        done.append(Path(cfg.OUTPUT_DIR).name)
+
+    monkeypatch.setattr(project["stages"], "run_stage", run_stage)
+    monkeypatch.setattr(project["plan"].Plan, "with_data", lambda plan: plan)
+    monkeypatch.setattr(project["plan"].datasets, "class_names", lambda entry: ("a", "b"))
+    assert run.main(_arguments(tmp_path / "out", "shapes", "scenes")) == 2
+    error = capsys.readouterr().err
+    assert "error: vgg16: the loss is not a number.\n" in error
+    assert error.splitlines()[-1].startswith("error: 1 of 2 networks stopped: vgg16.")
+    assert done == ["pretrain", "detection", "control_pretrain", "control_detection"]
+
+
+def test_the_status_is_read_from_the_stages_folders(project, finished, tmp_path):
+    fixed = json.loads((finished / "plan.json").read_text())
+    plan = project["plan"].Plan(**{**fixed, "output": tmp_path, "nets": ("vgg16",)})
+    describe = project["stages"].describe_progress
+    assert describe(plan, "vgg16") == "pretraining, preparing"
+    shutil.copytree(finished / "vgg16", tmp_path / "vgg16")
+    assert describe(plan, "vgg16") == "all stages are finished"
+    folder = tmp_path / "vgg16" / "control_detection"
+    (folder / "stage.json").unlink()
+    assert describe(plan, "vgg16") == "control, detection, evaluating"
+    entry = {"iteration": 0, "images_per_second": 0.25}
+    (folder / "metrics.json").write_text(json.dumps(entry) + "\n" + json.dumps(entry)[:9])
+    assert describe(plan, "vgg16") == "control, detection, 1 of 3, 0.25 images/s, 0:00:16 left"
 
 
 def test_a_key_with_a_networks_name_is_for_that_network_and_outweighs_the_shared_one(run, tmp_path):
@@ -122,8 +215,6 @@ def test_a_key_with_a_networks_name_is_for_that_network_and_outweighs_the_shared
 
 
 def test_a_detector_that_finds_nothing_has_an_ap_of_zero(run, finished, tmp_path):
-    import shutil
-
     from coco_transfer.plan import Plan
     from coco_transfer.report import collect_results, write_report
 
@@ -155,6 +246,9 @@ def test_other_arguments_in_the_same_folder_are_refused(run, finished, shapes, s
         (["--scale", "demo", "--pretrain-data", "a", "b"], "--scale subset"),
         (["--scale", "demo", "--nets", "resnet100"], "resnet10"),
         (["--scale", "demo", "--detection", "resnet100:SOLVER.MAX_ITER", "5"], "resnet10"),
+        (["--scale", "demo", "--detection", "SOLVER.MAX_ITERS", "5"], "SOLVER.MAX_ITER"),
+        (["--scale", "demo", "--parallel", "0"], "--parallel is 0"),
+        (["--scale", "demo", "--parallel", "2", "--num-gpus", "2"], "each of the networks"),
         (["--scale", "subset", "--pretrain-data", "a", "b", "--detection-data", "no.json", "no.json"], "a"),
     ],
 )

@@ -1,17 +1,9 @@
 """Carry out a plan, run by run or several side by side; what is finished is kept."""
 
-import contextlib
 import json
 import logging
-import multiprocessing
-import os
-import signal
-import sys
 import time
-from multiprocessing.connection import wait
-from typing import NamedTuple
-
-import torch
+from functools import partial
 
 from cifar10.dataset import Dataset, open_dataset
 from cifar10.plan import Plan
@@ -19,15 +11,12 @@ from cifar10.report import write_report
 from cifar10.results import make_record, read_curves, write_record
 from resnet_backbone import pretraining
 from resnet_backbone.engine.config import set_key
+from resnet_backbone.engine.jobs import Job, run_jobs
 from resnet_backbone.engine.output import FINAL, LAST
-from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
+from resnet_backbone.errors import InputError
 from resnet_backbone.weights import write_json
 
 logger = logging.getLogger("cifar10")
-
-STATUS_SECONDS = 60.0
-
-Job = tuple[str, int]
 
 
 def carry_out(plan: Plan) -> str:
@@ -42,15 +31,22 @@ def carry_out(plan: Plan) -> str:
     dataset = open_dataset(plan)
     _claim(plan)
     logger.info("%s: %d training and %d test images", dataset.title, *dataset.images)
-    jobs = [job for job in plan.jobs() if not plan.record(*job).is_file()]
+    jobs = [
+        Job(
+            f"{network}, seed {seed}",
+            partial(carry_out_run, plan, dataset, network, seed),
+            partial(_status, plan, network, seed),
+        )
+        for network, seed in plan.jobs()
+        if not plan.record(network, seed).is_file()
+    ]
     logger.info("%d runs, of which %d are finished", len(plan.jobs()), len(plan.jobs()) - len(jobs))
-    carry = _one_after_the_other if plan.parallel == 1 else _side_by_side
-    failed = carry(plan, dataset, jobs)
-    report = write_report(plan.output) if len(failed) < len(plan.jobs()) else ""
-    if failed:
+    stopped = run_jobs(jobs, at_a_time=plan.parallel, logger=logger)
+    report = write_report(plan.output) if len(stopped) < len(plan.jobs()) else ""
+    if stopped:
         raise InputError(
-            f"{len(failed)} of {len(plan.jobs())} runs stopped: {', '.join(map(_title, failed))}. log.txt in each "
-            f"one's folder in {plan.output} says why; started again with the same arguments, they go on."
+            f"{len(stopped)} of {len(plan.jobs())} runs stopped: {', '.join(job.title for job in stopped)}. log.txt in "
+            f"each one's folder in {plan.output} says why; started again with the same arguments, they go on."
         )
     return report
 
@@ -88,90 +84,12 @@ def carry_out_run(plan: Plan, dataset: Dataset, network: str, seed: int) -> None
     write_record(record, plan.record(network, seed))
 
 
-def _one_after_the_other(plan: Plan, dataset: Dataset, jobs: list[Job]) -> list[Job]:
-    """Do all jobs in this process; return those that stopped."""
-    failed = []
-    for number, job in enumerate(jobs, 1):
-        logger.info("%s (%d of %d)", _title(job), number, len(jobs))
-        try:
-            carry_out_run(plan, dataset, *job)
-        except InputError as error:
-            print(f"error: {_title(job)}: {error}", file=sys.stderr)
-            failed.append(job)
-    return failed
-
-
-class _Running(NamedTuple):
-    process: multiprocessing.Process
-    job: Job
-    slot: int
-
-
-def _side_by_side(plan: Plan, dataset: Dataset, jobs: list[Job]) -> list[Job]:
-    """Do `plan.parallel` jobs at a time, each in a process of its own; return those that stopped."""
-    context = multiprocessing.get_context("spawn")
-    waiting, running, failed = list(jobs), [], []
-    left: list[str] = []
-
-    def leave(number: int, _frame: object) -> None:
-        left.append(signal.Signals(number).name)
-        for other in running:
-            other.process.terminate()  # by SIGTERM, on which a run saves and leaves
-
-    former = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        while running or (waiting and not left):
-            while waiting and len(running) < plan.parallel and not left:
-                job = waiting.pop(0)
-                slot = min(set(range(plan.parallel)) - {other.slot for other in running})
-                process = context.Process(target=_process, args=(plan, dataset, job, slot))
-                process.start()
-                running.append(_Running(process, job, slot))
-                logger.info("%s begins", _title(job))
-            wait([other.process.sentinel for other in running], timeout=STATUS_SECONDS)
-            for other in [other for other in running if not other.process.is_alive()]:
-                running.remove(other)
-                code = other.process.exitcode
-                logger.info("%s %s", _title(other.job), f"stopped with exit code {code}" if code else "is finished")
-                if code:
-                    failed.append(other.job)
-            if running and not left:
-                logger.info("  ".join(_status(plan, other.job) for other in running))
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    if left:
-        raise Interrupted(f"{left[0]}: the runs under way were saved.")
-    return failed
-
-
-def _process(plan: Plan, dataset: Dataset, job: Job, slot: int) -> None:
-    """One run, in its own process: with its share of the cores or on the GPU of its turn, silent but for errors."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // plan.parallel))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(slot % torch.cuda.device_count())
-    try:
-        # Several logs at once are unreadable; each run has its log.txt.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            carry_out_run(plan, dataset, *job)
-    except InputError as error:
-        print(f"error: {_title(job)}: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except (Interrupted, KeyboardInterrupt):
-        sys.exit(EXIT_INTERRUPTED)
-
-
-def _status(plan: Plan, job: Job) -> str:
-    curves = read_curves(plan.folder(*job) / "metrics.json")
+def _status(plan: Plan, network: str, seed: int) -> str:
+    curves = read_curves(plan.folder(network, seed) / "metrics.json")
     if not curves.training:
-        return f"{_title(job)}: preparing"
+        return "preparing"
     iteration, error = curves.training[-1]
-    return f"{_title(job)}: {iteration} of {plan.config(job[0], seed=job[1]).SOLVER.MAX_ITER}, error {error:.1f} %"
-
-
-def _title(job: Job) -> str:
-    return f"{job[0]}, seed {job[1]}"
+    return f"{iteration} of {plan.config(network, seed=seed).SOLVER.MAX_ITER}, error {error:.1f} %"
 
 
 def _claim(plan: Plan) -> None:

@@ -16,6 +16,7 @@ from resnet_backbone.errors import InputError
 from resnet_backbone.networks import VGG, ResNet, build_network
 
 SCALES = ("demo", "subset", "paper")
+STAGES = {"pretrain": "pretraining", "detection": "detection"}  # in words, by the name of the folder
 
 HERE = Path(__file__).resolve().parent.parent
 SHIPPED = HERE.parent.parent / "configs"
@@ -41,6 +42,7 @@ class Plan:
         seed: of data (demo), initial weights, order and augmentation.
         processes: number of GPUs, or of processes on CPUs.
         control: also train each detector from a random backbone.
+        parallel: networks side by side.
         pretrain_data, detection_data: entries of DATASETS.TRAIN and DATASETS.TEST; empty for the scale's own.
         pretrain_keys, detection_keys: configuration keys and values over the scale's own, KEY VALUE for every network
             or NETWORK:KEY VALUE for one.
@@ -52,13 +54,21 @@ class Plan:
     seed: int = 1
     processes: int = 1
     control: bool = True
+    parallel: int = 1
     pretrain_data: tuple[str, ...] = ()
     detection_data: tuple[str, ...] = ()
     pretrain_keys: tuple[str, ...] = ()
     detection_keys: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise InputError for an unknown network, or data that the scale does not take or lacks."""
+        """Raise InputError for an unknown network or key, or data that the scale does not take or lacks."""
+        if self.parallel < 1:
+            raise InputError(f"--parallel is {self.parallel}; expected at least 1, the networks to train side by side.")
+        if self.parallel > 1 and self.processes > 1:
+            raise InputError(
+                f"--parallel is {self.parallel} and --num-gpus {self.processes}, so that each of the networks side by "
+                "side would take all GPUs. Leave out one of the two."
+            )
         named = (
             key.partition(":")[0]
             for keys in (self.pretrain_keys, self.detection_keys)
@@ -73,11 +83,14 @@ class Plan:
             raise InputError(
                 "--scale demo makes its own data; use --scale subset with --pretrain-data and --detection-data."
             )
+        for net in self.nets:
+            self._load(pretraining.get_config(), net, "pretrain", self.pretrain_keys)
+            self._load(detection.get_config(), net, "detection", self.detection_keys)
 
     def fixed(self) -> dict[str, Any]:
-        """What must stay when a stopped run is started again: all but where it lies and which networks are in it."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in ("output", "nets")}
+        """What must stay between two starts: all but the folder, the networks, and how many of them run at once."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("output", "nets", "parallel")}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def with_data(self) -> "Plan":
         """This plan with data to train on: the given, the scale's own, or, for the demo, newly generated."""
@@ -87,6 +100,14 @@ class Plan:
             "paper": lambda: (("imagenet_train", "imagenet_val"), ("coco_2014_train", "coco_2014_val")),
         }[self.scale]()
         return replace(self, pretrain_data=self.pretrain_data or own[0], detection_data=self.detection_data or own[1])
+
+    def stages(self) -> list[tuple[str, bool]]:
+        """The stages of each network in their order: a key of STAGES, and whether it is the control's."""
+        return [(stage, control) for control in ((False, True) if self.control else (False,)) for stage in STAGES]
+
+    def config(self, net: str, stage: str, *, control: bool = False) -> CfgNode:
+        """The configuration of a stage."""
+        return {"pretrain": self.pretrain_config, "detection": self.detection_config}[stage](net, control=control)
 
     def pretrain_config(self, net: str, *, control: bool = False) -> CfgNode:
         """Pretraining of `net`; as a control, no iterations: initial weights with estimated BN statistics."""

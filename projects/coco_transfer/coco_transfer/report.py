@@ -42,6 +42,7 @@ def collect_results(plan: Plan) -> dict[str, Any]:
         "versions": versions(),
         "machine": f"{os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}, {platform.machine()}, "
         f"{platform.system()} {platform.release()}",
+        "parallel": plan.parallel,
         "networks": networks,
     }
 
@@ -144,7 +145,8 @@ def _sentences(networks: dict[str, Any]) -> list[str]:
 
 
 def _setup(results: dict[str, Any]) -> str:
-    lines = [f"- {results['versions']}", f"- {results['machine']}; seed {results['seed']}"]
+    shared = f"shared by {results['parallel']} networks at a time; " if results["parallel"] > 1 else ""
+    lines = [f"- {results['versions']}", f"- {results['machine']}; {shared}seed {results['seed']}"]
     for net, row in results["networks"].items():
         pretrain, detect = row["schedule"]["pretrain"], row["schedule"]["detection"]
         lines.append(

@@ -1,18 +1,23 @@
-"""Carry out a plan, stage by stage; each finished stage is kept."""
+"""Carry out a plan, network by network or several side by side; each finished stage is kept."""
 
+import contextlib
+import datetime
 import json
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
 
 from coco_transfer.figures import draw_curves, draw_detections
-from coco_transfer.plan import Plan
+from coco_transfer.plan import STAGES, Plan
 from coco_transfer.report import collect_results, write_report
 from resnet_backbone import detection, pretraining
+from resnet_backbone.engine.jobs import Job, interruptible, run_jobs
 from resnet_backbone.engine.launch import launch
 from resnet_backbone.engine.output import FINAL, LAST
 from resnet_backbone.errors import InputError
@@ -21,13 +26,18 @@ from resnet_backbone.weights import write_json
 logger = logging.getLogger("coco_transfer")
 
 DONE = "stage.json"
+EARLIER = "stopped.json"  # the seconds of the starts that were stopped
+RUNS = {"pretrain": pretraining.run, "detection": detection.run}
 
 
+@interruptible()
 def carry_out(plan: Plan) -> dict[str, Any]:
     """Pretrain, fine-tune and evaluate every network and its control; write report.md, results.json and the figures.
 
     Raises:
-        InputError: the output folder holds a run with other arguments, or a stage cannot use what it was given.
+        InputError: the output folder holds a run with other arguments, or a stage cannot use what it was given; the
+            other networks were finished.
+        Interrupted: a signal asked to leave; the runs under way are saved.
     """
     start = time.perf_counter()
     plan.check()
@@ -35,13 +45,18 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     _claim(plan)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s %(name)s] %(message)s", datefmt="%m-%d %H:%M:%S")
     ready = plan.with_data()
-    steps = [(net, control) for net in plan.nets for control in ((False, True) if plan.control else (False,))]
-    for number, (net, control) in enumerate(steps):
-        title = f"{net}, control" if control else net
-        logger.info("%s (%d of %d): pretraining", title, number + 1, len(steps))
-        run_stage(ready.pretrain_config(net, control=control), pretraining.run, plan.processes)
-        logger.info("%s (%d of %d): detection", title, number + 1, len(steps))
-        run_stage(ready.detection_config(net, control=control), detection.run, plan.processes)
+    nets = list(dict.fromkeys(plan.nets))
+    jobs = [
+        Job(net, partial(carry_out_network, ready, net), partial(describe_progress, ready, net))
+        for net in nets
+        if _next_stage(plan, net) is not None
+    ]
+    logger.info("%d of %d networks are finished", len(nets) - len(jobs), len(nets))
+    if stopped := run_jobs(jobs, at_a_time=plan.parallel, logger=logger):
+        raise InputError(
+            f"{len(stopped)} of {len(nets)} networks stopped: {', '.join(job.title for job in stopped)}. What is said "
+            f"above and log.txt in the stages' folders in {plan.output} tell why; the same command goes on from there."
+        )
     results = {**collect_results(ready), "plan": plan.fixed()}
     write_json(plan.output / "results.json", results)
     draw_curves(ready, plan.output / "curves.png")
@@ -52,24 +67,81 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     return results
 
 
+def carry_out_network(plan: Plan, net: str) -> None:
+    """Do all stages of one network and of its control that are not finished."""
+    for stage, control in plan.stages():
+        logger.info("%s: %s", net, _words(stage, control))
+        run_stage(plan.config(net, stage, control=control), RUNS[stage], plan.processes)
+
+
 def run_stage(cfg: CfgNode, run: Callable[..., Any], processes: int) -> dict[str, Any]:
     """Run one stage unless it is finished; resume it if it was stopped.
 
     Returns:
-        The stage's results, with the seconds it took (of the last start, if it was stopped).
+        The stage's results, with the seconds it took over all starts, but those that were killed or saved nothing.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if (folder / DONE).is_file():
         logger.info("%s is finished", folder)
         return json.loads((folder / DONE).read_text())
-    resume = (folder / LAST).is_file() or (folder / FINAL).is_file()
-    start = time.perf_counter()
-    if code := launch(run, cfg, processes=processes, resume=resume):
-        raise InputError(f"the stage in {folder} stopped with exit code {code}: see {folder / 'log.txt'}.")
+    resume, earlier = _can_resume(folder), folder / EARLIER
+    start = time.perf_counter() - (json.loads(earlier.read_text())["seconds"] if earlier.is_file() else 0)
+    try:
+        if code := launch(run, cfg, processes=processes, resume=resume):
+            raise InputError(f"the stage in {folder} stopped with exit code {code}: see {folder / 'log.txt'}.")
+    except BaseException:
+        if _can_resume(folder):
+            with contextlib.suppress(OSError):  # a full disk, of which the error itself tells
+                write_json(earlier, {"seconds": round(time.perf_counter() - start, 3)})
+        raise
     results = json.loads((folder / "results.json").read_text())
     stage = {"seconds": round(time.perf_counter() - start, 3), "resumed": resume, **results}
     write_json(folder / DONE, stage)
+    earlier.unlink(missing_ok=True)
     return stage
+
+
+def describe_progress(plan: Plan, net: str) -> str:
+    """How far a network is, by what its current stage has written so far; a few words for the terminal."""
+    step = _next_stage(plan, net)
+    if step is None:
+        return "all stages are finished"
+    folder = plan.folder(net, step[0], control=step[1])
+    reading = _last_reading(folder / "metrics.json")
+    if reading is None:
+        return f"{_words(*step)}, preparing"
+    solver = yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]  # of the run, which may rescale the plan's
+    done, total, rate = reading["iteration"] + 1, solver["MAX_ITER"], reading["images_per_second"]
+    if done >= total:
+        return f"{_words(*step)}, evaluating"
+    left = datetime.timedelta(seconds=round((total - done) * solver["IMS_PER_BATCH"] / rate))
+    return f"{_words(*step)}, {done} of {total}, {rate:.4g} images/s, {left} left"
+
+
+def _next_stage(plan: Plan, net: str) -> tuple[str, bool] | None:
+    """The first stage of a network that is not finished, and whether it is the control's; None if all are."""
+    steps = plan.stages()
+    return next((step for step in steps if not (plan.folder(net, step[0], control=step[1]) / DONE).is_file()), None)
+
+
+def _words(stage: str, control: bool) -> str:
+    return f"control, {STAGES[stage]}" if control else STAGES[stage]
+
+
+def _last_reading(metrics: Path) -> dict[str, Any] | None:
+    """The last entry of training in a `metrics.json`; None before the first."""
+    for line in reversed(metrics.read_text().splitlines() if metrics.is_file() else []):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # being written at this moment
+            continue
+        if "images_per_second" in entry:
+            return entry
+    return None
+
+
+def _can_resume(folder: Path) -> bool:
+    return (folder / LAST).is_file() or (folder / FINAL).is_file()
 
 
 def _claim(plan: Plan) -> None:
