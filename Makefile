@@ -15,7 +15,7 @@ BUILD_TOOLS = $$(sed -nE 's/^((setuptools|wheel)==[^ ]+).*/\1/p' requirements.tx
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench clean distclean
+.PHONY: help setup demo test test-all lint bench gpu clean distclean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -36,10 +36,13 @@ lint: $(STAMP)  ## ruff
 
 bench: $(STAMP)  ## speed beside plain torch and torchvision, of what the machine can run; reports in output/bench
 	@mkdir -p output/bench
-	for what in pretrain data; do \
+	for what in pretrain data detect; do \
 		$(BIN)/python tools/benchmark.py $$what --json output/bench/$$what.json $(ARGS) > output/bench/$$what.md || exit; \
 		cat output/bench/$$what.md; \
 	done
+
+gpu: $(STAMP)  ## on a GPU: the tests that need one and the benchmarks; report in output/gpu (ARGS="--parts tests data")
+	$(BIN)/python tools/check_gpu.py $(ARGS)
 
 clean:  ## remove build outputs and caches; keeps .venv and output/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Time training and loading beside the usual alternative, in turns, in one process."""
+"""Time training, loading and detecting beside the usual alternative, in turns, in one process."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_backbone.benchmarks import data, pretrain
-from resnet_backbone.benchmarks.plans import DEVICES, NETWORKS, PRECISIONS, run_data, run_pretrain
+from resnet_backbone.benchmarks import data, detect, pretrain
+from resnet_backbone.benchmarks.detectors import DETECTORS
+from resnet_backbone.benchmarks.plans import DEVICES, NETWORKS, PRECISIONS, run_data, run_detect, run_pretrain
 from resnet_backbone.benchmarks.report import format_page, write
 from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
 
@@ -25,19 +27,44 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     steps.add_argument("--batch", type=int, help="images; default: 256 on a GPU, else 32 (CIFAR's networks: 128)")
     steps.add_argument("--size", type=int, help="pixels; default: 224 (CIFAR's networks: 32)")
     steps.add_argument(
-        "--iterations", type=int, help="in a turn; default: 5 on a GPU, else 1 (CIFAR's: 10 times, or twice)"
+        "--iterations", type=int, help="in a turn; default: 40 on a GPU, else 1 (CIFAR's: 10 times, or twice)"
     )
     steps.add_argument("--precision", choices=PRECISIONS, help="of all sides but the plain loop; default: the recipe's")
     loading = _command(commands, "data", "images a second of loading and augmenting JPEGs", data.MEANING, run_data)
     loading.add_argument("--images", type=Path, metavar="FOLDER", help="with JPEGs below it; default: generated ones")
     loading.add_argument("--workers", type=int, default=0, help="loading processes; default: 0, this process")
+    detectors = _command(
+        commands, "detect", "images a second of a detector's training step and inference", detect.MEANING, run_detect
+    )
+    detectors.set_defaults(configs=CONFIGS.parent)
+    detectors.add_argument(
+        "--detectors",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(DETECTORS)}; default: R101-C4, R101-FPN and R50-FPN on a GPU, else R50-C4",
+    )
+    detectors.add_argument("--batch", type=int, help="images; default: 8 on a GPU, else 1")
+    detectors.add_argument(
+        "--size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels; default: 800 1216 on a GPU, else 480 640",
+    )
+    detectors.add_argument("--rois", type=int, help="an image in training; default: 512 on a GPU, else 128")
+    detectors.add_argument("--iterations", type=int, help="in a turn; default: 5 on a GPU, else 1")
+    detectors.add_argument(
+        "--stride-in-3x3",
+        action="store_true",
+        help="of all sides' ResNets; default: in the first 1×1 convolution, as Detectron2 has it",
+    )
     return parser.parse_args(words)
 
 
 def _command(
     commands: Any, name: str, what: str, meaning: Mapping[str, str], run: Callable[..., dict[str, Any]]
 ) -> argparse.ArgumentParser:
-    """A subcommand with the options that both have."""
+    """A subcommand with the options that all have."""
     sides = "\n".join(f"  {side}: {text}" for side, text in meaning.items())
     parser = commands.add_parser(
         name,
@@ -64,8 +91,11 @@ def main(words: Sequence[str] | None = None) -> int:
     options = vars(parse(words))
     options.pop("command")
     run, file = options.pop("run"), options.pop("json")
+    options.setdefault("configs", CONFIGS)
+    if file is not None:
+        options["keep"] = functools.partial(write, file)
     try:
-        results = run(configs=CONFIGS, report=lambda line: print(line, file=sys.stderr, flush=True), **options)
+        results = run(report=lambda line: print(line, file=sys.stderr, flush=True), **options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

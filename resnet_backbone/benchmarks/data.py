@@ -68,23 +68,21 @@ class LoadingWork:
     cpu_time: bool = False
 
 
-def compare_loading(work: LoadingWork, report: Callable[[str], object]) -> list[Comparison]:
+def compare_loading(work: LoadingWork, report: Callable[[str], object]) -> Iterator[Comparison]:
     """Compare the package's loader with the two references, on CPU cores; `report` gets a line before each.
 
     Raises:
         InputError: the folder has no JPEG.
     """
-    comparisons = []
     with tempfile.TemporaryDirectory() as scratch, _one_thread():
         for name, folder in _image_sets(work, Path(scratch)):
             report(f"loading {name}")
-            comparisons += [_compare_preset(name, folder, work), _compare_paper(name, folder, work)]
-    return comparisons
+            yield _compare_preset(name, folder, work)
+            yield _compare_paper(name, folder, work)
 
 
-def compare_on_gpu(work: LoadingWork, report: Callable[[str], object]) -> list[Comparison]:
+def compare_on_gpu(work: LoadingWork, report: Callable[[str], object]) -> Iterator[Comparison]:
     """Compare loading with the GPU's decoder and loading by the same number of workers, in images a second."""
-    comparisons = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, folder in _image_sets(work, Path(scratch)):
             report(f"loading {name} on the GPU")
@@ -96,8 +94,7 @@ def compare_on_gpu(work: LoadingWork, report: Callable[[str], object]) -> list[C
                 PRESET: _reference(folder, work, preset_transform),
             }
             task = f"crop of random area, {name}, {work.workers} workers"
-            comparisons.append(_compare(task, UNIT, sides, work, clock=Clock("cuda")))
-    return comparisons
+            yield _compare(task, UNIT, sides, work, clock=Clock("cuda"))
 
 
 def compare_training(task: Task, conduct: Conduct, loading: LoadingWork, report: Callable[[str], object]) -> Comparison:

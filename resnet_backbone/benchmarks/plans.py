@@ -1,14 +1,17 @@
 """What the command runs on this machine, with the sizes that suit it."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from resnet_backbone.benchmarks import data, pretrain
+from resnet_backbone.benchmarks import data, detect, pretrain
+from resnet_backbone.benchmarks.detectors import DetectionWork, check_names
 from resnet_backbone.benchmarks.report import describe_setup, to_dict
+from resnet_backbone.benchmarks.timing import Comparison
+from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.errors import InputError
 from resnet_backbone.networks.analysis import analyze
 
@@ -16,10 +19,22 @@ NETWORKS = ("resnet50", "vgg16", "resnet101", "cifar_resnet20", "cifar_resnet110
 TINY_NETWORKS = ("resnet18", "cifar_resnet20")
 CIFAR = {"num_classes": 10, "batch": 128, "size": 32}
 WARM_UP = {"cuda": 10, "cpu": 1}  # iterations; a GPU compiles, chooses kernels and records a graph in them
+ITERATIONS = {"cuda": 40, "cpu": 1}  # of ImageNet's networks in a turn: a second or more
+Keep = Callable[[dict[str, Any]], object]
 DEVICES = ("cuda", "cpu")
 PRECISIONS = ("bf16", "fp32")
 NO_GPU = (
     "what needs a GPU (compiled steps, CUDA graphs, decoding on the GPU); torch finds none here, or --device is cpu."
+)
+DETECTORS = {"cuda": ("R101-C4", "R101-FPN", "R50-FPN"), "cpu": ("R50-C4",)}
+DETECTION = {
+    "cuda": {"batch": 8, "size": (800, 1216), "rois": 512, "iterations": 5},
+    "cpu": {"batch": 1, "size": (480, 640), "rois": 128, "iterations": 1},
+    "tiny": {"batch": 1, "size": (64, 96), "rois": 4, "iterations": 1},
+}
+PROPOSALS = {"cuda": None, "cpu": 300, "tiny": 10}  # in inference; None: the configuration's number
+NO_GPU_FOR_DETECTORS = (
+    "what needs a GPU (compiled backbones, fp16, the memory that it takes); torch finds none here, or --device is cpu."
 )
 
 
@@ -36,6 +51,7 @@ def run_pretrain(
     cpu_time: bool = False,
     tiny: bool = False,
     report: Callable[[str], object],
+    keep: Keep = lambda results: None,
 ) -> dict[str, Any]:
     """Time training steps (`pretrain.MEANING`); the results as plain values.
 
@@ -44,6 +60,7 @@ def run_pretrain(
         batch, size, iterations: of ImageNet's networks. CIFAR's take 128 images of 32 pixels, and on a GPU ten times,
             on a CPU twice as many iterations in a turn.
         tiny: a few seconds that show that all of it runs, on the CPU.
+        keep: gets the results so far after each comparison.
 
     Raises:
         InputError: an argument cannot be used, or the memory does not hold the batch.
@@ -51,7 +68,7 @@ def run_pretrain(
     device = _choose_device("cpu" if tiny else device, cpu_time=cpu_time)
     _check(batch=batch, size=size, rounds=rounds, iterations=iterations)
     on_gpu = device == "cuda"
-    iterations = iterations or (5 if on_gpu else 1)
+    iterations = iterations or ITERATIONS[device]
 
     def task(name: str) -> pretrain.Task:
         if analyze(name).image_size == CIFAR["size"]:
@@ -75,7 +92,7 @@ def run_pretrain(
         cpu_time=cpu_time,
     )
     setup = describe_setup(cpu_time=cpu_time)
-    return to_dict(setup, pretrain.compare_networks(tasks, conduct, report), [] if on_gpu else [NO_GPU])
+    return _collect(setup, pretrain.compare_networks(tasks, conduct, report), [] if on_gpu else [NO_GPU], keep)
 
 
 def run_data(
@@ -88,14 +105,18 @@ def run_data(
     cpu_time: bool = False,
     tiny: bool = False,
     report: Callable[[str], object],
+    keep: Keep = lambda results: None,
 ) -> dict[str, Any]:
     """Time loading, and training from files (`data.MEANING`); the results as plain values.
+
+    Where there is a GPU its part comes first; if that fails, the CPU's is measured all the same.
 
     Args:
         configs: the folder of the recipe imagenet.yaml.
         images: a folder with JPEGs in it or below; None: generated ones.
         workers: loading processes where images a second and core are counted; 0: the process itself.
         tiny: a few seconds that show that all of it runs, on the CPU.
+        keep: gets the results so far after each comparison.
 
     Raises:
         InputError: an argument cannot be used.
@@ -112,17 +133,12 @@ def run_data(
     }
     sizes = {"count": 8, "batch": 4, "crop": 32} if tiny else {"count": 64, "batch": 32, "crop": 224}
     shapes = {"sizes": [(48, 64), (160, 200)]} if tiny else {}
-    setup = describe_setup(cpu_time=cpu_time)
-    comparisons = data.compare_loading(
-        data.LoadingWork(workers=workers, cpu_time=cpu_time, **common, **sizes, **shapes), report
-    )
+    loading = data.LoadingWork(workers=workers, cpu_time=cpu_time, **common, **sizes, **shapes)
 
-    # The rest with one size of image, and with the workers that a training would have.
+    # Training with one size of image, and with the workers that a training would have.
     beside = len(os.sched_getaffinity(0)) if on_gpu else 0 if cpu_time else 1
     shapes = {"sizes": [(48, 64)]} if tiny else {"sizes": [(480, 640)]}
-    loading = data.LoadingWork(workers=beside, **common, **sizes, **shapes)
-    if on_gpu:
-        comparisons += data.compare_on_gpu(loading, report)
+    feeding = data.LoadingWork(workers=beside, **common, **sizes, **shapes)
     task = pretrain.Task(
         network="resnet18" if tiny else "resnet50",
         num_classes=1000,
@@ -132,8 +148,78 @@ def run_data(
         iterations=1 if tiny else 20 if on_gpu else 3,
     )
     conduct = pretrain.Conduct(device=device, rounds=common["rounds"], warm_up=WARM_UP[device], cpu_time=cpu_time)
-    comparisons.append(data.compare_training(task, conduct, loading, report))
-    return to_dict(setup, comparisons, [] if on_gpu else [NO_GPU])
+    setup, skipped = describe_setup(cpu_time=cpu_time), [] if on_gpu else [NO_GPU]
+
+    def comparisons() -> Iterator[Comparison]:
+        if on_gpu:
+            try:
+                yield from data.compare_on_gpu(feeding, report)
+                yield data.compare_training(task, conduct, feeding, report)
+            except (RuntimeError, DatasetError) as error:  # nvJPEG is not on every machine
+                skipped.append(f"what the GPU decodes ({error})")
+        yield from data.compare_loading(loading, report)
+        if not on_gpu:
+            yield data.compare_training(task, conduct, feeding, report)
+
+    return _collect(setup, comparisons(), skipped, keep)
+
+
+def run_detect(
+    *,
+    configs: Path,
+    detectors: Sequence[str] | None = None,
+    device: str | None = None,
+    batch: int | None = None,
+    size: Sequence[int] | None = None,
+    rois: int | None = None,
+    stride_in_3x3: bool = False,
+    rounds: int = 5,
+    iterations: int | None = None,
+    cpu_time: bool = False,
+    tiny: bool = False,
+    report: Callable[[str], object],
+    keep: Keep = lambda results: None,
+) -> dict[str, Any]:
+    """Time a detector's training steps and inference (`detect.MEANING`); the results as plain values.
+
+    Args:
+        configs: the folder of faster_rcnn_VGG16.yaml.
+        detectors: names of `detectors.DETECTORS`.
+        size: height and width of the images.
+        rois: sampled from an image's proposals in training.
+        stride_in_3x3: let the ResNets of all sides stride there, instead of in the first 1×1 convolution.
+        tiny: a few seconds that show that all of it runs, on the CPU.
+        keep: gets the results so far after each comparison.
+
+    Raises:
+        InputError: an argument cannot be used, or the memory does not hold the batch.
+    """
+    device = _choose_device("cpu" if tiny else device, cpu_time=cpu_time)
+    _check(batch=batch, size=size and min(size), rois=rois, rounds=rounds, iterations=iterations)
+    names = list(detectors or DETECTORS[device])
+    check_names(names)
+    scale = "tiny" if tiny else device
+    given = {"batch": batch, "size": size and tuple(size), "rois": rois, "iterations": iterations}
+    work = DetectionWork(
+        **DETECTION[scale] | {key: value for key, value in given.items() if value is not None},
+        proposals=PROPOSALS[scale],
+        stride_in_1x1=not stride_in_3x3,
+    )
+    conduct = pretrain.Conduct(device=device, rounds=2 if tiny else rounds, warm_up=WARM_UP[device], cpu_time=cpu_time)
+    setup = describe_setup(cpu_time=cpu_time)
+    skipped = [] if device == "cuda" else [NO_GPU_FOR_DETECTORS]
+    return _collect(setup, detect.compare_detectors(names, work, conduct, configs, report), skipped, keep)
+
+
+def _collect(
+    setup: Mapping[str, Any], comparisons: Iterable[Comparison], skipped: Sequence[str], keep: Keep
+) -> dict[str, Any]:
+    """Make all comparisons, and hand over the results after each: what then fails loses none."""
+    made = []
+    for comparison in comparisons:
+        made.append(comparison)
+        keep(to_dict(setup, made, skipped))
+    return to_dict(setup, made, skipped)
 
 
 def _choose_device(device: str | None, *, cpu_time: bool) -> str:

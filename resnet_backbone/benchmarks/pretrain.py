@@ -97,23 +97,21 @@ class _Measured(Interrupted):
     """Raised for the next batch: all rounds are done, the loop leaves without the checkpoint of a run's end."""
 
 
-def compare_networks(tasks: Iterable[Task], conduct: Conduct, report: Callable[[str], object]) -> list[Comparison]:
+def compare_networks(tasks: Iterable[Task], conduct: Conduct, report: Callable[[str], object]) -> Iterator[Comparison]:
     """Compare the sides of MEANING for each task; `report` gets a line before each.
 
     Raises:
         InputError: the memory does not hold the batch.
     """
-    comparisons = []
     for task in tasks:
         report(task.network)
         torch.compiler.reset()  # it compiles one function for only so many networks
         try:
-            comparisons.append(_compare(task, conduct))
+            yield _compare(task, conduct)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"{task.network}: the GPU's memory does not hold --batch {task.batch}; lower it"
             ) from error
-    return comparisons
 
 
 def make_config(task: Task, conduct: Conduct, *words: Any) -> CfgNode:
@@ -135,7 +133,7 @@ def train_on(
     batches: Callable[[nn.Module, torch.optim.Optimizer, ClassificationLosses], Iterable[Any]],
     images_of: Callable[[Any], Batch],
 ) -> None:
-    """Run `engine.train.train`, with all its hooks, on what `batches(model, optimizer, losses)` hands out, to its end."""
+    """Run `engine.train.train`, with all its hooks, on all that `batches(model, optimizer, losses)` hands out."""
 
     def until_measured(
         model: nn.Module, optimizer: torch.optim.Optimizer, losses: ClassificationLosses
@@ -178,9 +176,7 @@ def _in_turns(task: Task, conduct: Conduct, cfg: CfgNode, data: Data, batch: Bat
         loop = _plain_loop(cfg, task.num_classes, layout, dtype, compiled=side == COMPILED)
         plain[side] = functools.partial(loop, prepare(images).contiguous(memory_format=layout), labels)
 
-    def turns(
-        model: nn.Module, optimizer: torch.optim.Optimizer, losses: ClassificationLosses
-    ) -> Iterator[Any]:
+    def turns(model: nn.Module, optimizer: torch.optim.Optimizer, losses: ClassificationLosses) -> Iterator[Any]:
         others = dict(plain)
         if not cfg.SOLVER.CUDA_GRAPH:  # a recorded step is bound to its loop
             others = {BARE: functools.partial(_bare, model, optimizer, losses, data, precision), **others}

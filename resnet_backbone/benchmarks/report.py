@@ -50,14 +50,14 @@ def write(file: Path, results: Mapping[str, Any]) -> None:
 
 def format_page(results: Mapping[str, Any]) -> str:
     """A Markdown table for the comparisons of each unit, the sides' settings under it, and what was skipped."""
-    parts = [_setup_line(results["setup"])]
+    parts = [setup_line(results["setup"])]
     for unit in dict.fromkeys(comparison["unit"] for comparison in results["comparisons"]):
         parts += _tables([comparison for comparison in results["comparisons"] if comparison["unit"] == unit], unit)
     parts += [f"Skipped: {line}" for line in results["skipped"]]
     return "\n\n".join(parts)
 
 
-def _setup_line(setup: Mapping[str, Any]) -> str:
+def setup_line(setup: Mapping[str, Any]) -> str:
     gpu = f", {setup['gpu']} (CUDA {setup['cuda']})" if setup["gpu"] else ""
     return (
         f"{setup['date']}; {setup['versions']}; {setup['cpu']}{gpu}, {setup['cores']} cores, {setup['threads']} "

@@ -84,7 +84,7 @@ def test_a_core_is_one_thread():
     torch.set_num_threads(2)
     cv2.setNumThreads(2)
     seen = []
-    compare_loading(tiny(rounds=1), lambda line: seen.append((torch.get_num_threads(), cv2.getNumThreads())))
+    list(compare_loading(tiny(rounds=1), lambda line: seen.append((torch.get_num_threads(), cv2.getNumThreads()))))
     after = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(before[0])
     cv2.setNumThreads(before[1])
@@ -97,7 +97,7 @@ def test_a_folder_of_ones_own(tmp_path):
     name = f"6 of {tmp_path.name}/album"
     assert (preset.task, paper.task) == (f"crop of random area, {name}", f"the paper's crop, {name}")
     with pytest.raises(InputError, match="nowhere is no folder"):
-        compare_loading(tiny(images=tmp_path / "nowhere"), print)
+        list(compare_loading(tiny(images=tmp_path / "nowhere"), print))
 
 
 def test_workers_share_the_rate():

@@ -66,7 +66,7 @@ def measured():
     lines = []
     with pytest.MonkeyPatch.context() as patch, watched() as given:
         patch.setattr(network, "train", train)
-        comparisons = compare_networks([tiny("resnet18"), tiny("cifar_resnet20")], conduct(), lines.append)
+        comparisons = list(compare_networks([tiny("resnet18"), tiny("cifar_resnet20")], conduct(), lines.append))
     return SimpleNamespace(comparisons=comparisons, given=given, runs=runs, lines=lines)
 
 
@@ -123,10 +123,10 @@ def test_settings_say_what_tells_the_sides_apart(measured):
 
 def test_a_precision_holds_for_all_sides_but_the_plain_one():
     with watched() as given:
-        compare_networks([tiny("resnet18", iterations=1)], conduct(precision="fp32", rounds=1), print)
+        list(compare_networks([tiny("resnet18", iterations=1)], conduct(precision="fp32", rounds=1), print))
     assert {autocast for counter in given.values() for *_, autocast in counter} == {None}
     with watched() as given:
-        compare_networks([tiny("cifar_resnet20")], conduct(precision="bf16", rounds=1), print)
+        list(compare_networks([tiny("cifar_resnet20")], conduct(precision="bf16", rounds=1), print))
     used = {(layout, autocast) for _, _, layout, autocast in given[StagedNetwork]}
     assert used == {("NCHW", None), ("channels_last", torch.bfloat16)}
 
@@ -137,7 +137,7 @@ def test_a_batch_that_the_memory_does_not_hold(monkeypatch):
 
     monkeypatch.setattr(network, "train", train)
     with pytest.raises(InputError, match="resnet18: the GPU's memory does not hold --batch 2; lower it"):
-        compare_networks([tiny("resnet18")], conduct(), print)
+        list(compare_networks([tiny("resnet18")], conduct(), print))
 
 
 def test_a_signal_ends_it_without_a_promise_to_resume(monkeypatch):
@@ -146,7 +146,7 @@ def test_a_signal_ends_it_without_a_promise_to_resume(monkeypatch):
 
     monkeypatch.setattr(network, "train", train)
     with pytest.raises(Interrupted, match=r"^stopped by a signal; nothing was written$"):
-        compare_networks([tiny("resnet18")], conduct(), print)
+        list(compare_networks([tiny("resnet18")], conduct(), print))
 
 
 @pytest.mark.gpu

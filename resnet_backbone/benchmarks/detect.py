@@ -1,0 +1,361 @@
+"""Images a second of a detector, in training and in inference: this package's beside stock Detectron2's.
+
+The time of a step depends on the number of RoIs, which with random weights triples within the first steps. So the
+weights stay as they are (the learning rate is 0), the images and their boxes are the same in each step, and every side
+must work on the number of RoIs that is asked for, or the comparison stops.
+"""
+
+import contextlib
+import copy
+import functools
+import gc
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer, TrainerBase
+from detectron2.solver import build_optimizer as build_stock_optimizer
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from resnet_backbone.benchmarks.detectors import DetectionWork, Inputs, Pair, build_pair, difference_of_losses
+from resnet_backbone.benchmarks.pretrain import Conduct
+from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
+from resnet_backbone.engine.config import CfgNode
+from resnet_backbone.engine.optimizer import build_optimizer
+from resnet_backbone.engine.precision import autocast
+from resnet_backbone.engine.train import train
+from resnet_backbone.engine.trainer import Trainer
+from resnet_backbone.errors import InputError, Interrupted
+from resnet_backbone.networks import network_arguments
+from resnet_backbone.weights import Metadata
+
+UNIT = "images/s"
+OURS, OURS_FLOAT32 = "ours", "ours, float32"
+STOCK, TUNED, FP16 = "stock", "stock, tuned", "stock, fp16"
+MEANING = {
+    OURS: "the package's training loop with its hooks, metrics.json and TensorBoard: bf16, fused SGD, channels_last "
+    "and, on a GPU, a compiled backbone (SOLVER.AMP.ENABLED, SOLVER.COMPILE). Inference in bf16 too",
+    OURS_FLOAT32: "the same detector in float32, its training steps without the hooks",
+    STOCK: "Detectron2's detector, trainer and optimizer, float32, NCHW, by a configuration of its model zoo, which is "
+    "ours too. For VGG-16, which Detectron2 lacks, torchvision's convolutions with Detectron2's heads",
+    TUNED: "the same in bf16, channels_last and, on a GPU, with a compiled backbone: what a user gets without new code",
+    FP16: "the same by Detectron2's own mixed precision, SOLVER.AMP.ENABLED, which needs a GPU",
+}
+
+# By what the boxes that the heads work on are called, in training and in inference.
+REMEDIES = {"RoIs": "lower --rois, or give a larger --size", "proposals": "give a larger --size"}
+
+
+class _Measured(Interrupted):
+    """Raised for the next batch: all rounds are done, the loop leaves without the checkpoint of a run's end."""
+
+
+def compare_detectors(
+    names: Sequence[str], work: DetectionWork, conduct: Conduct, configs: Path, report: Callable[[str], object]
+) -> Iterator[Comparison]:
+    """Compare the sides of MEANING in training, then in inference, one detector of DETECTORS after the other.
+
+    Args:
+        configs: the folder of faster_rcnn_VGG16.yaml.
+        report: gets a line before each detector, and one about its losses.
+
+    Raises:
+        InputError: an image has fewer proposals than are asked for, or the memory does not hold the batch.
+    """
+    for name in names:
+        report(name)
+        gc.collect()  # a loop and its hooks know each other: they would keep the memory of the detector before
+        torch.compiler.reset()  # it compiles one function for only so many networks
+        try:
+            yield from _compare(name, work, conduct, configs, report)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{name}: the GPU's memory does not hold --batch {work.batch}; lower it, --rois or --size"
+            ) from error
+
+
+def _compare(
+    name: str, work: DetectionWork, conduct: Conduct, configs: Path, report: Callable[[str], object]
+) -> Iterator[Comparison]:
+    pair = build_pair(name, work, configs=configs, device=conduct.device)
+    difference = f"losses of {name} differ from stock's by {difference_of_losses(pair, work.rois):.0e} of their size"
+    report(f"{difference}, in float32")
+    tuned = copy.deepcopy(pair.stock).to(memory_format=torch.channels_last)
+    if conduct.on_gpu:
+        tuned.backbone.compile()
+    settings = _settings(pair.cfg)
+    settings[OURS_FLOAT32] += f", {difference}"
+    strides = "stride_in_1x1" in network_arguments(pair.cfg.MODEL.NETWORK.NAME) and not work.stride_in_1x1
+    for task, measure in (("training", _train_in_turns), ("inference", _infer_in_turns)):
+        clock, notes = measure(name, pair, tuned, work, conduct)
+        yield Comparison.of(
+            clock,
+            task=f"{name}, {task}{', stride in 3×3' if strides else ''}, {'×'.join(map(str, work.shape))}",
+            unit=UNIT,
+            first=OURS,
+            sides={side: Side(f"{settings[side]}, {notes[side]}", work.shape) for side in clock.seconds},
+            work=work.batch * work.iterations,
+        )
+
+
+def _settings(cfg: CfgNode) -> dict[str, str]:
+    """What tells the sides apart, in words."""
+    compiled = ", backbone compiled" if cfg.SOLVER.COMPILE else ""
+    return {
+        OURS: f"bf16, channels_last{compiled}",
+        OURS_FLOAT32: f"float32, channels_last{compiled}",
+        STOCK: "float32, NCHW",
+        TUNED: f"bf16, channels_last{compiled}",
+        FP16: "fp16, NCHW",
+    }
+
+
+class _Turns:
+    """Watches turns: how many RoIs the heads worked on, and on a GPU how much memory that took.
+
+    Args:
+        detector: its name, for messages.
+        work: what it is given.
+        rois: that an image must have.
+        what: they are called, one of REMEDIES.
+        models: whose RoI heads are watched.
+        on_gpu: whether to watch the memory.
+    """
+
+    def __init__(
+        self, detector: str, work: DetectionWork, rois: int, what: str, models: Sequence[nn.Module], *, on_gpu: bool
+    ):
+        self._detector = detector
+        self._batch = work.batch
+        self._asked = rois
+        self._what = what
+        self._on_gpu = on_gpu
+        self._found: set[int] = set()
+        self._peaks: dict[str, int] = {}
+        self._handles = [
+            model.roi_heads.box_predictor.register_forward_pre_hook(
+                lambda _, inputs: self._found.add(inputs[0].shape[0])
+            )
+            for model in models
+        ]
+
+    @contextlib.contextmanager
+    def turn(self, side: str) -> Iterator[None]:
+        """Around a turn of a side.
+
+        Raises:
+            InputError: its heads worked on another number of RoIs than is asked for.
+        """
+        self._found.clear()
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        yield
+        if self._on_gpu:
+            self._peaks[side] = torch.cuda.max_memory_allocated() - before
+        if wrong := self._found - {self._asked * self._batch}:
+            raise InputError(
+                f"{self._detector}: {side} worked on {min(wrong) / self._batch:g} {self._what} an image, expected "
+                f"{self._asked}; {REMEDIES[self._what]}"
+            )
+
+    def note(self, side: str) -> str:
+        """What was seen, in words."""
+        memory = f", {self._peaks[side] / 2**30:.1f} GiB beside the weights at the peak" if self._on_gpu else ""
+        return f"{self._asked} {self._what} an image{memory}"
+
+    def close(self) -> None:
+        """Leave the models alone."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _train_in_turns(
+    name: str, pair: Pair, tuned: nn.Module, work: DetectionWork, conduct: Conduct
+) -> tuple[Clock, dict[str, str]]:
+    """Seconds and notes of training steps; between two turns of the package's loop, the others have theirs."""
+    clock = Clock(conduct.device, cpu_time=conduct.cpu_time)
+    models = (pair.ours, pair.stock, tuned)
+    watched = _Turns(name, work, work.rois, "RoIs", models, on_gpu=conduct.on_gpu)
+    # A model that is trained in two precisions has one optimizer: at a learning rate of 0 it changes nothing.
+    optimizer = build_optimizer(pair.cfg, pair.ours)
+    stock_optimizer = build_stock_optimizer(pair.stock_cfg, pair.stock)
+    bare = Trainer(
+        model=pair.ours,
+        optimizer=optimizer,
+        batches=lambda _start: repeat(pair.inputs),
+        compute=_losses_of,
+        images_per_batch=work.batch,
+        seed=pair.cfg.SEED,
+        log_period=pair.cfg.SOLVER.LOG_PERIOD,
+    )
+    trainers: dict[str, TrainerBase] = {
+        OURS_FLOAT32: bare,
+        STOCK: SimpleTrainer(pair.stock, repeat(pair.inputs), stock_optimizer),
+        TUNED: SimpleTrainer(
+            _UnderAutocast(tuned, conduct.device), repeat(pair.inputs), build_stock_optimizer(pair.stock_cfg, tuned)
+        ),
+    }
+    if conduct.on_gpu:
+        trainers[FP16] = AMPTrainer(pair.stock, repeat(pair.inputs), stock_optimizer)
+    others = {side: _Steps(trainer) for side, trainer in trainers.items()}
+
+    def turns() -> Iterator[Inputs]:
+        with watched.turn(OURS):
+            yield from repeat(pair.inputs, conduct.warm_up)
+        for side, run in others.items():
+            with watched.turn(side):
+                run(conduct.warm_up)
+        for _ in range(conduct.rounds):
+            with watched.turn(OURS):
+                yield from clock.watch(OURS, repeat(pair.inputs, work.iterations))
+            for side, run in others.items():
+                with watched.turn(side):
+                    clock.time(side, functools.partial(run, work.iterations))
+        raise _Measured
+
+    _train(pair, optimizer, turns)
+    watched.close()
+    notes = {side: watched.note(side) for side in clock.seconds}
+    notes[OURS] += ", with hooks"
+    return clock, notes
+
+
+def _train(pair: Pair, optimizer: torch.optim.Optimizer, turns: Callable[[], Iterator[Inputs]]) -> None:
+    """Run `engine.train.train`, as the training tool does, on what `turns` hands out, to its end."""
+    cfg = pair.cfg
+
+    def metadata(_iterations: int) -> Metadata:
+        return Metadata(
+            kind="detector",
+            architecture=cfg.MODEL.NETWORK.NAME,
+            arguments={},
+            channel_order=cfg.INPUT.FORMAT,
+            pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
+            pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+            norm_statistics="never",
+            norm_epsilon=None,
+            class_names=(),
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train(
+                cfg,
+                model=pair.ours,
+                optimizer=optimizer,
+                batches=lambda _start: turns(),
+                compute=_losses_of,
+                evaluate=lambda _model: {},
+                metadata=metadata,
+                num_images=cfg.SOLVER.IMS_PER_BATCH,
+                folder=Path(folder),
+                resume_from=None,
+                compiled=pair.ours.backbone,
+            )
+        except _Measured:
+            pass
+        except Interrupted:
+            raise Interrupted("stopped by a signal; nothing was written") from None
+
+
+def _losses_of(model: nn.Module, batch: Inputs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return model(batch), {}
+
+
+class _UnderAutocast(nn.Module):
+    """A model whose forward pass runs in bf16, and the backward pass outside of autocast, as torch advises."""
+
+    def __init__(self, model: nn.Module, device: str):
+        super().__init__()
+        self.model = model
+        self.device = device
+
+    def forward(self, inputs: Inputs) -> Any:
+        with autocast("bf16", self.device):
+            return self.model(inputs)
+
+
+class _Steps:
+    """Iterations of a trainer, Detectron2's or ours, as its own loop runs them, but so many at a time."""
+
+    def __init__(self, trainer: TrainerBase):
+        self._trainer = trainer
+        trainer.iter = trainer.start_iter = 0
+        trainer.max_iter = sys.maxsize
+        trainer.storage = EventStorage()
+        with trainer.storage:
+            trainer.before_train()
+
+    def __call__(self, iterations: int) -> None:
+        with self._trainer.storage:
+            for _ in range(iterations):
+                self._trainer.before_step()
+                self._trainer.run_step()
+                self._trainer.after_step()
+                self._trainer.iter += 1
+
+
+def _infer_in_turns(
+    name: str, pair: Pair, tuned: nn.Module, work: DetectionWork, conduct: Conduct
+) -> tuple[Clock, dict[str, str]]:
+    """Seconds and notes of detecting, from uint8 images to boxes in the image."""
+    clock = Clock(conduct.device, cpu_time=conduct.cpu_time)
+    models = tuple(model.eval() for model in (pair.ours, pair.stock, tuned))
+    _choose_score_threshold(models, pair.inputs)
+    proposals = pair.cfg.MODEL.RPN.POST_NMS_TOPK_TEST
+    watched = _Turns(name, work, proposals, "proposals", models, on_gpu=conduct.on_gpu)
+    precisions = {
+        OURS: (pair.ours, "bf16"),
+        OURS_FLOAT32: (pair.ours, "fp32"),
+        STOCK: (pair.stock, "fp32"),
+        TUNED: (tuned, "bf16"),
+    }
+    if conduct.on_gpu:
+        precisions[FP16] = (pair.stock, "fp16")
+    sides = {
+        side: functools.partial(_detect, model, pair.inputs, precision, conduct.device)
+        for side, (model, precision) in precisions.items()
+    }
+    found = {}
+    for side, run in sides.items():
+        with watched.turn(side):
+            found[side] = run(conduct.warm_up)
+    for _ in range(conduct.rounds):
+        for side, run in sides.items():
+            with watched.turn(side):
+                clock.time(side, functools.partial(run, work.iterations))
+    watched.close()
+    return clock, {side: f"{watched.note(side)}, {found[side]:g} detections" for side in sides}
+
+
+@torch.no_grad()
+def _detect(model: nn.Module, inputs: Inputs, precision: str, device: str, iterations: int) -> float:
+    """Detect so many times; the detections an image."""
+    with autocast(precision, device):
+        for _ in range(iterations):
+            outputs = model(inputs)
+    return sum(len(output["instances"]) for output in outputs) / len(outputs)
+
+
+@torch.no_grad()
+def _choose_score_threshold(models: Sequence[nn.Module], inputs: Inputs) -> None:
+    """Let as many pairs of box and class pass as there are proposals, which is what a trained detector lets pass.
+
+    Random weights give each class about 1/81, so that no score reaches Detectron2's 0.05, and at 0 all of them would go
+    through non-maximum suppression.
+    """
+    logits = []
+    handle = models[0].roi_heads.box_predictor.register_forward_hook(lambda _, inputs, out: logits.append(out[0]))
+    models[0](inputs)
+    handle.remove()
+    scores = logits[0].softmax(dim=1)[:, :-1]  # without the background
+    ranked = scores.flatten().sort(descending=True).values
+    threshold = ranked[len(scores) - 1 : len(scores) + 1].mean().item()  # between two scores, which none can tie with
+    for model in models:
+        model.roi_heads.box_predictor.test_score_thresh = threshold

@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Run on a GPU what only a GPU can show: the tests marked gpu and the benchmarks' tables; write a report."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from resnet_backbone.benchmarks.gpu import PARTS, run_parts
+from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    lines = [f"  {name:10} {part.what} (at most {part.seconds} s)" for name, part in PARTS.items()]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="\n".join(["parts:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), metavar="NAME", help="default: all of them")
+    parser.add_argument("--output", type=Path, default=Path("output/gpu"), metavar="DIR", help="default: output/gpu")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = parse(words)
+    try:
+        if not torch.cuda.is_available():
+            raise InputError("torch finds no GPU here, and everything that this command runs needs one.")
+        good = run_parts(options.parts, options.output, report=lambda line: print(line, file=sys.stderr, flush=True))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except Interrupted as signal:
+        print(signal, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print((options.output / "report.md").read_text())
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
