@@ -7,10 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from resnet_backbone.analysis import NetworkAnalysis, analyze, analyze_catalogue, format_overview, format_table
 from resnet_backbone.errors import EXIT_BAD_INPUT, InputError
 from resnet_backbone.networks import list_networks, network_arguments
-from resnet_backbone.networks.analysis import NetworkAnalysis, analyze, analyze_catalogue
-from resnet_backbone.networks.tables import format_overview, format_table
 
 EPILOG = f"""examples:
   python tools/analyze_model.py resnet50 resnet101 resnet152 --stride-in-1x1    # the paper's Table 1

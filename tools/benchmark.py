@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_backbone.benchmarks import data, detect, pretrain
-from resnet_backbone.benchmarks.detectors import DETECTORS
-from resnet_backbone.benchmarks.plans import DEVICES, NETWORKS, PRECISIONS, run_data, run_detect, run_pretrain
-from resnet_backbone.benchmarks.report import format_page, write
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects" / "benchmarks"))
+
+from benchmarks import data, detect, pretrain
+from benchmarks.detectors import DETECTORS
+from benchmarks.plans import DEVICES, NETWORKS, PRECISIONS, run_data, run_detect, run_pretrain
+from benchmarks.report import format_page, write
 from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from resnet_backbone.benchmarks.gpu import PARTS, run_parts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects" / "benchmarks"))
+
+from benchmarks.gpu import PARTS, run_parts
 from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
 
 

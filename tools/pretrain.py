@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from resnet_backbone import pretraining
+from resnet_backbone.analysis import analyze_catalogue, format_overview
 from resnet_backbone.engine.config import load_config
 from resnet_backbone.engine.launch import PrintAndExit, argument_parser, run_tool
-from resnet_backbone.networks.analysis import analyze_catalogue
-from resnet_backbone.networks.tables import format_overview
 from resnet_backbone.pretraining.checks import throughput, try_run
 
 EXAMPLE = """examples:

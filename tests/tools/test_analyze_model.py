@@ -55,7 +55,7 @@ def test_flags_reach_the_network(main, capsys):
 
 
 def test_the_golden_table_comes_from_this_command(main, capsys):
-    assert output(main, capsys, "--all", "--json") == (ROOT / "tests" / "networks" / "golden.json").read_text()
+    assert output(main, capsys, "--all", "--json") == (ROOT / "tests" / "analysis" / "golden.json").read_text()
 
 
 @pytest.mark.parametrize(

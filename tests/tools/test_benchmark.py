@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_backbone.benchmarks import data, pretrain
+from benchmarks import data, pretrain
 
 ROOT = Path(__file__).parents[2]
 

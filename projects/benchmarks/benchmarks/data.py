@@ -12,10 +12,10 @@ from typing import Any
 import cv2
 import torch
 
-from resnet_backbone.benchmarks.photographs import select_photographs, write_photographs, write_shard
-from resnet_backbone.benchmarks.pretrain import Batch, Conduct, Task, make_config, train_on
-from resnet_backbone.benchmarks.reference import PaperTransform, preset_transform, reference_batches
-from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
+from benchmarks.photographs import select_photographs, write_photographs, write_shard
+from benchmarks.pretrain import Batch, Conduct, Task, make_config, train_on
+from benchmarks.reference import PaperTransform, preset_transform, reference_batches
+from benchmarks.timing import Clock, Comparison, Side
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.data.transforms import PCA_VALUES, PCA_VECTORS
 from resnet_backbone.engine.config import CfgNode, load_config

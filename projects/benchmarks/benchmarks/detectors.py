@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from resnet_backbone.benchmarks.photographs import photograph
+from benchmarks.photographs import photograph
 from resnet_backbone.detection.config import get_config
 from resnet_backbone.detection.precision import keep_boxes_in_float32
 from resnet_backbone.engine.config import CfgNode, load_config

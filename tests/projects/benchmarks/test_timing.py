@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from resnet_backbone.benchmarks.timing import Clock, Comparison, Side, spread
+from benchmarks.timing import Clock, Comparison, Side, spread
 
 
 @pytest.fixture

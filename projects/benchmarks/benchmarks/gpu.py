@@ -15,11 +15,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from resnet_backbone.benchmarks.report import describe_setup, format_page, setup_line
+from benchmarks.report import describe_setup, format_page, setup_line
 from resnet_backbone.errors import InputError, Interrupted
 from resnet_backbone.weights import atomic_write, write_json
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GRACE = 20.0  # seconds between Ctrl-C, on which pytest still says what it found, and SIGKILL
 TAIL = 40  # lines of the log that the report shows
 

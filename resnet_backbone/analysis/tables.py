@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from resnet_backbone.networks.analysis import NetworkAnalysis, StageAnalysis
+from resnet_backbone.analysis.analyze import NetworkAnalysis, StageAnalysis
 
 # A table's cell is a list of lines, one below the other; its first row is the header.
 _Row = list[list[str]]

@@ -16,15 +16,15 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.utils.events import EventStorage
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from resnet_backbone.benchmarks import detect
-from resnet_backbone.benchmarks.detect import FP16, OURS, OURS_FLOAT32, STOCK, TUNED, compare_detectors
-from resnet_backbone.benchmarks.detectors import DetectionWork, Pair, build_pair, difference_of_losses, make_inputs
-from resnet_backbone.benchmarks.pretrain import Conduct
+from benchmarks import detect
+from benchmarks.detect import FP16, OURS, OURS_FLOAT32, STOCK, TUNED, compare_detectors
+from benchmarks.detectors import DetectionWork, Pair, build_pair, difference_of_losses, make_inputs
+from benchmarks.pretrain import Conduct
 from resnet_backbone.detection import NetworkBackbone, VGGBoxHead
 from resnet_backbone.errors import InputError, Interrupted
 from resnet_backbone.weights.names import rename
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"
 SIDES = [OURS, OURS_FLOAT32, STOCK, TUNED]
 # What --tiny takes.

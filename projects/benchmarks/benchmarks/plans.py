@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from resnet_backbone.benchmarks import data, detect, pretrain
-from resnet_backbone.benchmarks.detectors import DetectionWork, check_names
-from resnet_backbone.benchmarks.report import describe_setup, to_dict
-from resnet_backbone.benchmarks.timing import Comparison
+from benchmarks import data, detect, pretrain
+from benchmarks.detectors import DetectionWork, check_names
+from benchmarks.report import describe_setup, to_dict
+from benchmarks.timing import Comparison
+from resnet_backbone.analysis import analyze
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.errors import InputError
-from resnet_backbone.networks.analysis import analyze
 
 NETWORKS = ("resnet50", "vgg16", "resnet101", "cifar_resnet20", "cifar_resnet110")
 TINY_NETWORKS = ("resnet18", "cifar_resnet20")

@@ -22,9 +22,9 @@ from detectron2.solver import build_optimizer as build_stock_optimizer
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from resnet_backbone.benchmarks.detectors import DetectionWork, Inputs, Pair, build_pair, difference_of_losses
-from resnet_backbone.benchmarks.pretrain import Conduct
-from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
+from benchmarks.detectors import DetectionWork, Inputs, Pair, build_pair, difference_of_losses
+from benchmarks.pretrain import Conduct
+from benchmarks.timing import Clock, Comparison, Side
 from resnet_backbone.engine.config import CfgNode
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.precision import autocast

@@ -13,7 +13,7 @@ import PIL
 import torch
 from tabulate import tabulate
 
-from resnet_backbone.benchmarks.timing import Comparison
+from benchmarks.timing import Comparison
 from resnet_backbone.engine.output import versions
 from resnet_backbone.weights import atomic_write
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from resnet_backbone.benchmarks import reference
-from resnet_backbone.benchmarks.reference import (
+from benchmarks import reference
+from benchmarks.reference import (
     PaperTransform,
     PlainLoop,
     accuracy,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from resnet_backbone.benchmarks import gpu
-from resnet_backbone.benchmarks.gpu import PARTS, Part, run_parts
-from resnet_backbone.benchmarks.report import describe_setup, to_dict, write
-from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
+from benchmarks import gpu
+from benchmarks.gpu import PARTS, Part, run_parts
+from benchmarks.report import describe_setup, to_dict, write
+from benchmarks.timing import Clock, Comparison, Side
 from resnet_backbone.errors import InputError, Interrupted
 
 COPY = "import shutil, sys; shutil.copy({file!r}, sys.argv[-1]); print('copied'); sys.exit({code})"

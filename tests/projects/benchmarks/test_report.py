@@ -2,8 +2,8 @@
 
 import json
 
-from resnet_backbone.benchmarks.report import describe_setup, format_page, to_dict, write
-from resnet_backbone.benchmarks.timing import Comparison, Side
+from benchmarks.report import describe_setup, format_page, to_dict, write
+from benchmarks.timing import Comparison, Side
 
 
 def results() -> dict:

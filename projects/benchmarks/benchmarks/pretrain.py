@@ -12,8 +12,8 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_backbone.benchmarks.reference import PlainLoop
-from resnet_backbone.benchmarks.timing import Clock, Comparison, Side
+from benchmarks.reference import PlainLoop
+from benchmarks.timing import Clock, Comparison, Side
 from resnet_backbone.data.generated import write_classification
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.engine.config import CfgNode, load_config

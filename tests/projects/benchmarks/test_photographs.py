@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_backbone.benchmarks.photographs import photograph, select_photographs, write_photographs, write_shard
+from benchmarks.photographs import photograph, select_photographs, write_photographs, write_shard
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.errors import InputError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from resnet_backbone.benchmarks.data import (
+from benchmarks.data import (
     DEVICE,
     FROM_FILES,
     FULL,
@@ -23,14 +23,14 @@ from resnet_backbone.benchmarks.data import (
     compare_on_gpu,
     compare_training,
 )
-from resnet_backbone.benchmarks.photographs import write_photographs
-from resnet_backbone.benchmarks.pretrain import Conduct, Task
-from resnet_backbone.benchmarks.timing import Comparison
+from benchmarks.photographs import write_photographs
+from benchmarks.pretrain import Conduct, Task
+from benchmarks.timing import Comparison
 from resnet_backbone.data.folders import FolderSource
 from resnet_backbone.data.shards import ShardSource
 from resnet_backbone.errors import InputError
 
-CONFIG = Path(__file__).parents[2] / "configs" / "pretrain" / "imagenet.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "pretrain" / "imagenet.yaml"
 
 
 def tiny(**changes) -> LoadingWork:

@@ -13,11 +13,10 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import conv_flop_jit, generic_activation_jit, linear_flop_jit
 from torch import nn
 
+from resnet_backbone.analysis import analyze, analyze_catalogue, analyze_network, format_overview, format_table
 from resnet_backbone.networks import build_network, list_networks
-from resnet_backbone.networks.analysis import analyze, analyze_catalogue, analyze_network
-from resnet_backbone.networks.tables import format_overview, format_table
 
-# `python tools/analyze_model.py --all --json > tests/networks/golden.json` writes it anew.
+# `python tools/analyze_model.py --all --json > tests/analysis/golden.json` writes it anew.
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 LABELS = [f"{row['name']}{'-stride_in_1x1' if row['stride_in_1x1'] else ''}" for row in GOLDEN]
 DEFAULT = {row["name"]: row for row in GOLDEN if not row["stride_in_1x1"]}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resnet_backbone.benchmarks import data, detect, plans, pretrain
-from resnet_backbone.benchmarks.plans import (
+from benchmarks import data, detect, plans, pretrain
+from benchmarks.plans import (
     NETWORKS,
     NO_GPU,
     NO_GPU_FOR_DETECTORS,
@@ -33,7 +33,7 @@ def asked(monkeypatch) -> dict[str, tuple]:
     stand_in(data, "compare_on_gpu", [])
     stand_in(detect, "compare_detectors", [])
     monkeypatch.setattr(data, "compare_training", lambda *arguments: calls.setdefault("training", arguments) and None)
-    monkeypatch.setattr("resnet_backbone.benchmarks.plans.to_dict", lambda setup, comparisons, skipped: skipped)
+    monkeypatch.setattr("benchmarks.plans.to_dict", lambda setup, comparisons, skipped: skipped)
     return calls
 
 

@@ -10,12 +10,12 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
-from resnet_backbone.benchmarks.pretrain import BARE, COMPILED, OURS, PLAIN, TUNED, Conduct, Task, compare_networks
+from benchmarks.pretrain import BARE, COMPILED, OURS, PLAIN, TUNED, Conduct, Task, compare_networks
 from resnet_backbone.errors import InputError, Interrupted
 from resnet_backbone.networks.stages import StagedNetwork
 from resnet_backbone.pretraining import network
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "pretrain"
+CONFIGS = Path(__file__).parents[3] / "configs" / "pretrain"
 ROUNDS, ITERATIONS, CIFAR_ITERATIONS, WARM_UP = 3, 2, 1, 1
 STEPS, CIFAR_STEPS = WARM_UP + ROUNDS * ITERATIONS, WARM_UP + ROUNDS * CIFAR_ITERATIONS
 
