@@ -14,7 +14,8 @@ from resnet_backbone import build_network, detection, pretraining
 from resnet_backbone.data.transforms import EvalTransform, TrainTransform
 from resnet_backbone.detection import datasets
 from resnet_backbone.detection.loader import TrainBatches
-from resnet_backbone.engine.config import fill_from_metadata, load_config, origin
+from resnet_backbone.engine.config import load_config, origin
+from resnet_backbone.engine.network_config import fill_from_metadata
 from resnet_backbone.engine.schedule import build_multiplier
 from resnet_backbone.weights import read_checkpoint
 

@@ -10,7 +10,8 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 from resnet_backbone.detection.pretrained import load_pretrained
-from resnet_backbone.engine.config import ConfigError, network_arguments
+from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.network_config import arguments_from_config
 from resnet_backbone.networks import build_network
 from resnet_backbone.networks import network_arguments as arguments_of
 
@@ -74,7 +75,7 @@ def build_part(
     """
     name = cfg.MODEL.NETWORK.NAME
     try:
-        arguments = network_arguments(cfg, arguments_of(name))
+        arguments = arguments_from_config(cfg, arguments_of(name))
         with torch.device("meta"):
             whole = build_network(name, **arguments)
     except ConfigError:

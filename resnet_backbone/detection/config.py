@@ -2,7 +2,7 @@
 
 from detectron2.config import CfgNode, get_cfg
 
-from resnet_backbone.engine.config import add_engine_config
+from resnet_backbone.engine.keys import add_engine_config
 
 
 def add_network_config(cfg: CfgNode) -> None:

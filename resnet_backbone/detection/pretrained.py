@@ -18,7 +18,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
 from torch import nn
 
-from resnet_backbone.engine.config import ConfigError, get_key, preprocessing_keys, same_value
+from resnet_backbone.engine.config import ConfigError, get_key
+from resnet_backbone.engine.network_config import preprocessing_keys, same_value
 from resnet_backbone.engine.pretrained import read_with_statements, statements
 from resnet_backbone.networks import FrozenBatchNorm2d
 from resnet_backbone.weights import Checkpoint, CheckpointError, Route, load_state, read_checkpoint

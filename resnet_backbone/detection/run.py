@@ -36,14 +36,8 @@ from resnet_backbone.detection.pretrained import (
     is_frozen_norm,
     read_pretrained,
 )
-from resnet_backbone.engine.config import (
-    ConfigError,
-    fill_from_metadata,
-    get_key,
-    network_arguments,
-    origin,
-    set_key,
-)
+from resnet_backbone.engine.config import ConfigError, get_key, origin, set_key
+from resnet_backbone.engine.network_config import arguments_from_config, fill_from_metadata
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, LAST, open_output, read_last_checkpoint, versions, write_config
 from resnet_backbone.engine.schedule import rescale_for_batch
@@ -330,7 +324,7 @@ def _describe(
     return Metadata(
         kind="detector",
         architecture=cfg.MODEL.NETWORK.NAME if own else cfg.MODEL.BACKBONE.NAME,
-        arguments=network_arguments(cfg, arguments_of(cfg.MODEL.NETWORK.NAME)) if own else _stock_arguments(cfg),
+        arguments=arguments_from_config(cfg, arguments_of(cfg.MODEL.NETWORK.NAME)) if own else _stock_arguments(cfg),
         channel_order=cfg.INPUT.FORMAT,
         pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
         pixel_std=tuple(cfg.MODEL.PIXEL_STD),

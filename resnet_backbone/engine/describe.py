@@ -1,12 +1,14 @@
-"""A configuration as text: every key with its value, and who set it."""
+"""A configuration as text: every key with its value, who set it, and what differs from another."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
 
-from resnet_backbone.engine.config import COMMAND_LINE, origin
+from resnet_backbone.engine.config import COMMAND_LINE, flatten, origin
 
 
 def describe_config(cfg: CfgNode) -> str:
@@ -36,3 +38,28 @@ def _flow(value: object) -> str:
 
 def _source(by: str) -> str:
     return f"from {by}" if by == COMMAND_LINE or Path(by).is_file() else by
+
+
+def flat_config(cfg: CfgNode) -> dict[str, str]:
+    """Every key with its value as text, for a checkpoint or a report."""
+    return {key: str(value) for key, value in flatten(cfg)}
+
+
+def config_hash(flat: Mapping[str, str]) -> str:
+    """SHA-256 of a configuration, by which two can be told apart; of `flat_config`."""
+    return hashlib.sha256(json.dumps(dict(sorted(flat.items()))).encode()).hexdigest()
+
+
+def differences(before: Mapping[str, str], cfg: CfgNode) -> list[str]:
+    """What differs between the configuration of a checkpoint (`flat_config`) and `cfg`: "KEY was A, is B (origin)".
+
+    OUTPUT_DIR, which may have been moved, does not count.
+    """
+    now = flat_config(cfg)
+    if not before or config_hash(before) == config_hash(now):
+        return []
+    return [
+        f"{key} was {before.get(key, 'not there')}, is {now.get(key, 'not there')} ({origin(cfg, key) or 'default'})"
+        for key in sorted({*before, *now})
+        if key != "OUTPUT_DIR" and before.get(key) != now.get(key)
+    ]

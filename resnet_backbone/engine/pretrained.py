@@ -6,7 +6,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from resnet_backbone.engine.config import ARGUMENT_KEYS, COMMAND_LINE, ConfigError, get_key, origin
+from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, get_key, origin
+from resnet_backbone.engine.network_config import ARGUMENT_KEYS
 from resnet_backbone.weights import Checkpoint, Unstated, read_weights
 
 logger = logging.getLogger(__name__)

@@ -13,15 +13,8 @@ from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from torch import nn
 
 from resnet_backbone.engine import hooks
-from resnet_backbone.engine.config import (
-    COMMAND_LINE,
-    ConfigError,
-    config_hash,
-    differences,
-    flat_config,
-    origin,
-    set_key,
-)
+from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, origin, set_key
+from resnet_backbone.engine.describe import config_hash, differences, flat_config
 from resnet_backbone.engine.ema import MovingAverage
 from resnet_backbone.engine.launch import unwrap, wrap_for_processes
 from resnet_backbone.engine.output import keep_metrics_before, save_best_checkpoint, save_training_checkpoint

@@ -6,7 +6,7 @@ the crop, INPUT.FORMAT the channel order, MODEL.PIXEL_MEAN and PIXEL_STD the nor
 
 from detectron2.config import CfgNode, get_cfg
 
-from resnet_backbone.engine.config import add_engine_config
+from resnet_backbone.engine.keys import add_engine_config
 
 
 def get_config() -> CfgNode:

@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from resnet_backbone.engine.config import network_arguments
+from resnet_backbone.engine.network_config import arguments_from_config
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.train import train
 from resnet_backbone.networks import build_network
@@ -26,7 +26,7 @@ def build_classifier(cfg: CfgNode, num_classes: int) -> tuple[nn.Module, dict[st
     """
     name = cfg.MODEL.NETWORK.NAME
     with as_config_error("MODEL.NETWORK"):
-        arguments = network_arguments(cfg, arguments_of(name))
+        arguments = arguments_from_config(cfg, arguments_of(name))
         return build_network(name, num_classes, **arguments), arguments
 
 

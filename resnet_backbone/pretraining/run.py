@@ -11,7 +11,8 @@ from torch import nn
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.data.subset import hold_out
-from resnet_backbone.engine.config import ConfigError, fill_from_metadata, origin, set_key
+from resnet_backbone.engine.config import ConfigError, origin, set_key
+from resnet_backbone.engine.network_config import fill_from_metadata
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, versions, write_config
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics

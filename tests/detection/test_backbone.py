@@ -60,7 +60,7 @@ def test_a_checkpoint_gives_the_same_c4_features_by_both_ways(
     detection_config, classifier, tmp_path, pretrain_config, file, name, feature
 ):
     """One image, once as the classifier is fed in pretraining, once by Detectron2's own preprocessing."""
-    from resnet_backbone.engine.config import fill_from_metadata
+    from resnet_backbone.engine.network_config import fill_from_metadata
 
     path = str(classifier(name))
     checkpoint = read_checkpoint(path)

@@ -4,7 +4,7 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 
 from resnet_backbone.detection import add_network_config, get_config
-from resnet_backbone.engine.config import flat_config
+from resnet_backbone.engine.describe import flat_config
 
 
 def test_added_keys_leave_a_stock_configuration_as_it_is():

@@ -6,7 +6,8 @@ from torchvision.models import vgg16
 
 from resnet_backbone import build_network
 from resnet_backbone.detection import VGGBoxHead
-from resnet_backbone.engine.config import ConfigError, fill_from_metadata
+from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.network_config import fill_from_metadata
 from resnet_backbone.weights import Checkpoint, Metadata, read_checkpoint, write_checkpoint
 
 UNTRAINED = ("MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN", True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from resnet_backbone import detection
-from resnet_backbone.engine.config import COMMAND_LINE, flat_config, get_key, origin
+from resnet_backbone.engine.config import COMMAND_LINE, get_key, origin
+from resnet_backbone.engine.describe import flat_config
 from resnet_backbone.weights import read_checkpoint
 
 pytestmark = pytest.mark.gpu

@@ -2,7 +2,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 
-from resnet_backbone.engine.config import add_engine_config
+from resnet_backbone.engine.keys import add_engine_config
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +26,16 @@ def cfg(tmp_path):
     cfg.SOLVER.CHECKPOINT_PERIOD = 4
     cfg.SOLVER.LOG_PERIOD = 5
     return cfg
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes a YAML file and returns its path."""
+
+    def write(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+        return str(path)
+
+    return write

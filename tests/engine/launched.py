@@ -13,7 +13,7 @@ from detectron2.config import get_cfg
 from detectron2.utils import comm
 from torch import nn
 
-from resnet_backbone.engine.config import add_engine_config
+from resnet_backbone.engine.keys import add_engine_config
 from resnet_backbone.engine.launch import run_tool, unwrap, wrap_for_processes
 from resnet_backbone.errors import InputError
 

@@ -6,23 +6,9 @@ import torch
 import yaml
 from detectron2.config import get_cfg
 
-from resnet_backbone.engine.config import (
-    COMMAND_LINE,
-    ConfigError,
-    add_engine_config,
-    config_hash,
-    differences,
-    fill_from_metadata,
-    flat_config,
-    get_key,
-    load_config,
-    network_arguments,
-    origin,
-    same_value,
-    set_key,
-)
-from resnet_backbone.errors import InputError
-from resnet_backbone.weights import Metadata
+from resnet_backbone.engine.config import COMMAND_LINE, get_key, load_config, origin, set_key
+from resnet_backbone.engine.keys import add_engine_config
+from tests.engine.tiny import refusal
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
@@ -33,41 +19,6 @@ def cfg():
     add_engine_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     return cfg
-
-
-@pytest.fixture
-def write(tmp_path):
-    """A function that writes a YAML file and returns its path."""
-
-    def write(name: str, text: str) -> str:
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_text(text)
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
-def metadata():
-    return Metadata(
-        kind="classifier",
-        architecture="resnet50",
-        arguments={"width": 0.25, "stride_in_1x1": True},
-        channel_order="RGB",
-        pixel_mean=(123.675, 116.28, 103.53),
-        pixel_std=(58.395, 57.12, 57.375),
-        norm_statistics="precise",
-        norm_epsilon=1e-5,
-        class_names=("a", "b"),
-    )
-
-
-def refusal(function, *arguments) -> str:
-    with pytest.raises(ConfigError) as caught:
-        function(*arguments)
-    assert isinstance(caught.value, InputError) and "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 class TestChain:
@@ -259,70 +210,6 @@ class TestDevice:
         assert "'gpu' (command line), expected cuda or cpu" in refusal(load_config, cfg, None, ["MODEL.DEVICE", "gpu"])
 
 
-class TestMetadata:
-    def test_fills_what_nobody_set(self, cfg, metadata):
-        fill_from_metadata(cfg, metadata, "f.pth")
-        assert cfg.INPUT.FORMAT == "RGB"
-        assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
-        assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
-        assert (cfg.MODEL.NETWORK.NAME, cfg.MODEL.NETWORK.WIDTH) == ("resnet50", 0.25)
-        assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is True
-        assert origin(cfg, "INPUT.FORMAT") == "metadata of f.pth"
-
-    @pytest.mark.parametrize(
-        ("key", "mine", "theirs"),
-        [
-            ("INPUT.FORMAT", "BGR", "RGB"),
-            ("MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]", "[123.675, 116.28, 103.53]"),
-            ("MODEL.PIXEL_STD", "[1, 1, 1]", "[58.395, 57.12, 57.375]"),
-            ("MODEL.NETWORK.NAME", "resnet101", "resnet50"),
-            ("MODEL.NETWORK.WIDTH", "1.0", "0.25"),
-            ("MODEL.RESNETS.STRIDE_IN_1X1", "False", "True"),
-        ],
-    )
-    def test_a_contradiction_names_both_values_and_who_set_it(self, cfg, metadata, key, mine, theirs):
-        load_config(cfg, None, [key, mine])
-        message = refusal(fill_from_metadata, cfg, metadata, "f.pth")
-        for part in (f"{key} is {mine} (command line)", f"in f.pth were trained with {theirs}"):
-            assert part in message
-
-    def test_the_same_value_is_no_contradiction(self, cfg, metadata):
-        float32 = torch.tensor(metadata.pixel_mean).tolist()
-        load_config(cfg, None, ["INPUT.FORMAT", "RGB"])
-        set_key(cfg, "MODEL.PIXEL_MEAN", float32, "a.yaml")
-        fill_from_metadata(cfg, metadata, "f.pth")
-        assert origin(cfg, "INPUT.FORMAT") == COMMAND_LINE
-        assert tuple(cfg.MODEL.PIXEL_MEAN) == tuple(float32)
-        assert tuple(float32) != metadata.pixel_mean
-
-    def test_same_value(self):
-        assert same_value((1.0, 2.0), [1, 2]) and same_value(0.0, 0) and same_value("a", "a")
-        assert not same_value([1.0], [1.0, 2.0]) and not same_value(123.675, 123.68) and not same_value(True, False)
-
-
-def test_network_arguments_are_what_the_network_takes(cfg):
-    set_key(cfg, "MODEL.NETWORK.WIDTH", 0.5, "test")
-    assert network_arguments(cfg, ("width", "stride_in_1x1", "zero_init")) == {"width": 0.5, "stride_in_1x1": True}
-    assert network_arguments(cfg, ("width", "pool5")) == {"width": 0.5, "pool5": True}
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "argument"),
-    [
-        ("MODEL.NETWORK.SHORTCUT", "C", "shortcut"),
-        ("MODEL.NETWORK.POOL5", False, "pool5"),
-        ("MODEL.RESNETS.RES5_DILATION", 2, "res5_dilation"),
-    ],
-)
-def test_a_key_that_the_network_has_no_choice_in_stops(cfg, key, value, argument):
-    set_key(cfg, key, value, "test")
-    assert network_arguments(cfg, (argument,)) == {argument: value}
-    with pytest.raises(
-        ConfigError, match=rf"{key} is {value} \(test\), but resnet101 leaves no choice there\. Leave it"
-    ):
-        network_arguments(cfg, ("width", "norm"))
-
-
 def test_every_shipped_config_names_its_data_sets(pytestconfig, cfg):
     from resnet_backbone import detection, pretraining
 
@@ -333,40 +220,3 @@ def test_every_shipped_config_names_its_data_sets(pytestconfig, cfg):
         loaded = load_config(start, file)
         for name in (*loaded.DATASETS.TRAIN, *loaded.DATASETS.TEST):
             assert name.isidentifier(), (file, name)
-
-
-class TestDifferences:
-    def test_what_changed_and_by_whom(self, cfg, write):
-        before = flat_config(cfg)
-        file = write("a.yaml", "SOLVER: {GAMMA: 0.3, STEPS: [1, 2]}")
-        load_config(cfg, file, ["SEED", "7", "OUTPUT_DIR", "elsewhere"])
-        cfg.SOLVER.MAX_ITER = 5
-        assert differences(before, cfg) == [
-            "SEED was -1, is 7 (command line)",
-            f"SOLVER.GAMMA was 0.1, is 0.3 ({file})",
-            "SOLVER.MAX_ITER was 40000, is 5 (default)",
-            f"SOLVER.STEPS was (30000,), is (1, 2) ({file})",
-        ]
-
-    def test_nothing_changed(self, cfg):
-        assert differences(flat_config(cfg), cfg.clone()) == []
-
-    def test_of_a_checkpoint_that_does_not_say(self, cfg):
-        assert differences({}, cfg) == []
-
-    def test_keys_that_one_version_has_and_another_has_not(self, cfg):
-        before = flat_config(cfg)
-        del before["SOLVER.EMA_DECAY"]
-        before["SOLVER.GONE"] = "3"
-        assert differences(before, cfg) == [
-            "SOLVER.EMA_DECAY was not there, is 0.0 (default)",
-            "SOLVER.GONE was 3, is not there (default)",
-        ]
-
-    def test_the_hash_is_of_the_values_not_of_their_order(self, cfg):
-        flat = flat_config(cfg)
-        assert flat["SOLVER.AMP.PRECISION"] == "bf16" and all(isinstance(value, str) for value in flat.values())
-        assert config_hash(flat) == config_hash(dict(reversed(flat.items())))
-        assert len(config_hash(flat)) == 64
-        changed = {**flat, "SEED": "8"}
-        assert config_hash(changed) != config_hash(flat)

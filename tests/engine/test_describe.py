@@ -1,10 +1,12 @@
 import re
 
+import pytest
 import yaml
 from detectron2.config import get_cfg
 
-from resnet_backbone.engine.config import add_engine_config, flat_config, get_key, load_config
-from resnet_backbone.engine.describe import describe_config
+from resnet_backbone.engine.config import get_key, load_config
+from resnet_backbone.engine.describe import config_hash, describe_config, differences, flat_config
+from resnet_backbone.engine.keys import add_engine_config
 
 BRACKETS = str.maketrans("()", "[]")  # YAML has no tuples; where a key holds some inside of one, lists serve as well
 
@@ -12,6 +14,13 @@ BRACKETS = str.maketrans("()", "[]")  # YAML has no tuples; where a key holds so
 def fresh():
     cfg = get_cfg()
     add_engine_config(cfg)
+    return cfg
+
+
+@pytest.fixture
+def cfg():
+    cfg = fresh()
+    cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
@@ -60,3 +69,40 @@ def test_who_set_a_key(tmp_path):
         "WANDB_PROJECT": "from command line",
     }
     assert get_key(cfg, "SOLVER.MAX_ITER") == 8
+
+
+class TestDifferences:
+    def test_what_changed_and_by_whom(self, cfg, write):
+        before = flat_config(cfg)
+        file = write("a.yaml", "SOLVER: {GAMMA: 0.3, STEPS: [1, 2]}")
+        load_config(cfg, file, ["SEED", "7", "OUTPUT_DIR", "elsewhere"])
+        cfg.SOLVER.MAX_ITER = 5
+        assert differences(before, cfg) == [
+            "SEED was -1, is 7 (command line)",
+            f"SOLVER.GAMMA was 0.1, is 0.3 ({file})",
+            "SOLVER.MAX_ITER was 40000, is 5 (default)",
+            f"SOLVER.STEPS was (30000,), is (1, 2) ({file})",
+        ]
+
+    def test_nothing_changed(self, cfg):
+        assert differences(flat_config(cfg), cfg.clone()) == []
+
+    def test_of_a_checkpoint_that_does_not_say(self, cfg):
+        assert differences({}, cfg) == []
+
+    def test_keys_that_one_version_has_and_another_has_not(self, cfg):
+        before = flat_config(cfg)
+        del before["SOLVER.EMA_DECAY"]
+        before["SOLVER.GONE"] = "3"
+        assert differences(before, cfg) == [
+            "SOLVER.EMA_DECAY was not there, is 0.0 (default)",
+            "SOLVER.GONE was 3, is not there (default)",
+        ]
+
+    def test_the_hash_is_of_the_values_not_of_their_order(self, cfg):
+        flat = flat_config(cfg)
+        assert flat["SOLVER.AMP.PRECISION"] == "bf16" and all(isinstance(value, str) for value in flat.values())
+        assert config_hash(flat) == config_hash(dict(reversed(flat.items())))
+        assert len(config_hash(flat)) == 64
+        changed = {**flat, "SEED": "8"}
+        assert config_hash(changed) != config_hash(flat)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
@@ -15,10 +16,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_backbone.data.sampler import BatchSampler
+from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import read_last_checkpoint
 from resnet_backbone.engine.train import train
 from resnet_backbone.engine.trainer import Trainer
+from resnet_backbone.errors import InputError
 from resnet_backbone.weights import Metadata
 
 IMAGES = torch.randn(37, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -87,6 +90,14 @@ def build(model: nn.Module | None = None, losses=None, *, optimizer=None, hooks=
     )
     trainer.register_hooks(list(hooks))
     return trainer
+
+
+def refusal(function: Callable[..., Any], *arguments: Any) -> str:
+    """The one sentence of the ConfigError that a call must raise."""
+    with pytest.raises(ConfigError) as caught:
+        function(*arguments)
+    assert isinstance(caught.value, InputError) and "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 class Reads(TorchDispatchMode):

@@ -1,0 +1,48 @@
+"""The configuration keys that both training tools read and Detectron2 does not have."""
+
+from detectron2.config import CfgNode
+
+
+def add_engine_config(cfg: CfgNode) -> None:
+    """Add what Detectron2 has no key for and both training tools read."""
+    # Mixed precision is switched on by Detectron2's SOLVER.AMP.ENABLED; this names the type: bf16, fp16 or fp32.
+    cfg.SOLVER.AMP.PRECISION = "bf16"
+    # Parts that a batch is computed in, one after the other, before a step. A part's batch norm sees that part alone.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Decay, an iteration, of the moving average of the weights, which is evaluated and saved; 0: none.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # Compile the network with torch.compile; on a GPU, record the whole step as one CUDA graph.
+    cfg.SOLVER.COMPILE = False
+    cfg.SOLVER.CUDA_GRAPH = False
+    # Checkpoints of CHECKPOINT_PERIOD to keep, the newest; 0: all. The best (model_best.pth) is kept besides.
+    cfg.SOLVER.CHECKPOINT_KEEP = 0
+    # WarmupPlateauLR: evaluations without an improvement of more than the threshold (in the metric's unit) before the
+    # learning rate is multiplied by GAMMA.
+    cfg.SOLVER.PLATEAU_PATIENCE = 3
+    cfg.SOLVER.PLATEAU_THRESHOLD = 0.1
+    # Above 0: a constant warm-up that ends when the training error (in per cent, averaged over LOG_PERIOD iterations)
+    # is below it, instead of after WARMUP_ITERS (ResNet paper, section 4.2: 80).
+    cfg.SOLVER.WARMUP_UNTIL_ERROR = 0.0
+    # Report to this project of Weights & Biases too, which must be installed.
+    cfg.WANDB_PROJECT = ""
+    # Metrics are averaged on the device and read, printed and written every so many iterations.
+    cfg.SOLVER.LOG_PERIOD = 20
+    # The batch that BASE_LR, MAX_ITER, STEPS and the periods were written for. Where IMS_PER_BATCH differs, they are
+    # rescaled linearly. 0: they are meant as they stand.
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+
+    cfg.MODEL.NETWORK = CfgNode()
+    # A name of resnet_backbone.list_networks().
+    cfg.MODEL.NETWORK.NAME = "resnet101"
+    # Multiplies the number of channels, of VGG's fully connected layers too.
+    cfg.MODEL.NETWORK.WIDTH = 1.0
+    # ResNets: "A", "B" or "C", the kind of shortcut (ResNet paper, section 4.1).
+    cfg.MODEL.NETWORK.SHORTCUT = "B"
+    # ResNets: start the last norm of every residual branch at zero.
+    cfg.MODEL.NETWORK.ZERO_INIT_LAST_NORM = False
+    # VGG as a classifier: False leaves out the last max pooling, for crops of about 112 pixels and smaller.
+    cfg.MODEL.NETWORK.POOL5 = True
+    # Prefixes of parameter names that may be missing in MODEL.WEIGHTS.
+    cfg.MODEL.NETWORK.ALLOW_MISSING = ()
+    # Frozen batch normalisation on weights whose statistics were never estimated stops the run unless this is True.
+    cfg.MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN = False

@@ -1,0 +1,97 @@
+"""What weights say about a configuration, and a configuration about a network."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+
+from resnet_backbone.engine.config import ConfigError, get_key, origin, set_key
+from resnet_backbone.engine.keys import add_engine_config
+from resnet_backbone.weights import Metadata
+
+# The constructor arguments of networks that the configuration decides, and the keys that decide them.
+ARGUMENT_KEYS = {
+    "width": "MODEL.NETWORK.WIDTH",
+    "shortcut": "MODEL.NETWORK.SHORTCUT",
+    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+    "norm": "MODEL.RESNETS.NORM",
+    "zero_init_last_norm": "MODEL.NETWORK.ZERO_INIT_LAST_NORM",
+    "res5_dilation": "MODEL.RESNETS.RES5_DILATION",
+    "pool5": "MODEL.NETWORK.POOL5",
+}
+
+
+def arguments_from_config(cfg: CfgNode, accepted: Sequence[str]) -> dict[str, Any]:
+    """The constructor arguments of a network that the configuration decides, as far as the network takes them.
+
+    Args:
+        accepted: the argument names of this row of the catalogue (`networks.network_arguments(name)`).
+
+    Raises:
+        ConfigError: a key asks for something that this network does not have.
+    """
+    values = {argument: get_key(cfg, key) for argument, key in ARGUMENT_KEYS.items()}
+    for argument, key in ARGUMENT_KEYS.items():
+        default = get_key(_defaults(), key)
+        # Stride placement and norm stand in Detectron2's own configs whatever the network.
+        if argument not in (*accepted, "stride_in_1x1", "norm") and values[argument] != default:
+            by = f" ({origin(cfg, key)})" if origin(cfg, key) else ""
+            raise ConfigError(
+                f"{key} is {values[argument]}{by}, but {cfg.MODEL.NETWORK.NAME} leaves no choice there. "
+                f"Leave it at {default}."
+            )
+    return {argument: value for argument, value in values.items() if argument in accepted}
+
+
+@functools.lru_cache(maxsize=1)
+def _defaults() -> CfgNode:
+    cfg = get_cfg()
+    add_engine_config(cfg)
+    return cfg
+
+
+def fill_from_metadata(cfg: CfgNode, metadata: Metadata, file: str) -> None:
+    """Take the preprocessing and the network's arguments from the weights; stop where the user said otherwise.
+
+    Raises:
+        ConfigError: a key that the user set differs from the metadata; both values are named.
+    """
+    for key, value in preprocessing_keys(metadata).items():
+        current = get_key(cfg, key)
+        if same_value(current, value):
+            continue
+        if (by := origin(cfg, key)) is not None:
+            raise ConfigError(
+                f"{key} is {_plain(current)} ({by}), but the weights in {file} were trained with {_plain(value)}. "
+                f"Remove {key} from the configuration, or give weights that were trained with {_plain(current)}."
+            )
+        set_key(cfg, key, value, f"metadata of {file}")
+
+
+def preprocessing_keys(metadata: Metadata) -> dict[str, Any]:
+    """The configuration that `metadata` implies, by key: what must agree for the weights to mean what they meant."""
+    keys = {
+        "INPUT.FORMAT": metadata.channel_order,
+        "MODEL.PIXEL_MEAN": list(metadata.pixel_mean),
+        "MODEL.PIXEL_STD": list(metadata.pixel_std),
+        "MODEL.NETWORK.NAME": metadata.architecture,
+        "MODEL.NETWORK.WIDTH": metadata.arguments.get("width", 1.0),
+    }
+    for argument in ("stride_in_1x1", "shortcut"):
+        if argument in metadata.arguments:
+            keys[ARGUMENT_KEYS[argument]] = metadata.arguments[argument]
+    return keys
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Equality that takes 123.675 and a float32's 123.67500305 for the same and lists and tuples alike."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(same_value(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, float) or isinstance(other, float):
+        return abs(one - other) <= 1e-5 * max(abs(one), abs(other))
+    return one == other
+
+
+def _plain(value: Any) -> str:
+    return f"[{', '.join(f'{v:g}' for v in value)}]" if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,88 @@
+"""What weights say about a configuration, and a configuration about a network."""
+
+import pytest
+import torch
+
+from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, load_config, origin, set_key
+from resnet_backbone.engine.network_config import arguments_from_config, fill_from_metadata, same_value
+from resnet_backbone.weights import Metadata
+from tests.engine.tiny import refusal
+
+
+@pytest.fixture
+def metadata():
+    return Metadata(
+        kind="classifier",
+        architecture="resnet50",
+        arguments={"width": 0.25, "stride_in_1x1": True},
+        channel_order="RGB",
+        pixel_mean=(123.675, 116.28, 103.53),
+        pixel_std=(58.395, 57.12, 57.375),
+        norm_statistics="precise",
+        norm_epsilon=1e-5,
+        class_names=("a", "b"),
+    )
+
+
+class TestMetadata:
+    def test_fills_what_nobody_set(self, cfg, metadata):
+        fill_from_metadata(cfg, metadata, "f.pth")
+        assert cfg.INPUT.FORMAT == "RGB"
+        assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
+        assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+        assert (cfg.MODEL.NETWORK.NAME, cfg.MODEL.NETWORK.WIDTH) == ("resnet50", 0.25)
+        assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is True
+        assert origin(cfg, "INPUT.FORMAT") == "metadata of f.pth"
+
+    @pytest.mark.parametrize(
+        ("key", "mine", "theirs"),
+        [
+            ("INPUT.FORMAT", "BGR", "RGB"),
+            ("MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]", "[123.675, 116.28, 103.53]"),
+            ("MODEL.PIXEL_STD", "[1, 1, 1]", "[58.395, 57.12, 57.375]"),
+            ("MODEL.NETWORK.NAME", "resnet101", "resnet50"),
+            ("MODEL.NETWORK.WIDTH", "1.0", "0.25"),
+            ("MODEL.RESNETS.STRIDE_IN_1X1", "False", "True"),
+        ],
+    )
+    def test_a_contradiction_names_both_values_and_who_set_it(self, cfg, metadata, key, mine, theirs):
+        load_config(cfg, None, [key, mine])
+        message = refusal(fill_from_metadata, cfg, metadata, "f.pth")
+        for part in (f"{key} is {mine} (command line)", f"in f.pth were trained with {theirs}"):
+            assert part in message
+
+    def test_the_same_value_is_no_contradiction(self, cfg, metadata):
+        float32 = torch.tensor(metadata.pixel_mean).tolist()
+        load_config(cfg, None, ["INPUT.FORMAT", "RGB"])
+        set_key(cfg, "MODEL.PIXEL_MEAN", float32, "a.yaml")
+        fill_from_metadata(cfg, metadata, "f.pth")
+        assert origin(cfg, "INPUT.FORMAT") == COMMAND_LINE
+        assert tuple(cfg.MODEL.PIXEL_MEAN) == tuple(float32)
+        assert tuple(float32) != metadata.pixel_mean
+
+    def test_same_value(self):
+        assert same_value((1.0, 2.0), [1, 2]) and same_value(0.0, 0) and same_value("a", "a")
+        assert not same_value([1.0], [1.0, 2.0]) and not same_value(123.675, 123.68) and not same_value(True, False)
+
+
+def test_network_arguments_are_what_the_network_takes(cfg):
+    set_key(cfg, "MODEL.NETWORK.WIDTH", 0.5, "test")
+    assert arguments_from_config(cfg, ("width", "stride_in_1x1", "zero_init")) == {"width": 0.5, "stride_in_1x1": True}
+    assert arguments_from_config(cfg, ("width", "pool5")) == {"width": 0.5, "pool5": True}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "argument"),
+    [
+        ("MODEL.NETWORK.SHORTCUT", "C", "shortcut"),
+        ("MODEL.NETWORK.POOL5", False, "pool5"),
+        ("MODEL.RESNETS.RES5_DILATION", 2, "res5_dilation"),
+    ],
+)
+def test_a_key_that_the_network_has_no_choice_in_stops(cfg, key, value, argument):
+    set_key(cfg, key, value, "test")
+    assert arguments_from_config(cfg, (argument,)) == {argument: value}
+    with pytest.raises(
+        ConfigError, match=rf"{key} is {value} \(test\), but resnet101 leaves no choice there\. Leave it"
+    ):
+        arguments_from_config(cfg, ("width", "norm"))
