@@ -112,7 +112,7 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         model=model,
         optimizer=build_optimizer(cfg, model),
         batches=batches,
-        compute=lambda model, batch: (model(batch), {}),
+        loss_fn=lambda model, batch: (model(batch), {}),
         evaluate=lambda model: evaluate(cfg, model, folder),
         metadata=metadata,
         num_images=batches.num_images,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.describe import describe_config
@@ -142,19 +141,6 @@ def launch(
     first = machine_rank * processes
     places = [Place(first + number, machines * processes, number, processes, url) for number in range(processes)]
     return spawn(places, call, on_gpu=on_gpu)
-
-
-def wrap_for_processes(model: torch.nn.Module) -> torch.nn.Module:
-    """Average gradients over processes, where there are several."""
-    if comm.get_world_size() == 1:
-        return model
-    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-
-
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model behind `wrap_for_processes`."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
 def _check_same(given: Place, processes: int, machines: int, machine_rank: int, url: str) -> None:

@@ -15,13 +15,13 @@ from torch import nn
 from resnet_backbone.engine import hooks
 from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, origin, set_key
 from resnet_backbone.engine.describe import config_hash, differences, flat_config
+from resnet_backbone.engine.distributed import unwrap, wrap_for_processes
 from resnet_backbone.engine.ema import MovingAverage
-from resnet_backbone.engine.launch import unwrap, wrap_for_processes
 from resnet_backbone.engine.output import keep_metrics_before, save_best_checkpoint, save_training_checkpoint
 from resnet_backbone.engine.precision import PRECISIONS, precision_of
 from resnet_backbone.engine.preemption import Preemption
 from resnet_backbone.engine.schedule import build_multiplier, build_plateau, build_warm_up, describe_schedule
-from resnet_backbone.engine.trainer import Losses, Trainer
+from resnet_backbone.engine.trainer import LossFunction, Trainer
 from resnet_backbone.engine.writers import Progress, WeightsAndBiases
 from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, load_state
 
@@ -40,7 +40,7 @@ def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Callable[[int], Iterable[Any]],
-    compute: Callable[[nn.Module, Any], tuple[Losses, Losses]],
+    loss_fn: LossFunction,
     evaluate: Callable[[nn.Module], dict[str, Any]],
     metadata: Callable[..., Metadata],
     num_images: int,
@@ -54,7 +54,7 @@ def train(
 
     Args:
         batches: given an iteration, the batches of this process from there on.
-        compute: given model and batch, losses and further metrics.
+        loss_fn: given model and batch, losses and further metrics.
         evaluate: called with the model after each TEST.EVAL_PERIOD iterations (not after the last one); returns metrics
             for the log.
         metadata: given the number of finished iterations, and results by name, what a checkpoint says about itself.
@@ -87,7 +87,7 @@ def train(
         model=wrap_for_processes(model),
         optimizer=optimizer,
         batches=batches,
-        compute=compute,
+        loss_fn=loss_fn,
         images_per_batch=cfg.SOLVER.IMS_PER_BATCH,
         seed=cfg.SEED,
         precision=precision_of(cfg),

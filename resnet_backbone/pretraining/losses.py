@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import nn
 
-from resnet_backbone.engine.trainer import Losses
+from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.pretraining.batches import Normalise
 
 ImagesOf = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]

@@ -66,7 +66,7 @@ def train_new(
         model=model,
         optimizer=optimizer,
         batches=lambda _start: feed(model, optimizer, losses),
-        compute=losses,
+        loss_fn=losses,
         evaluate=lambda _model: {},
         metadata=metadata,
         num_images=cfg.SOLVER.IMS_PER_BATCH,

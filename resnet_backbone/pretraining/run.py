@@ -105,7 +105,7 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         model=model,
         optimizer=build_optimizer(cfg, model),
         batches=batches,
-        compute=losses,
+        loss_fn=losses,
         evaluate=evaluate,
         metadata=metadata,
         num_images=len(source),

@@ -13,8 +13,9 @@ from detectron2.config import get_cfg
 from detectron2.utils import comm
 from torch import nn
 
+from resnet_backbone.engine.distributed import unwrap, wrap_for_processes
 from resnet_backbone.engine.keys import add_engine_config
-from resnet_backbone.engine.launch import run_tool, unwrap, wrap_for_processes
+from resnet_backbone.engine.launch import run_tool
 from resnet_backbone.errors import InputError
 
 IMAGES = 37
@@ -93,7 +94,7 @@ def train_network(cfg, name: str, folder: Path, *, stop_at: int | None = None) -
             model=model,
             optimizer=build_optimizer(cfg, model),
             batches=batches,
-            compute=compute,
+            loss_fn=compute,
             evaluate=lambda _: {},
             metadata=describe,
             num_images=IMAGES,

@@ -132,7 +132,7 @@ def test_with_a_loss_scale_it_is_torchs_own_recipe():
 
 
 def _two() -> dict[str, torch.Tensor]:
-    from resnet_backbone.engine.launch import wrap_for_processes
+    from resnet_backbone.engine.distributed import wrap_for_processes
 
     rank = torch.distributed.get_rank()
     model = build_model(norm=False, dropout=0.0).double()

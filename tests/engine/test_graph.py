@@ -12,10 +12,10 @@ from fvcore.common.param_scheduler import LinearParamScheduler
 from resnet_backbone.engine.ema import MovingAverage
 from resnet_backbone.engine.graph import EAGER_STEPS, GraphedStep
 from resnet_backbone.engine.hooks import LearningRate
+from resnet_backbone.engine.nonfinite import NonFiniteLossError
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import read_last_checkpoint
 from resnet_backbone.engine.train import train as run_training
-from resnet_backbone.engine.trainer import NonFiniteLossError
 from tests.engine.tiny import IMAGES, assert_equal, build, build_model, loss_of, metadata, metrics, state_of
 
 STEPS = 12
@@ -128,7 +128,7 @@ def test_a_run_that_is_resumed(cfg, tmp_path):
                 model=model,
                 optimizer=build_optimizer(cfg, model),
                 batches=batches,
-                compute=lambda model, batch: ({"loss": loss_of(model, batch[0])}, {}),
+                loss_fn=lambda model, batch: ({"loss": loss_of(model, batch[0])}, {}),
                 evaluate=lambda model: {},
                 metadata=metadata,
                 num_images=37,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_backbone.engine.guard import NonFiniteGuard
-from resnet_backbone.engine.launch import unwrap, wrap_for_processes
-from resnet_backbone.engine.trainer import NonFiniteLossError, Trainer
+from resnet_backbone.engine.distributed import unwrap, wrap_for_processes
+from resnet_backbone.engine.nonfinite import NonFiniteGuard, NonFiniteLossError
+from resnet_backbone.engine.trainer import Trainer
 from tests.engine.tiny import Reads, assert_equal, build_model, in_two_processes, loss_of, state_of
 
 BAD = 5  # the step that goes wrong
@@ -66,7 +66,7 @@ def train(
         model=wrap_for_processes(model),
         optimizer=optimizer,
         batches=batches,
-        compute=compute,
+        loss_fn=compute,
         images_per_batch=8,
         seed=3,
         precision=precision,
@@ -123,7 +123,7 @@ def test_gradient_clipping_does_not_hide_it(cfg):
         model=model,
         optimizer=optimizer,
         batches=lambda start: iter(range(100)),
-        compute=compute,
+        loss_fn=compute,
         images_per_batch=8,
         seed=0,
     )
@@ -253,7 +253,7 @@ class TestLossScale:
             model=model,
             optimizer=optimizer,
             batches=lambda start: iter(range(start, 1000)),
-            compute=losses,
+            loss_fn=losses,
             images_per_batch=8,
             seed=0,
             precision="fp16",

@@ -5,8 +5,9 @@ from fvcore.common.param_scheduler import ConstantParamScheduler, LinearParamSch
 from torch import nn
 
 from resnet_backbone.engine import hooks
+from resnet_backbone.engine.nonfinite import NonFiniteLossError
 from resnet_backbone.engine.schedule import Plateau, WarmUpUntil
-from resnet_backbone.engine.trainer import NonFiniteLossError, Trainer
+from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.engine.writers import Progress
 
 
@@ -16,7 +17,7 @@ def run(hook_list, *, start=0, stop=10, lr=0.5, loss=None) -> Trainer:
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=lr),
         batches=lambda start: iter(range(start, 10**6)),
-        compute=lambda model, i: ({"loss_x": model.weight.sum() * 0 + (loss(i) if loss else 1.0)}, {}),
+        loss_fn=lambda model, i: ({"loss_x": model.weight.sum() * 0 + (loss(i) if loss else 1.0)}, {}),
         images_per_batch=2,
         seed=0,
         log_period=4,

@@ -9,9 +9,10 @@ from torch import nn
 
 from resnet_backbone.data.sampler import BatchSampler
 from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, set_key
+from resnet_backbone.engine.nonfinite import NonFiniteLossError
 from resnet_backbone.engine.output import read_last_checkpoint, save_training_checkpoint
 from resnet_backbone.engine.train import check_batch, check_solver, choose_seed
-from resnet_backbone.engine.trainer import NonFiniteLossError, seed_iteration
+from resnet_backbone.engine.trainer import seed_iteration
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, read_checkpoint
 from tests.engine import tiny

@@ -12,7 +12,8 @@ from fvcore.common.param_scheduler import LinearParamScheduler
 from torch import nn
 
 from resnet_backbone.engine.hooks import LearningRate, Writers
-from resnet_backbone.engine.trainer import NonFiniteLossError, seed_iteration
+from resnet_backbone.engine.nonfinite import NonFiniteLossError
+from resnet_backbone.engine.trainer import seed_iteration
 from resnet_backbone.errors import InputError
 from tests.engine.tiny import assert_equal, build
 
@@ -288,6 +289,30 @@ class TestPrecision:
             losses=lambda model, i: ({"loss": model.weight.sum().bfloat16() * 0 + values[i]}, {}), hooks=[record]
         ).train(0, 4)
         assert record.calls[-2][2] == sum(values) / 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_hooks_see_the_whole_gradient_after_the_backward_pass(precision):
+    """Once an iteration, of all micro-batches together, without a loss scale, before the step."""
+    seen = []
+
+    class See(HookBase):
+        def after_backward(self):
+            (weight,) = self.trainer.model.parameters()
+            seen.append((self.trainer.iter, weight.grad.item(), weight.item()))
+
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    build(
+        model,
+        lambda model, batch: ({"loss": (model.weight * batch[0]).mean()}, {}),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.5, fused=True),
+        batches=lambda start: ((torch.tensor([[1.0], [3.0]]),) for _ in iter(int, 1)),
+        precision=precision,
+        accumulate=2,
+        hooks=[See()],
+    ).train(0, 2)
+    assert seen == [(0, 2.0, 1.0), (1, 2.0, 0.0)]
 
 
 class TestRandomNumbers:

@@ -81,12 +81,12 @@ def build(model: nn.Module | None = None, losses=None, *, optimizer=None, hooks=
         return {"loss": model(torch.ones(1, 1)).sum()}, {}
 
     defaults = dict(
-        images_per_batch=4, seed=1, log_period=4, batches=lambda start: iter(range(start, 10**6)), compute=default
+        images_per_batch=4, seed=1, log_period=4, batches=lambda start: iter(range(start, 10**6)), loss_fn=default
     )
     trainer = Trainer(
         model=model,
         optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=0.0),
-        **{**defaults, **({"compute": losses} if losses else {}), **arguments},
+        **{**defaults, **({"loss_fn": losses} if losses else {}), **arguments},
     )
     trainer.register_hooks(list(hooks))
     return trainer
@@ -178,7 +178,7 @@ class Run:
                 model=self.model,
                 optimizer=self.optimizer,
                 batches=batches,
-                compute=compute,
+                loss_fn=compute,
                 evaluate=evaluate,
                 metadata=metadata,
                 num_images=37,

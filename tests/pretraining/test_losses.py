@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from resnet_backbone import pretraining
-from resnet_backbone.engine.launch import wrap_for_processes
+from resnet_backbone.engine.distributed import wrap_for_processes
 from resnet_backbone.pretraining.losses import ClassificationLosses
 from tests.engine.tiny import in_two_processes
 
