@@ -12,7 +12,7 @@ from resnet_backbone.detection.backbone import (
 )
 from resnet_backbone.detection.config import add_network_config, get_config
 from resnet_backbone.detection.roi_heads import NetworkRes5ROIHeads, VGGBoxHead
-from resnet_backbone.detection.run import run
+from resnet_backbone.detection.task import run
 
 __all__ = [
     "NetworkBackbone",

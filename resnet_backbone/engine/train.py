@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,52 +17,62 @@ from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, origin, set
 from resnet_backbone.engine.describe import config_hash, differences, flat_config
 from resnet_backbone.engine.distributed import unwrap, wrap_for_processes
 from resnet_backbone.engine.ema import MovingAverage
+from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.output import keep_metrics_before, save_best_checkpoint, save_training_checkpoint
 from resnet_backbone.engine.precision import PRECISIONS, precision_of
 from resnet_backbone.engine.preemption import Preemption
 from resnet_backbone.engine.schedule import build_multiplier, build_plateau, build_warm_up, describe_schedule
-from resnet_backbone.engine.trainer import LossFunction, Trainer
+from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.engine.writers import Progress, WeightsAndBiases
 from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, load_state
 
 logger = logging.getLogger(__name__)
 
 
-class Compilable(Protocol):
-    """What can be compiled in place, as a module can."""
+class TrainingTask(Protocol):
+    """What the loop asks of a task.
 
-    def compile(self) -> None: ...
+    Attributes:
+        num_images: of the training set.
+        best_metric: of the evaluation, the higher the better; chooses `model_best.pth` and drives WarmupPlateauLR.
+            Empty if there is none.
+    """
+
+    num_images: int
+    best_metric: str
+
+    def batches(self, start_iteration: int) -> Iterable[Any]:
+        """The batches of this process from an iteration on, without end."""
+
+    def losses(self, model: nn.Module, batch: Any) -> tuple[Losses, Losses]:
+        """The losses of a batch, whose sum is minimized, and further metrics for the log."""
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile in place what SOLVER.COMPILE is about."""
+
+    def image_names(self, iteration: int) -> Sequence[str]:
+        """What the images of this process at an iteration are called; empty if they have no names."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        """Metrics on DATASETS.TEST."""
+
+    def metadata(self, iterations: int, **results: float) -> Metadata:
+        """What a checkpoint says about itself after so many iterations, with results by name."""
 
 
 def train(
     cfg: CfgNode,
-    *,
+    task: TrainingTask,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Callable[[int], Iterable[Any]],
-    loss_fn: LossFunction,
-    evaluate: Callable[[nn.Module], dict[str, Any]],
-    metadata: Callable[..., Metadata],
-    num_images: int,
+    *,
     folder: Path,
     resume_from: Checkpoint | None,
-    best_metric: str = "",
-    names: Callable[[int], Sequence[str]] | None = None,
-    compiled: Compilable | None = None,
 ) -> nn.Module:
     """Train `model` in place for SOLVER.MAX_ITER iterations, from `resume_from` on where it is given.
 
-    Args:
-        batches: given an iteration, the batches of this process from there on.
-        loss_fn: given model and batch, losses and further metrics.
-        evaluate: called with the model after each TEST.EVAL_PERIOD iterations (not after the last one); returns metrics
-            for the log.
-        metadata: given the number of finished iterations, and results by name, what a checkpoint says about itself.
-        num_images: of the training set, to print the number of epochs.
-        folder: for checkpoints, metrics.json and TensorBoard.
-        best_metric: of the evaluation, the higher the better; chooses `model_best.pth` and drives WarmupPlateauLR.
-        names: given an iteration, the names of its images of this process.
-        compiled: what SOLVER.COMPILE compiles; by default the model.
+    The task evaluates it after each TEST.EVAL_PERIOD iterations, but not after the last one. Checkpoints, metrics.json
+    and TensorBoard's files go to `folder`.
 
     Returns:
         What is to be evaluated and saved: the model, or with SOLVER.EMA_DECAY the moving average of its weights.
@@ -76,18 +86,18 @@ def train(
     """
     check_solver(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-    logger.info("\n%s", describe_schedule(cfg, num_images, comm.get_world_size()))
+    logger.info("\n%s", describe_schedule(cfg, task.num_images, comm.get_world_size()))
     average = MovingAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
     if cfg.SOLVER.COMPILE:
-        _compile(cfg, model if compiled is None else compiled)
+        _compile(cfg, task, model)
     if cfg.SOLVER.CUDA_GRAPH:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], device=cfg.MODEL.DEVICE)
     trainer = Trainer(
         model=wrap_for_processes(model),
         optimizer=optimizer,
-        batches=batches,
-        loss_fn=loss_fn,
+        batches=task.batches,
+        loss_fn=task.losses,
         images_per_batch=cfg.SOLVER.IMS_PER_BATCH,
         seed=cfg.SEED,
         precision=precision_of(cfg),
@@ -95,7 +105,7 @@ def train(
         accumulate=cfg.SOLVER.ACCUMULATE,
         average=average,
         cuda_graph=cfg.SOLVER.CUDA_GRAPH,
-        names=names,
+        names=task.image_names,
     )
 
     def result() -> nn.Module:
@@ -105,19 +115,19 @@ def train(
         config = flat_config(cfg)
         state = {**trainer.state_dict(), "config": config, "config_sha256": config_hash(config)}
         state |= {name: part.state_dict() for name, part in stateful.items()}
-        checkpoint = Checkpoint(model.state_dict(), metadata(iteration + 1), iteration, state)
+        checkpoint = Checkpoint(model.state_dict(), task.metadata(iteration + 1), iteration, state)
         save_training_checkpoint(folder, checkpoint, keep=cfg.SOLVER.CHECKPOINT_KEEP)
 
     def save_best(results: dict[str, float]) -> None:
-        save_best_checkpoint(folder, Checkpoint(result().state_dict(), metadata(trainer.iter, **results)))
+        save_best_checkpoint(folder, Checkpoint(result().state_dict(), task.metadata(trainer.iter, **results)))
 
     plateau, warm_up = build_plateau(cfg), build_warm_up(cfg)
     checkpoints = hooks.Checkpoints(save, cfg.SOLVER.CHECKPOINT_PERIOD)
     preemption = Preemption(checkpoints, cfg.SOLVER.LOG_PERIOD)
     evaluation = hooks.Evaluation(
-        lambda: preemption.interruptible(lambda: evaluate(result())),
+        lambda: preemption.interruptible(lambda: task.evaluate(result())),
         cfg.TEST.EVAL_PERIOD,
-        metric=best_metric,
+        metric=task.best_metric,
         save_best=save_best,
         plateau=plateau,
     )
@@ -134,7 +144,7 @@ def train(
         logger.info("all %d iterations are done", cfg.SOLVER.MAX_ITER)
         return result()
 
-    metadata(start)  # an impossible entry is found now, not at the first checkpoint
+    task.metadata(start)  # an impossible entry is found now, not at the first checkpoint
     # In this order: what was measured after an iteration decides the next one's learning rate; what was measured before
     # a checkpoint is written before it, since a run that resumes there does not measure it again; a checkpoint holds
     # what the hooks before it know; a run leaves when all else is done.
@@ -147,14 +157,14 @@ def train(
     return result()
 
 
-def _compile(cfg: CfgNode, compiled: Compilable) -> None:
-    """Compile something in place, at its first call; on CPUs only where the command line says so.
+def _compile(cfg: CfgNode, task: TrainingTask, model: nn.Module) -> None:
+    """Compile in place what the task says, at its first call; on CPUs only where the command line says so.
 
     The recipes, which are written for GPUs, ask for it. A CPU gains little, and may have no compiler.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") or origin(cfg, "SOLVER.COMPILE") == COMMAND_LINE:
         logger.info("the first iterations compile the network, which takes a minute or more")
-        compiled.compile()
+        task.compile(model)
     else:
         logger.info("SOLVER.COMPILE is left out on a CPU, unless it is given on the command line")
 

@@ -26,7 +26,7 @@ from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, choose_seed
 from resnet_backbone.pretraining.batches import TrainBatches
 from resnet_backbone.pretraining.network import train_new
-from resnet_backbone.pretraining.run import run
+from resnet_backbone.pretraining.task import run
 
 TEST_BATCHES = 2  # that try_run evaluates on
 SOME = "some images of DATASETS.TEST"  # the name of their data set

@@ -1,6 +1,6 @@
-"""A classifier by the configuration: built, and trained on whatever is handed out."""
+"""A classifier by the configuration: built, described, and trained on whatever is handed out."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ from torch import nn
 
 from resnet_backbone.engine.network_config import arguments_from_config
 from resnet_backbone.engine.optimizer import build_optimizer
+from resnet_backbone.engine.output import versions
 from resnet_backbone.engine.train import train
 from resnet_backbone.networks import build_network
 from resnet_backbone.networks import network_arguments as arguments_of
-from resnet_backbone.pretraining.batches import as_config_error
+from resnet_backbone.pretraining.batches import as_config_error, crop_size
 from resnet_backbone.pretraining.losses import ClassificationLosses, ImagesOf
 from resnet_backbone.weights import Metadata
 
@@ -30,13 +31,49 @@ def build_classifier(cfg: CfgNode, num_classes: int) -> tuple[nn.Module, dict[st
         return build_network(name, num_classes, **arguments), arguments
 
 
-def train_new(
+def describe_classifier(
     cfg: CfgNode,
-    num_classes: int,
-    feed: Callable[[nn.Module, torch.optim.Optimizer, ClassificationLosses], Iterable[Any]],
-    images_of: ImagesOf,
-    folder: Path,
-) -> None:
+    arguments: dict[str, bool | float | str],
+    *,
+    norm_statistics: str,
+    norm_epsilon: float | None,
+    class_names: Sequence[str],
+    iterations: int,
+    **results: float,
+) -> Metadata:
+    """What a classifier's checkpoint says about itself.
+
+    Args:
+        arguments: that the network was built with.
+        iterations: finished ones.
+        results: of the evaluation, by name.
+    """
+    return Metadata(
+        kind="classifier",
+        architecture=cfg.MODEL.NETWORK.NAME,
+        arguments=arguments,
+        channel_order=cfg.INPUT.FORMAT,
+        pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+        norm_statistics=norm_statistics,
+        norm_epsilon=norm_epsilon,
+        class_names=tuple(class_names),
+        crop=crop_size(cfg),
+        origin={
+            "written_by": versions(),
+            "dataset": str(cfg.DATASETS.TRAIN[0]),
+            "iterations": iterations,
+            "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
+            "seed": cfg.SEED,
+            **results,
+        },
+    )
+
+
+Feed = Callable[[nn.Module, torch.optim.Optimizer, ClassificationLosses], Iterable[Any]]
+
+
+def train_new(cfg: CfgNode, num_classes: int, feed: Feed, images_of: ImagesOf, folder: Path) -> None:
     """Train a new network on what `feed(model, optimizer, losses)` hands out, with all hooks: to measure, not to keep.
 
     Args:
@@ -47,30 +84,47 @@ def train_new(
     model = model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
     optimizer = build_optimizer(cfg, model)
     losses = ClassificationLosses(cfg, images_of)
+    task = _Measured(cfg, arguments, losses, lambda: feed(model, optimizer, losses))
+    train(cfg, task, model, optimizer, folder=folder, resume_from=None)
 
-    def metadata(_iterations: int) -> Metadata:
-        return Metadata(
-            kind="classifier",
-            architecture=cfg.MODEL.NETWORK.NAME,
-            arguments=arguments,
-            channel_order=cfg.INPUT.FORMAT,
-            pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
-            pixel_std=tuple(cfg.MODEL.PIXEL_STD),
+
+class _Measured:
+    """What the loop must know of a network that is trained to measure its speed."""
+
+    best_metric = ""
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        arguments: dict[str, bool | float | str],
+        losses: ClassificationLosses,
+        feed: Callable[[], Iterable[Any]],
+    ):
+        self.losses = losses
+        self.num_images = cfg.SOLVER.IMS_PER_BATCH
+        self._cfg = cfg
+        self._arguments = arguments
+        self._feed = feed
+
+    def batches(self, start_iteration: int) -> Iterable[Any]:
+        return self._feed()
+
+    def compile(self, model: nn.Module) -> None:
+        self.losses.compile()
+
+    def image_names(self, iteration: int) -> Sequence[str]:
+        return ()
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {}
+
+    def metadata(self, iterations: int, **results: float) -> Metadata:
+        return describe_classifier(
+            self._cfg,
+            self._arguments,
             norm_statistics="never",
             norm_epsilon=None,
             class_names=(),
+            iterations=iterations,
+            **results,
         )
-
-    train(
-        cfg,
-        model=model,
-        optimizer=optimizer,
-        batches=lambda _start: feed(model, optimizer, losses),
-        loss_fn=losses,
-        evaluate=lambda _model: {},
-        metadata=metadata,
-        num_images=cfg.SOLVER.IMS_PER_BATCH,
-        folder=folder,
-        resume_from=None,
-        compiled=losses,
-    )

@@ -13,7 +13,7 @@ from torch import nn
 
 from resnet_backbone import detection
 from resnet_backbone.detection import add_network_config
-from resnet_backbone.detection.run import describe_frozen
+from resnet_backbone.detection.task import describe_frozen
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.errors import InputError
@@ -91,7 +91,7 @@ def test_the_result_loads_in_detectron2s_own_predictor(small, tmp_path, scenes):
     predictor = DefaultPredictor(own)
     predictor.model.to(memory_format=torch.channels_last)  # as ours: another layout rounds otherwise
     cfg.MODEL.WEIGHTS = own.MODEL.WEIGHTS
-    from resnet_backbone.detection.run import _build_model
+    from resnet_backbone.detection.task import _build_model
 
     ours = _build_model(cfg, read_checkpoint(own.MODEL.WEIGHTS), own.MODEL.WEIGHTS).eval()
     image = cv2.imread(str(next((Path(scenes).parent / "images").iterdir())))

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -89,18 +90,16 @@ def train_network(cfg, name: str, folder: Path, *, stop_at: int | None = None) -
         )
 
     try:
-        train(
-            cfg,
-            model=model,
-            optimizer=build_optimizer(cfg, model),
+        task = SimpleNamespace(
             batches=batches,
-            loss_fn=compute,
+            losses=compute,
             evaluate=lambda _: {},
             metadata=describe,
+            image_names=lambda _: (),
             num_images=IMAGES,
-            folder=folder,
-            resume_from=last,
+            best_metric="",
         )
+        train(cfg, task, model, build_optimizer(cfg, model), folder=folder, resume_from=last)
     except KeyboardInterrupt:
         assert stop_at is not None
     state = {"model": model.state_dict(), "seen": seen, "seed": cfg.SEED}

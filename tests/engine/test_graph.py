@@ -16,7 +16,7 @@ from resnet_backbone.engine.nonfinite import NonFiniteLossError
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import read_last_checkpoint
 from resnet_backbone.engine.train import train as run_training
-from tests.engine.tiny import IMAGES, assert_equal, build, build_model, loss_of, metadata, metrics, state_of
+from tests.engine.tiny import IMAGES, TinyTask, assert_equal, build, build_model, loss_of, metrics, state_of
 
 STEPS = 12
 
@@ -125,13 +125,9 @@ def test_a_run_that_is_resumed(cfg, tmp_path):
         with contextlib.nullcontext() if stop_at is None else pytest.raises(KeyboardInterrupt):
             run_training(
                 cfg,
-                model=model,
-                optimizer=build_optimizer(cfg, model),
-                batches=batches,
-                loss_fn=lambda model, batch: ({"loss": loss_of(model, batch[0])}, {}),
-                evaluate=lambda model: {},
-                metadata=metadata,
-                num_images=37,
+                TinyTask(batches=batches, losses=lambda model, batch: ({"loss": loss_of(model, batch[0])}, {})),
+                model,
+                build_optimizer(cfg, model),
                 folder=folder,
                 resume_from=read_last_checkpoint(folder) if resume else None,
             )

@@ -4,7 +4,8 @@ import json
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,22 @@ def metadata(iterations: int, **results: float) -> Metadata:
         class_names=("a", "b"),
         origin={"iterations": iterations, **results},
     )
+
+
+@dataclass
+class TinyTask:
+    """A task of given functions."""
+
+    batches: Callable[[int], Iterable[Any]]
+    losses: Callable[[nn.Module, Any], tuple[dict, dict]]
+    evaluate: Callable[[nn.Module], dict[str, Any]] = lambda model: {}
+    metadata: Callable[..., Metadata] = metadata
+    image_names: Callable[[int], Sequence[str]] = lambda iteration: ()
+    num_images: int = 37
+    best_metric: str = ""
+
+    def compile(self, model: nn.Module) -> None:
+        model.compile()
 
 
 def build_model(channels: int = 4, *, norm: bool = True, dropout: float = 0.5) -> nn.Module:
@@ -173,20 +190,14 @@ class Run:
             return {"bbox": {"AP": scores(self._next), "sum": self.sums}}
 
         try:
-            self.result = train(
-                cfg,
-                model=self.model,
-                optimizer=self.optimizer,
+            task = TinyTask(
                 batches=batches,
-                loss_fn=compute,
+                losses=compute,
                 evaluate=evaluate,
-                metadata=metadata,
-                num_images=37,
-                folder=folder,
-                resume_from=last,
                 best_metric="bbox/AP",
-                names=lambda i: [f"image {index}" for _, index in BatchSampler(37, 4, seed=cfg.SEED).batch(i)],
+                image_names=lambda i: [f"image {index}" for _, index in BatchSampler(37, 4, seed=cfg.SEED).batch(i)],
             )
+            self.result = train(cfg, task, self.model, self.optimizer, folder=folder, resume_from=last)
         except KeyboardInterrupt:
             assert stop_at is not None
 

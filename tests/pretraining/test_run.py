@@ -74,7 +74,7 @@ def test_no_iterations_give_the_initial_network_with_statistics_of_training_imag
     for name, parameter in fresh.named_parameters():
         assert torch.equal(checkpoint.model[name], parameter), name
     # conv1's outputs over the batches that were averaged: the mean of their means (fvcore's estimate).
-    from resnet_backbone.pretraining.run import _open_sources
+    from resnet_backbone.pretraining.task import _open_sources
 
     batches = TrainBatches(cfg, _open_sources(cfg)[0])(0)
     means = [fresh.conv1(Normalise(cfg)(next(batches)[0])).mean((0, 2, 3)) for _ in range(2)]

@@ -130,7 +130,7 @@ def hold_in_evaluation(number: int) -> None:
 
 def hold_before_training() -> None:
     """Wait when all is built and checked, before the first iteration."""
-    run = sys.modules["resnet_backbone.pretraining.run"]
+    run = sys.modules["resnet_backbone.engine.run"]
     train = run.train
 
     def held(*arguments, **named):

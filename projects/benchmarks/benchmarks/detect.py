@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -243,21 +244,19 @@ def _train(pair: Pair, optimizer: torch.optim.Optimizer, turns: Callable[[], Ite
             class_names=(),
         )
 
+    task = SimpleNamespace(
+        batches=lambda _start: turns(),
+        losses=_losses_of,
+        compile=lambda model: model.backbone.compile(),
+        evaluate=lambda _model: {},
+        metadata=metadata,
+        image_names=lambda _iteration: (),
+        num_images=cfg.SOLVER.IMS_PER_BATCH,
+        best_metric="",
+    )
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(
-                cfg,
-                model=pair.ours,
-                optimizer=optimizer,
-                batches=lambda _start: turns(),
-                loss_fn=_losses_of,
-                evaluate=lambda _model: {},
-                metadata=metadata,
-                num_images=cfg.SOLVER.IMS_PER_BATCH,
-                folder=Path(folder),
-                resume_from=None,
-                compiled=pair.ours.backbone,
-            )
+            train(cfg, task, pair.ours, optimizer, folder=Path(folder), resume_from=None)
         except _Measured:
             pass
         except Interrupted:

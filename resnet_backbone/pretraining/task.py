@@ -1,136 +1,126 @@
-"""Pretrain a classifier by the configuration, end to end."""
+"""The classifier as a task: from random weights, or others, to a checkpoint that says how to feed it."""
 
 import itertools
 import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 from torch import nn
 
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.data.subset import hold_out
+from resnet_backbone.engine import run as engine_run
 from resnet_backbone.engine.config import ConfigError, origin, set_key
 from resnet_backbone.engine.network_config import fill_from_metadata
-from resnet_backbone.engine.optimizer import build_optimizer
-from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, versions, write_config
+from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics
 from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.pretrained import read_with_statements, statements
-from resnet_backbone.engine.schedule import rescale_for_batch
-from resnet_backbone.engine.train import check_batch, check_solver, choose_seed, train
 from resnet_backbone.networks import FrozenBatchNorm2d
-from resnet_backbone.pretraining.batches import Normalise, TrainBatches, crop_size
+from resnet_backbone.pretraining.batches import Normalise, TrainBatches
 from resnet_backbone.pretraining.evaluation import Evaluator, load_ensemble
 from resnet_backbone.pretraining.losses import ClassificationLosses
-from resnet_backbone.pretraining.network import build_classifier
-from resnet_backbone.weights import Checkpoint, Metadata, load_state, write_checkpoint, write_json
+from resnet_backbone.pretraining.network import build_classifier, describe_classifier
+from resnet_backbone.weights import Checkpoint, Metadata, load_state
 
 logger = logging.getLogger(__name__)
 
 
 def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[str, float]:
-    """Train, compute precise BN statistics, evaluate, write `model_final.pth`; return top-1 and top-5 in per cent.
+    """Pretrain a classifier by the configuration (`engine.run.run`); return top-1 and top-5 in per cent.
 
-    With SOLVER.MAX_ITER 0 the result is the initialised network with BN statistics from training images.
-
-    Args:
-        cfg: of `get_config()`, loaded by `engine.config.load_config`.
-        resume: go on from the last checkpoint in OUTPUT_DIR, or from MODEL.WEIGHTS where there is none.
-        eval_only: evaluate on DATASETS.TEST what a run would start from, and write nothing but the log.
-
-    Raises:
-        InputError: something in the configuration cannot be used; found before the first iteration.
+    With SOLVER.MAX_ITER 0 the result is the initialized network with BN statistics from training images.
     """
-    check_batch(cfg)
-    check_solver(cfg)
-    if cfg.TEST.ENSEMBLE and not eval_only:
-        raise ConfigError(
-            f"TEST.ENSEMBLE names {len(cfg.TEST.ENSEMBLE)} networks, but a training run tests the one that it trains. "
-            "Add --eval-only, or leave TEST.ENSEMBLE empty."
+    return engine_run.run(cfg, Classification(cfg), resume=resume, eval_only=eval_only)
+
+
+class Classification:
+    """Pretraining as a task of `engine.run`."""
+
+    best_metric = "top1"
+
+    def __init__(self, cfg: CfgNode):
+        self._cfg = cfg
+        self._precise = False
+
+    def check(self, *, eval_only: bool) -> None:
+        ensemble = self._cfg.TEST.ENSEMBLE
+        if ensemble and not eval_only:
+            raise ConfigError(
+                f"TEST.ENSEMBLE names {len(ensemble)} networks, but a training run tests the one that it trains. Add "
+                "--eval-only, or leave TEST.ENSEMBLE empty."
+            )
+
+    def build(self, last: Checkpoint | None, *, eval_only: bool) -> nn.Module:
+        cfg = self._cfg
+        source, test_source = _open_sources(cfg)
+        weights = _read_weights(cfg, last, test_source, eval_only=eval_only)
+        model, self._arguments = _build_model(cfg, weights, len(source.class_names))
+        self._norm_statistics = "never" if weights is None else weights.metadata.norm_statistics
+        norms = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
+        self._norms = [module for module in model.modules() if isinstance(module, norms)]
+        self._class_names = tuple(source.class_names)
+        self.metadata(0)
+        self._prepare = Normalise(cfg)
+        self._batches = TrainBatches(cfg, source)
+        self._losses = ClassificationLosses(cfg, self._batches.images_of)
+        self._evaluator = Evaluator(
+            cfg, test_source, self._prepare, ensemble=load_ensemble(cfg, test_source.class_names)
         )
-    folder = open_output(cfg, resume=resume or eval_only)
-    rescale_for_batch(cfg)
-    last = read_last_checkpoint(folder) if resume else None
-    choose_seed(cfg, last)
-    torch.manual_seed(cfg.SEED)
+        self.num_images = len(source)
+        return model
 
-    source, test_source = _open_sources(cfg)
-    weights = _read_weights(cfg, last, test_source, eval_only=eval_only)
-    model, arguments = _build_model(cfg, weights, len(source.class_names))
-    norms = [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d))]
-    loaded_statistics = "never" if weights is None else weights.metadata.norm_statistics
-    del weights  # a copy of the network and of the optimizer's state
+    def try_evaluation(self, model: nn.Module) -> None:
+        self._evaluator.try_two_images(model)
 
-    def metadata(iterations: int, *, precise: bool = False, **results: float) -> Metadata:
-        statistics = loaded_statistics
-        if precise:
+    def batches(self, start_iteration: int) -> Iterable[Any]:
+        return self._batches(start_iteration)
+
+    def losses(self, model: nn.Module, batch: Any) -> tuple[Losses, Losses]:
+        return self._losses(model, batch)
+
+    def compile(self, model: nn.Module) -> None:
+        self._losses.compile()
+
+    def image_names(self, iteration: int) -> Sequence[str]:
+        return self._batches.names(iteration)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return self._evaluator(model)
+
+    def metadata(self, iterations: int, **results: float) -> Metadata:
+        statistics = self._norm_statistics
+        if self._precise:
             statistics = "precise"
-        elif iterations and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms):
+        elif iterations and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._norms):
             statistics = "running"
-        return Metadata(
-            kind="classifier",
-            architecture=cfg.MODEL.NETWORK.NAME,
-            arguments=arguments,
-            channel_order=cfg.INPUT.FORMAT,
-            pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
-            pixel_std=tuple(cfg.MODEL.PIXEL_STD),
-            norm_statistics=statistics if norms else "none",
-            norm_epsilon=norms[0].eps if norms else None,
-            class_names=tuple(source.class_names),
-            crop=crop_size(cfg),
-            origin={
-                "written_by": versions(),
-                "dataset": str(cfg.DATASETS.TRAIN[0]),
-                "iterations": iterations,
-                "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
-                "seed": cfg.SEED,
-                **results,
-            },
+        return describe_classifier(
+            self._cfg,
+            self._arguments,
+            norm_statistics=statistics if self._norms else "none",
+            norm_epsilon=self._norms[0].eps if self._norms else None,
+            class_names=self._class_names,
+            iterations=iterations,
+            **results,
         )
 
-    metadata(0)  # refuses now, not at the first checkpoint, a preprocessing that no checkpoint could state
-    prepare = Normalise(cfg)
-    batches = TrainBatches(cfg, source)
-    evaluate = Evaluator(cfg, test_source, prepare, ensemble=load_ensemble(cfg, test_source.class_names))
-    evaluate.try_two_images(model)
-    if eval_only:
-        return evaluate(model)
-    write_config(cfg, folder)
+    def finish(self, model: nn.Module) -> None:
+        """Replace batch norm's running averages by statistics over training images (ResNet paper, appendix A)."""
+        precise_bn = self._cfg.TEST.PRECISE_BN
+        if not precise_bn.ENABLED:
+            return
+        batches = itertools.islice(self._batches(0), precise_bn.NUM_ITER)
+        images = (self._prepare(self._batches.images_of(batch)[0]) for batch in batches)
+        precision = precision_of(self._cfg)
+        if layers := estimate_norm_statistics(model, images, precise_bn.NUM_ITER, precision=precision):
+            self._precise = True
+            logger.info("precise BN: %d layers over %d batches", layers, precise_bn.NUM_ITER)
 
-    losses = ClassificationLosses(cfg, batches.images_of)
-    trained = train(
-        cfg,
-        model=model,
-        optimizer=build_optimizer(cfg, model),
-        batches=batches,
-        loss_fn=losses,
-        evaluate=evaluate,
-        metadata=metadata,
-        num_images=len(source),
-        folder=folder,
-        resume_from=last,
-        best_metric="top1",
-        names=batches.names,
-        compiled=losses,
-    )
-
-    precise = False
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        iterations = cfg.TEST.PRECISE_BN.NUM_ITER
-        images = (prepare(batches.images_of(batch)[0]) for batch in itertools.islice(batches(0), iterations))
-        if layers := estimate_norm_statistics(trained, images, iterations, precision=precision_of(cfg)):
-            precise = True
-            logger.info("precise BN: %d layers over %d batches", layers, iterations)
-    results = evaluate(trained)
-    if comm.is_main_process():
-        final = metadata(cfg.SOLVER.MAX_ITER, precise=precise, top1=results["top1"], top5=results["top5"])
-        write_checkpoint(folder / FINAL, Checkpoint(trained.state_dict(), final))
-        write_json(folder / "results.json", results)
-        logger.info("wrote %s: %s", folder / FINAL, final.describe())
-    comm.synchronize()
-    return results
+    def headline(self, results: dict[str, float]) -> dict[str, float]:
+        return {name: results[name] for name in ("top1", "top5")}
 
 
 def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSource]:

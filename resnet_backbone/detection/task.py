@@ -1,10 +1,9 @@
-"""Train or evaluate a detector by the configuration, end to end."""
+"""The detector as a task: Detectron2's model with our networks or its own, by the configuration."""
 
 import contextlib
-import difflib
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import (
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
     build_model,
 )
 from detectron2.modeling.backbone import FPN
-from detectron2.utils import comm
 from torch import nn
 
-from resnet_backbone.detection import datasets
 from resnet_backbone.detection.backbone import NetworkBackbone
+from resnet_backbone.detection.checks import check_classifiers_keys, check_datasets, check_evaluable, check_names
 from resnet_backbone.detection.evaluation import evaluate, try_two_images
 from resnet_backbone.detection.loader import TrainBatches
 from resnet_backbone.detection.precision import keep_boxes_in_float32
@@ -36,12 +29,11 @@ from resnet_backbone.detection.pretrained import (
     is_frozen_norm,
     read_pretrained,
 )
-from resnet_backbone.engine.config import ConfigError, get_key, origin, set_key
+from resnet_backbone.engine import run as engine_run
+from resnet_backbone.engine.config import ConfigError, origin, set_key
 from resnet_backbone.engine.network_config import arguments_from_config, fill_from_metadata
-from resnet_backbone.engine.optimizer import build_optimizer
-from resnet_backbone.engine.output import FINAL, LAST, open_output, read_last_checkpoint, versions, write_config
-from resnet_backbone.engine.schedule import rescale_for_batch
-from resnet_backbone.engine.train import check_batch, check_solver, choose_seed, train
+from resnet_backbone.engine.nonfinite import Losses
+from resnet_backbone.engine.output import LAST, versions
 from resnet_backbone.networks import network_arguments as arguments_of
 from resnet_backbone.weights import (
     Checkpoint,
@@ -49,89 +41,80 @@ from resnet_backbone.weights import (
     Metadata,
     load_state,
     read_checkpoint,
-    write_checkpoint,
-    write_json,
 )
 
 logger = logging.getLogger(__name__)
 
 OWN_BACKBONES = ("build_network_backbone", "build_network_fpn_backbone", "build_network_retinanet_fpn_backbone")
-REGISTRIES = {
-    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
-    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
-    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
-}
 
 
 def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[str, Any]:
-    """Train, evaluate, write `model_final.pth`; return the metrics, `{"bbox": {"AP": …}}`, on the main process.
+    """Train a detector by the configuration (`engine.run.run`); return the metrics, `{"bbox": {"AP": …}}`.
 
-    Args:
-        cfg: of `get_config()`, loaded by `engine.config.load_config`. A stock Detectron2 configuration works too.
-        resume: go on from the last checkpoint in OUTPUT_DIR, or from MODEL.WEIGHTS where there is none.
-        eval_only: evaluate on DATASETS.TEST what a run would start from; write nothing but the log and the detections.
-
-    Raises:
-        InputError: something in the configuration cannot be used; found before the first iteration.
+    A stock Detectron2 configuration works too.
     """
-    check_batch(cfg)
-    check_solver(cfg)
-    _check_names(cfg)
-    _check_classifiers_keys(cfg)
-    folder = open_output(cfg, resume=resume or eval_only)
-    rescale_for_batch(cfg)
-    last = read_last_checkpoint(folder) if resume else None
-    choose_seed(cfg, last)
-    torch.manual_seed(cfg.SEED)
+    return engine_run.run(cfg, Detection(cfg), resume=resume, eval_only=eval_only)
 
-    weights, file = _read_weights(cfg, last, folder)
-    _check_datasets(cfg, training=not eval_only)
-    if eval_only:
-        _check_evaluable(cfg, weights, file)
-    model = _build_model(cfg, weights, file)
-    logger.info(describe_frozen(model))
-    source = None if weights is None else weights.metadata
-    del weights  # a copy of the model and of the optimizer's state
-    forget_pretrained()
 
-    def metadata(iterations: int, **results: float) -> Metadata:
-        return _describe(cfg, model, source, iterations, results)
+class Detection:
+    """Training a detector as a task of `engine.run`."""
 
-    metadata(0)  # refuses now, not at the first checkpoint, a preprocessing that no checkpoint could state
-    try_two_images(cfg, model)
-    if eval_only:
-        return evaluate(cfg, model, folder)
-    write_config(cfg, folder)
+    best_metric = "bbox/AP"
 
-    batches = TrainBatches(cfg)
+    def __init__(self, cfg: CfgNode):
+        self._cfg = cfg
+        self._folder = Path(cfg.OUTPUT_DIR)
 
-    trained = train(
-        cfg,
-        model=model,
-        optimizer=build_optimizer(cfg, model),
-        batches=batches,
-        loss_fn=lambda model, batch: (model(batch), {}),
-        evaluate=lambda model: evaluate(cfg, model, folder),
-        metadata=metadata,
-        num_images=batches.num_images,
-        folder=folder,
-        resume_from=last,
-        best_metric="bbox/AP",
-        names=batches.names,
-        compiled=model.backbone,
-    )
+    def check(self, *, eval_only: bool) -> None:
+        check_names(self._cfg)
+        check_classifiers_keys(self._cfg)
 
-    results = evaluate(cfg, trained, folder)
-    if comm.is_main_process():
-        metrics = results.get("bbox", {})
-        final = metadata(cfg.SOLVER.MAX_ITER, **{key: metrics[key] for key in ("AP", "AP50") if key in metrics})
-        write_checkpoint(folder / FINAL, Checkpoint(trained.state_dict(), final))
-        write_json(folder / "results.json", results)
-        logger.info("wrote %s: %s", folder / FINAL, final.describe())
-    comm.synchronize()
-    return results
+    def build(self, last: Checkpoint | None, *, eval_only: bool) -> nn.Module:
+        cfg = self._cfg
+        weights, file = _read_weights(cfg, last, self._folder)
+        check_datasets(cfg, training=not eval_only)
+        if eval_only:
+            check_evaluable(cfg, weights, file)
+        else:
+            self._batches = TrainBatches(cfg)
+            self.num_images = self._batches.num_images
+        model = _build_model(cfg, weights, file)
+        logger.info(describe_frozen(model))
+        self._norms = [
+            m for m in model.modules() if is_frozen_norm(m) or isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
+        self._pretrained_by = None if weights is None else weights.metadata
+        forget_pretrained()
+        self.metadata(0)
+        return model
+
+    def try_evaluation(self, model: nn.Module) -> None:
+        try_two_images(self._cfg, model)
+
+    def batches(self, start_iteration: int) -> Iterable[Any]:
+        return self._batches(start_iteration)
+
+    def losses(self, model: nn.Module, batch: Any) -> tuple[Losses, Losses]:
+        return model(batch), {}
+
+    def compile(self, model: nn.Module) -> None:
+        model.backbone.compile()
+
+    def image_names(self, iteration: int) -> Sequence[str]:
+        return self._batches.names(iteration)
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        return evaluate(self._cfg, model, self._folder)
+
+    def metadata(self, iterations: int, **results: float) -> Metadata:
+        return _describe(self._cfg, self._norms, self._pretrained_by, iterations, results)
+
+    def finish(self, model: nn.Module) -> None:
+        """Nothing."""
+
+    def headline(self, results: dict[str, Any]) -> dict[str, float]:
+        boxes = results.get("bbox", {})
+        return {name: boxes[name] for name in ("AP", "AP50") if name in boxes}
 
 
 def describe_frozen(model: nn.Module) -> str:
@@ -161,28 +144,6 @@ def _is_frozen(module: nn.Module) -> bool:
 
 def _is_own(cfg: CfgNode) -> bool:
     return cfg.MODEL.BACKBONE.NAME in OWN_BACKBONES
-
-
-def _check_names(cfg: CfgNode) -> None:
-    """Detectron2 looks names up while it builds; offer the nearest before anything is read."""
-    for key, registry in REGISTRIES.items():
-        names = [name for name, _ in registry]
-        if get_key(cfg, key) and get_key(cfg, key) not in names and get_key(cfg, key) != "PrecomputedProposals":
-            near = difflib.get_close_matches(get_key(cfg, key), names, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"{key} is {get_key(cfg, key)} ({origin(cfg, key) or 'default'}), which nothing is registered as; the "
-                f"nearest is {near[0]}."
-            )
-
-
-def _check_classifiers_keys(cfg: CfgNode) -> None:
-    """Refuse what the loop can do for classifiers alone."""
-    for key, off, why in (
-        ("SOLVER.CUDA_GRAPH", False, "a detector's shapes change with every image, and a graph's cannot"),
-        ("SOLVER.WARMUP_UNTIL_ERROR", 0.0, "a detector has no training error"),
-    ):
-        if get_key(cfg, key) != off:
-            raise ConfigError(f"{key} is {get_key(cfg, key)} ({origin(cfg, key)}), but {why}. Set it to {off}.")
 
 
 def _read_weights(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoint | None, str]:
@@ -228,37 +189,6 @@ def _follow_depth(cfg: CfgNode) -> None:
         set_key(cfg, "MODEL.NETWORK.NAME", f"resnet{cfg.MODEL.RESNETS.DEPTH}", f"MODEL.RESNETS.DEPTH of {depth}")
 
 
-def _check_datasets(cfg: CfgNode, *, training: bool) -> None:
-    wanted = (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST))
-    for key, entries in wanted if training else wanted[1:]:
-        if not entries:
-            raise ConfigError(f"{key} is empty. Give a registered name, FILE.json, or FILE.json:IMAGES.")
-        for entry in entries:
-            logger.info("%s: %d images", entry, len(datasets.check(cfg, entry)))
-    if training:
-        datasets.check_same_classes(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-
-
-def _check_evaluable(cfg: CfgNode, weights: Checkpoint | None, file: str) -> None:
-    """Evaluating alone needs a trained detector, of the classes of the data."""
-    if not file:
-        raise ConfigError("MODEL.WEIGHTS is empty, so --eval-only would test random weights. Name a checkpoint.")
-    if weights is None:
-        return
-    if weights.metadata.kind == "classifier":
-        raise ConfigError(
-            f"{file} holds a classifier, but --eval-only needs a detector, written by tools/train_net.py."
-        )
-    theirs = list(weights.metadata.class_names)
-    for entry in cfg.DATASETS.TEST:
-        ours = list(MetadataCatalog.get(entry).get("thing_classes", ()))
-        if theirs and ours and theirs != ours:
-            raise ConfigError(
-                f"the {len(theirs)} classes of {file} ({', '.join(theirs[:3])} …) are not the {len(ours)} of {entry} "
-                f"({', '.join(ours[:3])} …). Evaluate on data with the same categories, in the same order."
-            )
-
-
 def _build_model(cfg: CfgNode, weights: Checkpoint | None, file: str) -> nn.Module:
     """The detector on its device, with all weights that it starts from."""
     building = cfg.clone()
@@ -298,17 +228,17 @@ def _load_with_detectron2(model: nn.Module, file: str) -> None:
 
 
 def _describe(
-    cfg: CfgNode, model: nn.Module, source: Metadata | None, iterations: int, results: Mapping[str, float]
+    cfg: CfgNode, norms: Sequence[nn.Module], source: Metadata | None, iterations: int, results: Mapping[str, float]
 ) -> Metadata:
     """What a checkpoint of this detector says about itself.
 
     Args:
+        norms: of the model.
         source: of the weights that training started from, where they had any.
         iterations: finished ones.
         results: of the evaluation.
     """
     own = _is_own(cfg)
-    norms = [m for m in model.modules() if is_frozen_norm(m) or isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         statistics = "none"
     elif iterations and not any(is_frozen_norm(m) for m in norms):

@@ -1,0 +1,81 @@
+"""What may stop a detection run before its first iteration, besides its weights."""
+
+import difflib
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
+
+from resnet_backbone.detection import datasets
+from resnet_backbone.engine.config import ConfigError, get_key, origin
+from resnet_backbone.weights import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+}
+
+
+def check_names(cfg: CfgNode) -> None:
+    """Detectron2 looks names up while it builds; offer the nearest before anything is read."""
+    for key, registry in REGISTRIES.items():
+        names = [name for name, _ in registry]
+        if get_key(cfg, key) and get_key(cfg, key) not in names and get_key(cfg, key) != "PrecomputedProposals":
+            near = difflib.get_close_matches(get_key(cfg, key), names, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"{key} is {get_key(cfg, key)} ({origin(cfg, key) or 'default'}), which nothing is registered as; the "
+                f"nearest is {near[0]}."
+            )
+
+
+def check_classifiers_keys(cfg: CfgNode) -> None:
+    """Refuse what the loop can do for classifiers alone."""
+    for key, off, why in (
+        ("SOLVER.CUDA_GRAPH", False, "a detector's shapes change with every image, and a graph's cannot"),
+        ("SOLVER.WARMUP_UNTIL_ERROR", 0.0, "a detector has no training error"),
+    ):
+        if get_key(cfg, key) != off:
+            raise ConfigError(f"{key} is {get_key(cfg, key)} ({origin(cfg, key)}), but {why}. Set it to {off}.")
+
+
+def check_datasets(cfg: CfgNode, *, training: bool) -> None:
+    wanted = (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST))
+    for key, entries in wanted if training else wanted[1:]:
+        if not entries:
+            raise ConfigError(f"{key} is empty. Give a registered name, FILE.json, or FILE.json:IMAGES.")
+        for entry in entries:
+            logger.info("%s: %d images", entry, len(datasets.check(cfg, entry)))
+    if training:
+        datasets.check_same_classes(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+
+
+def check_evaluable(cfg: CfgNode, weights: Checkpoint | None, file: str) -> None:
+    """Evaluating alone needs a trained detector, of the classes of the data."""
+    if not file:
+        raise ConfigError("MODEL.WEIGHTS is empty, so --eval-only would test random weights. Name a checkpoint.")
+    if weights is None:
+        return
+    if weights.metadata.kind == "classifier":
+        raise ConfigError(
+            f"{file} holds a classifier, but --eval-only needs a detector, written by tools/train_net.py."
+        )
+    theirs = list(weights.metadata.class_names)
+    for entry in cfg.DATASETS.TEST:
+        ours = list(MetadataCatalog.get(entry).get("thing_classes", ()))
+        if theirs and ours and theirs != ours:
+            raise ConfigError(
+                f"the {len(theirs)} classes of {file} ({', '.join(theirs[:3])} …) are not the {len(ours)} of {entry} "
+                f"({', '.join(ours[:3])} …). Evaluate on data with the same categories, in the same order."
+            )

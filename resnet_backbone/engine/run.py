@@ -1,0 +1,84 @@
+"""A run from the configuration to the final checkpoint: what pretraining and detection do alike."""
+
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import nn
+
+from resnet_backbone.engine.optimizer import build_optimizer
+from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, write_config
+from resnet_backbone.engine.schedule import rescale_for_batch
+from resnet_backbone.engine.train import TrainingTask, check_batch, check_solver, choose_seed, train
+from resnet_backbone.weights import Checkpoint, Metadata, write_checkpoint, write_json
+
+logger = logging.getLogger(__name__)
+
+
+class Task(TrainingTask, Protocol):
+    """What pretraining and detection do differently, besides what the loop asks for."""
+
+    def check(self, *, eval_only: bool) -> None:
+        """Refuse what the configuration must not ask for; a cheap call, before anything is read or written."""
+
+    def build(self, last: Checkpoint | None, *, eval_only: bool) -> nn.Module:
+        """Open the data and build the model on its device, with the weights that the run starts from.
+
+        A preprocessing that no checkpoint could state is refused now, not at the first checkpoint.
+
+        Args:
+            last: the checkpoint to resume from; None for a new run, which starts from MODEL.WEIGHTS.
+        """
+
+    def try_evaluation(self, model: nn.Module) -> None:
+        """Evaluate on two images, to find out now and not after hours that evaluating fails."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Do to the trained model what is done once, after the last iteration."""
+
+    def headline(self, results: dict[str, Any]) -> dict[str, float]:
+        """Those results of the evaluation that the final checkpoint holds."""
+
+
+def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = False) -> dict[str, Any]:
+    """Train, evaluate, write `model_final.pth`; return the metrics, on the main process.
+
+    Args:
+        cfg: loaded by `engine.config.load_config`; the task holds the same one.
+        resume: go on from the last checkpoint in OUTPUT_DIR, or from MODEL.WEIGHTS where there is none.
+        eval_only: evaluate on DATASETS.TEST what a run would start from; write no checkpoint.
+
+    Raises:
+        InputError: something in the configuration cannot be used; found before the first iteration.
+        NonFiniteLossError: training diverged.
+        Interrupted: a signal asked to leave; everything is saved.
+    """
+    check_batch(cfg)
+    check_solver(cfg)
+    task.check(eval_only=eval_only)
+    folder = open_output(cfg, resume=resume or eval_only)
+    rescale_for_batch(cfg)
+    last = read_last_checkpoint(folder) if resume else None
+    choose_seed(cfg, last)
+    torch.manual_seed(cfg.SEED)
+    model = task.build(last, eval_only=eval_only)
+    task.try_evaluation(model)
+    if eval_only:
+        return task.evaluate(model)
+    write_config(cfg, folder)
+    trained = train(cfg, task, model, build_optimizer(cfg, model), folder=folder, resume_from=last)
+    task.finish(trained)
+    results = task.evaluate(trained)
+    if comm.is_main_process():
+        _write_final(folder, trained, task.metadata(cfg.SOLVER.MAX_ITER, **task.headline(results)), results)
+    comm.synchronize()
+    return results
+
+
+def _write_final(folder: Path, model: nn.Module, metadata: Metadata, results: dict[str, Any]) -> None:
+    write_checkpoint(folder / FINAL, Checkpoint(model.state_dict(), metadata))
+    write_json(folder / "results.json", results)
+    logger.info("wrote %s: %s", folder / FINAL, metadata.describe())
