@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -15,6 +16,7 @@ from resnet_backbone.data.transforms import EvalTransform, TrainTransform
 from resnet_backbone.detection import datasets
 from resnet_backbone.detection.loader import TrainBatches
 from resnet_backbone.engine.config import load_config, origin
+from resnet_backbone.engine.describe import flat_config
 from resnet_backbone.engine.network_config import fill_from_metadata
 from resnet_backbone.engine.schedule import build_multiplier
 from resnet_backbone.weights import read_checkpoint
@@ -30,6 +32,18 @@ def test_no_shipped_configuration_is_left_out():
     assert names == DETECTORS
     cifar = [f"cifar10{name}.yaml" for name in ("", "_110", "_walkthrough")]
     assert [*cifar, *(f"imagenet{name}.yaml" for name in ("", "_modern", "_plateau", "_vgg"))] == CLASSIFIERS
+
+
+@pytest.mark.parametrize("file", DETECTORS)
+def test_detectron2s_own_loader_reads_the_same(file, caplog):
+    """As a user's script does; nothing in them needs this package's loader."""
+    theirs = get_cfg()
+    detection.add_network_config(theirs)
+    theirs.merge_from_file(str(CONFIGS / file))
+    assert "has no VERSION" not in caplog.text
+    theirs.MODEL.DEVICE = "cpu"
+    ours = load_config(detection.get_config(), CONFIGS / file, ["MODEL.DEVICE", "cpu"])
+    assert flat_config(theirs) == flat_config(ours)
 
 
 @pytest.mark.parametrize("file", DETECTORS)
