@@ -87,7 +87,7 @@ def build_part(
                 f"MODEL.RESNETS.OUT_FEATURES has {', '.join(unknown)}, but {name} has the features "
                 f"{', '.join(whole.feature_info)}."
             )
-        stages = whole.stage_names[: max(whole.stage_names.index(feature) for feature in out_features) + 1]
+        stages = whole.stages_up_to(out_features)
     elif unknown := [stage for stage in stages if stage not in whole.stage_names]:
         raise ConfigError(
             f"the RoI heads of this configuration need {', '.join(unknown)} of the network, but {name} has the stages "
