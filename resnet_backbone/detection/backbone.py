@@ -11,8 +11,7 @@ from torch import nn
 
 from resnet_backbone.detection.pretrained import load_pretrained
 from resnet_backbone.engine.config import ConfigError, network_arguments
-from resnet_backbone.networks import build_network
-from resnet_backbone.networks import network_arguments as arguments_of
+from resnet_backbone.networks import accepted_arguments, build_network
 
 
 class NetworkBackbone(Backbone):
@@ -74,7 +73,7 @@ def build_part(
     """
     name = cfg.MODEL.NETWORK.NAME
     try:
-        arguments = network_arguments(cfg, arguments_of(name))
+        arguments = network_arguments(cfg, accepted_arguments(name))
         with torch.device("meta"):
             whole = build_network(name, **arguments)
     except ConfigError:

@@ -48,7 +48,7 @@ from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, LAST, open_output, read_last_checkpoint, versions, write_config
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, check_solver, choose_seed, train
-from resnet_backbone.networks import network_arguments as arguments_of
+from resnet_backbone.networks import accepted_arguments
 from resnet_backbone.weights import (
     Checkpoint,
     CheckpointError,
@@ -330,7 +330,7 @@ def _describe(
     return Metadata(
         kind="detector",
         architecture=cfg.MODEL.NETWORK.NAME if own else cfg.MODEL.BACKBONE.NAME,
-        arguments=network_arguments(cfg, arguments_of(cfg.MODEL.NETWORK.NAME)) if own else _stock_arguments(cfg),
+        arguments=network_arguments(cfg, accepted_arguments(cfg.MODEL.NETWORK.NAME)) if own else _stock_arguments(cfg),
         channel_order=cfg.INPUT.FORMAT,
         pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
         pixel_std=tuple(cfg.MODEL.PIXEL_STD),

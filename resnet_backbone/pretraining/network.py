@@ -11,8 +11,7 @@ from torch import nn
 from resnet_backbone.engine.config import network_arguments
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.train import train
-from resnet_backbone.networks import build_network
-from resnet_backbone.networks import network_arguments as arguments_of
+from resnet_backbone.networks import accepted_arguments, build_network
 from resnet_backbone.pretraining.batches import as_config_error
 from resnet_backbone.pretraining.losses import ClassificationLosses, ImagesOf
 from resnet_backbone.weights import Metadata
@@ -26,7 +25,7 @@ def build_classifier(cfg: CfgNode, num_classes: int) -> tuple[nn.Module, dict[st
     """
     name = cfg.MODEL.NETWORK.NAME
     with as_config_error("MODEL.NETWORK"):
-        arguments = network_arguments(cfg, arguments_of(name))
+        arguments = network_arguments(cfg, accepted_arguments(name))
         return build_network(name, num_classes, **arguments), arguments
 
 
