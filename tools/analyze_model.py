@@ -9,7 +9,7 @@ from typing import Any
 
 from resnet_backbone.analysis import NetworkAnalysis, analyze, analyze_catalogue, format_overview, format_table
 from resnet_backbone.errors import EXIT_BAD_INPUT, InputError
-from resnet_backbone.networks import list_networks, network_arguments
+from resnet_backbone.networks import accepted_arguments, list_networks
 
 EPILOG = f"""examples:
   python tools/analyze_model.py resnet50 resnet101 resnet152 --stride-in-1x1    # the paper's Table 1
@@ -43,7 +43,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def network_options(given: argparse.Namespace, name: str) -> dict[str, Any]:
     """The given arguments as the network takes them: a stride placement means nothing to one without bottlenecks."""
     options = {} if given.width is None else {"width": given.width}
-    if given.stride_in_1x1 and "stride_in_1x1" in network_arguments(name):
+    if given.stride_in_1x1 and "stride_in_1x1" in accepted_arguments(name):
         options["stride_in_1x1"] = True
     return options
 

@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_backbone.errors import InputError
 from resnet_backbone.networks.blocks import Block, Bottleneck, PreActBottleneck
-from resnet_backbone.networks.catalogue import CATALOGUE, build_network, list_networks
-from resnet_backbone.networks.resnet import IMAGENET_STEM
+from resnet_backbone.networks.catalogue import build_network, find_row, list_networks
 from resnet_backbone.networks.stages import StagedNetwork
 
 WEIGHTED = (nn.Conv2d, nn.Linear)
@@ -132,23 +131,21 @@ class NetworkAnalysis:
 
 
 def analyze(name: str, *, image_size: int | None = None, **arguments: Any) -> NetworkAnalysis:
-    """Analyse `build_network(name, **arguments)`, at the image size of its data set unless another is given.
+    """Analyze `build_network(name, **arguments)`, at the image size of its data set unless another is given.
 
     It is built on the meta device and for its data set's classes: ImageNet's 1000 at 224 pixels, CIFAR's 10 at 32.
     """
-    # An unknown name is left to build_network, which says so. VGG has no stem, and is ImageNet's.
-    stem = CATALOGUE[name][1].get("stem", IMAGENET_STEM) if name in CATALOGUE else IMAGENET_STEM
-    usual_size, num_classes = (224, 1000) if stem.pooling else (32, 10)
-    size = usual_size if image_size is None else image_size
+    row = find_row(name)
+    size = row.image_size if image_size is None else image_size
     with torch.device("meta"):
-        net = build_network(name, num_classes, **arguments)
+        net = build_network(name, row.num_classes, **arguments)
     # The placement of the stride is the one argument that the paper's own networks differ in from the defaults.
-    published = size == usual_size and set(arguments) <= {"stride_in_1x1"}
+    published = size == row.image_size and set(arguments) <= {"stride_in_1x1"}
     return replace(analyze_network(net, image_size=size), name=name, paper=PAPER.get(name) if published else None)
 
 
 def analyze_catalogue() -> list[NetworkAnalysis]:
-    """Analyse every network, and those with bottlenecks also with the stride in their first 1×1 convolution."""
+    """Analyze every network, and those with bottlenecks also with the stride in their first 1×1 convolution."""
     analyses = []
     for name in list_networks():
         analyses.append(analyze(name))
@@ -158,7 +155,7 @@ def analyze_catalogue() -> list[NetworkAnalysis]:
 
 
 def analyze_network(net: StagedNetwork, *, image_size: int) -> NetworkAnalysis:
-    """Analyse a network, whole or its first stages, by running it once on one image, in evaluation mode.
+    """Analyze a network, whole or its first stages, by running it once on one image, in evaluation mode.
 
     On the meta device (`with torch.device("meta"): net = build_network(…)`) nothing is computed and no memory is used.
     Parameters are those that can be trained: the constants of FrozenBatchNorm2d are not among them.

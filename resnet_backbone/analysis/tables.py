@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from resnet_backbone.analysis.analyze import NetworkAnalysis, StageAnalysis
+from tabulate import SEPARATING_LINE, tabulate
 
-# A table's cell is a list of lines, one below the other; its first row is the header.
-_Row = list[list[str]]
+from resnet_backbone.analysis.analyze import NetworkAnalysis, StageAnalysis
 
 
 def format_table(analyses: Sequence[NetworkAnalysis], *, markdown: bool = False) -> str:
@@ -15,24 +14,24 @@ def format_table(analyses: Sequence[NetworkAnalysis], *, markdown: bool = False)
     into 120 columns.
     """
     stages = _aligned(analyses)
-    structure: list[_Row] = [[[], ["output"], *([analysis.name] for analysis in analyses)]]
+    structure = [["", "output", *(analysis.name for analysis in analyses)]]
     for row in stages:
         size = next(_output_size(stage) for stage in row if stage)
-        cells = [[] if stage is None else _structure_lines(stage, markdown) for stage in row]
-        structure.append([[", ".join(_names(row))], [f"{size}×{size}"], *cells])
-    structure += [[title.split("\n"), [], *([text] for text in texts)] for title, texts in _totals(analyses)]
-    counts = [[[], *map(_names, stages), ["total"]], *_counts(analyses, stages)]
+        cells = ["" if stage is None else _structure(stage, markdown) for stage in row]
+        structure.append([", ".join(_names(row)), f"{size}×{size}", *cells])
+    structure += [[title, "", *texts] for title, texts in _totals(analyses)]
+    counts = [["", *("\n".join(_names(row)) for row in stages), "total"], *_counts(analyses, stages)]
     tables = [_render(structure, markdown), _render(counts, markdown, numbers_from=1)]
     return "\n\n".join([_setting(analyses), *tables])
 
 
 def format_overview(analyses: Sequence[NetworkAnalysis], *, markdown: bool = False) -> str:
     """One row for each network: its totals beside the paper's numbers, and its last feature map's receptive field."""
-    header = ("network", "image", "layers", "parameters", "paper", "multiply-\nadds", "paper", "activations")
-    rows = [[column.split("\n") for column in (*header, "receptive\nfield")]]
+    columns = ("image", "layers", "parameters", "paper", "multiply-\nadds", "paper", "activations", "receptive\nfield")
+    rows = [["network", *columns]]
     for analysis in analyses:
         last = [stage for stage in analysis.stages if stage.receptive_field is not None][-1]
-        texts = (
+        row = (
             analysis.name + (", stride in 1×1" if analysis.stride_in_1x1 else ""),
             str(analysis.image_size),
             str(analysis.layers),
@@ -43,7 +42,7 @@ def format_overview(analyses: Sequence[NetworkAnalysis], *, markdown: bool = Fal
             _short(analysis.activations),
             str(last.receptive_field),
         )
-        rows.append([[text] for text in texts])
+        rows.append(row)
     return _render(rows, markdown, numbers_from=1)
 
 
@@ -79,10 +78,10 @@ def _setting(analyses: Sequence[NetworkAnalysis]) -> str:
     return text
 
 
-def _structure_lines(stage: StageAnalysis, markdown: bool) -> list[str]:
+def _structure(stage: StageAnalysis, markdown: bool) -> str:
     """Table 1's cell: in text with a block's layers below each other, in Markdown with a line for each block."""
     if markdown:
-        return [str(unit) for unit in stage.structure]
+        return "\n".join(map(str, stage.structure))
     lines = []
     for unit in stage.structure:
         if unit.bracketed:
@@ -92,7 +91,7 @@ def _structure_lines(stage: StageAnalysis, markdown: bool) -> list[str]:
             lines += bracket
         else:
             lines += unit.layers
-    return lines
+    return "\n".join(lines)
 
 
 def _totals(analyses: Sequence[NetworkAnalysis]) -> Iterator[tuple[str, list[str]]]:
@@ -115,7 +114,9 @@ def _paper_multiply_adds(analysis: NetworkAnalysis) -> str:
     return f"{analysis.paper.multiply_adds / 1e9:g}e9" if analysis.paper and analysis.paper.multiply_adds else ""
 
 
-def _counts(analyses: Sequence[NetworkAnalysis], stages: Sequence[tuple[StageAnalysis | None, ...]]) -> Iterator[_Row]:
+def _counts(
+    analyses: Sequence[NetworkAnalysis], stages: Sequence[tuple[StageAnalysis | None, ...]]
+) -> Iterator[list[str]]:
     """For each count a row with its title, and one for each network: its stages and the total."""
     for title, key in (
         ("parameters", "parameters"),
@@ -127,11 +128,11 @@ def _counts(analyses: Sequence[NetworkAnalysis], stages: Sequence[tuple[StageAna
         totals = [getattr(analysis, key, None) for analysis in analyses]
         exponent = 0 if None in totals else _exponent(max(totals))
         unit = f"1e{exponent}" if exponent else "pixels"
-        yield [[f"{title}, {unit}"], *([] for _ in range(len(stages) + 1))]
+        yield [f"{title}, {unit}", *[""] * (len(stages) + 1)]
         for i, analysis in enumerate(analyses):
             values = [*(getattr(row[i], key, None) for row in stages), totals[i]]
             texts = ["" if value is None else f"{value / 10**exponent:.{2 if exponent else 0}f}" for value in values]
-            yield [[f"  {analysis.name}"], *([text] for text in texts)]
+            yield [f"  {analysis.name}", *texts]
 
 
 def _exponent(value: int) -> int:
@@ -142,25 +143,21 @@ def _short(value: int) -> str:
     return f"{value / 10 ** _exponent(value):.2f}e{_exponent(value)}"
 
 
-def _render(rows: Sequence[_Row], markdown: bool, numbers_from: int | None = None) -> str:
-    """Put the rows into columns; those from `numbers_from` on are set to the right."""
-    right = [numbers_from is not None and i >= numbers_from for i in range(len(rows[0]))]
+def _render(rows: Sequence[Sequence[str]], markdown: bool, numbers_from: int | None = None) -> str:
+    """Put the rows into columns, the first as the header; those from `numbers_from` on are set to the right."""
+    left = len(rows[0]) if numbers_from is None else numbers_from
     if markdown:
         # Words that a terminal's narrow columns broke at a hyphen are whole again here.
-        joined = [["<br>".join(cell).replace("-<br>", "-") for cell in row] for row in rows]
-        lines = ["| " + " | ".join(row) + " |" for row in joined]
-        lines.insert(1, "|" + "|".join("--:" if to_right else "---" for to_right in right) + "|")
-        return "\n".join(lines)
-    widths = [max(len(line) for row in rows for line in (*row[i], "")) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        for i in range(max(map(len, row))):
-            texts = [cell[i] if i < len(cell) else "" for cell in row]
-            padded = [
-                text.rjust(width) if to_right else text.ljust(width)
-                for text, width, to_right in zip(texts, widths, right, strict=True)
-            ]
-            lines.append("  ".join(padded).rstrip())
-        if row is rows[0]:
-            lines.append("  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+        joined = [[cell.replace("-\n", "-").replace("\n", "<br>") for cell in row] for row in rows]
+        header, body = joined[0], joined[1:]
+    else:
+        # As a header proper, tabulate would make its columns two wider, and five networks would not fit.
+        header, body = (), [rows[0], SEPARATING_LINE, *rows[1:]]
+    return tabulate(
+        body,
+        header,
+        tablefmt="pipe" if markdown else "simple",
+        colalign=["left"] * left + ["right"] * (len(rows[0]) - left),
+        disable_numparse=True,
+        preserve_whitespace=True,
+    )

@@ -12,8 +12,7 @@ from torch import nn
 from resnet_backbone.detection.pretrained import load_pretrained
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.network_config import arguments_from_config
-from resnet_backbone.networks import build_network
-from resnet_backbone.networks import network_arguments as arguments_of
+from resnet_backbone.networks import accepted_arguments, build_network
 
 
 class NetworkBackbone(Backbone):
@@ -75,7 +74,7 @@ def build_part(
     """
     name = cfg.MODEL.NETWORK.NAME
     try:
-        arguments = arguments_from_config(cfg, arguments_of(name))
+        arguments = arguments_from_config(cfg, accepted_arguments(name))
         with torch.device("meta"):
             whole = build_network(name, **arguments)
     except ConfigError:
@@ -88,7 +87,7 @@ def build_part(
                 f"MODEL.RESNETS.OUT_FEATURES has {', '.join(unknown)}, but {name} has the features "
                 f"{', '.join(whole.feature_info)}."
             )
-        stages = whole.stage_names[: max(whole.stage_names.index(feature) for feature in out_features) + 1]
+        stages = whole.stages_up_to(out_features)
     elif unknown := [stage for stage in stages if stage not in whole.stage_names]:
         raise ConfigError(
             f"the RoI heads of this configuration need {', '.join(unknown)} of the network, but {name} has the stages "

@@ -34,7 +34,7 @@ from resnet_backbone.engine.config import ConfigError, origin, set_key
 from resnet_backbone.engine.network_config import arguments_from_config, fill_from_metadata
 from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.output import LAST, versions
-from resnet_backbone.networks import network_arguments as arguments_of
+from resnet_backbone.networks import accepted_arguments
 from resnet_backbone.weights import (
     Checkpoint,
     CheckpointError,
@@ -254,7 +254,7 @@ def _describe(
     return Metadata(
         kind="detector",
         architecture=cfg.MODEL.NETWORK.NAME if own else cfg.MODEL.BACKBONE.NAME,
-        arguments=arguments_from_config(cfg, arguments_of(cfg.MODEL.NETWORK.NAME)) if own else _stock_arguments(cfg),
+        arguments=_own_arguments(cfg) if own else _stock_arguments(cfg),
         channel_order=cfg.INPUT.FORMAT,
         pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
         pixel_std=tuple(cfg.MODEL.PIXEL_STD),
@@ -273,6 +273,10 @@ def _describe(
             **results,
         },
     )
+
+
+def _own_arguments(cfg: CfgNode) -> dict[str, Any]:
+    return arguments_from_config(cfg, accepted_arguments(cfg.MODEL.NETWORK.NAME))
 
 
 def _stock_arguments(cfg: CfgNode) -> dict[str, Any]:

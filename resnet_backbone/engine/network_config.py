@@ -26,7 +26,7 @@ def arguments_from_config(cfg: CfgNode, accepted: Sequence[str]) -> dict[str, An
     """The constructor arguments of a network that the configuration decides, as far as the network takes them.
 
     Args:
-        accepted: the argument names of this row of the catalogue (`networks.network_arguments(name)`).
+        accepted: the argument names of this row of the catalogue (`networks.accepted_arguments(name)`).
 
     Raises:
         ConfigError: a key asks for something that this network does not have.

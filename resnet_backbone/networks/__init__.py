@@ -1,6 +1,6 @@
 """The networks, in plain torch: the same modules classify in pretraining and extract features in detection."""
 
-from resnet_backbone.networks.catalogue import build_network, list_networks, network_arguments
+from resnet_backbone.networks.catalogue import accepted_arguments, build_network, list_networks
 from resnet_backbone.networks.norms import FrozenBatchNorm2d
 from resnet_backbone.networks.resnet import ResNet
 from resnet_backbone.networks.stages import FeatureInfo
@@ -11,7 +11,7 @@ __all__ = [
     "FeatureInfo",
     "FrozenBatchNorm2d",
     "ResNet",
+    "accepted_arguments",
     "build_network",
     "list_networks",
-    "network_arguments",
 ]

@@ -198,14 +198,7 @@ def changes_shape(in_channels: int, out_channels: int, stride: int) -> bool:
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size=3,
-        stride=stride,
-        padding=dilation,
-        dilation=dilation,
-        groups=groups,
-        bias=False,
+        in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False
     )
 
 

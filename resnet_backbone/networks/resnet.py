@@ -1,6 +1,5 @@
 """Residual networks (He, Zhang, Ren, Sun 2015) and their relatives, with torchvision's parameter names."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +24,9 @@ class Stem(NamedTuple):
 
 IMAGENET_STEM = Stem(channels=64, kernel_size=7, stride=2, padding=3, pooling=True)  # Table 1
 CIFAR_STEM = Stem(channels=16, kernel_size=3, stride=1, padding=1, pooling=False)  # section 4.2
+
+# The stages behind the stem, and the modules that they are in torchvision's networks.
+LAYERS = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
 
 
 class ResNet(StagedNetwork):
@@ -76,8 +78,7 @@ class ResNet(StagedNetwork):
         res5_dilation: int = 1,
         stages: Sequence[str] | None = None,
     ) -> None:
-        residual_stages = [f"res{2 + i}" for i in range(len(depths))]
-        super().__init__(("stem", *residual_stages), stages)
+        super().__init__(("stem", *list(LAYERS)[: len(depths)]), stages)
         if res5_dilation not in (1, 2):
             raise InputError(f"res5_dilation is {res5_dilation}, expected 1 or 2")
         norm_layer = norm_factory(norm)
@@ -89,40 +90,39 @@ class ResNet(StagedNetwork):
             width_per_group=width_per_group,
         )
 
-        stage_channels = [scale_channels(channels * 2**i, width) for i in range(len(depths))]
-        in_channels = scale_channels(stem.channels, width)
-        stride = stem.stride * (2 if stem.pooling else 1)
+        in_channels, stride = scale_channels(stem.channels, width), stem.stride * (2 if stem.pooling else 1)
         if "stem" in self.stage_names:
+            res2_channels = scale_channels(channels, width) * block.expansion
             # Before a pre-activation block that keeps the shape there is no norm: its shortcut is the bare convolution.
-            normalised = not block.preactivation or changes_shape(in_channels, stage_channels[0] * block.expansion, 1)
-            self._build_stem(stem, in_channels, norm_layer, normalised=normalised, pool_first=block.preactivation)
-            self._add_stage("stem", list(self._modules), FeatureInfo(in_channels, stride))
+            normalized = not block.preactivation or changes_shape(in_channels, res2_channels, 1)
+            pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if stem.pooling else nn.Identity()
+            self.conv1 = nn.Conv2d(
+                3, in_channels, kernel_size=stem.kernel_size, stride=stem.stride, padding=stem.padding, bias=False
+            )
+            # The norm and ReLU that a pre-activation network's first block leaves out come after the pooling.
+            self.prepool = pool if block.preactivation else nn.Identity()
+            self.bn1 = norm_layer(in_channels) if normalized else nn.Identity()
+            self.relu = nn.ReLU(inplace=True) if normalized else nn.Identity()
+            self.maxpool = nn.Identity() if block.preactivation else pool
+            self.feature_info["stem"] = FeatureInfo(in_channels, stride)
 
-        for i, (name, depth) in enumerate(zip(residual_stages, depths, strict=True)):
+        for i, (name, depth) in enumerate(zip(self.all_stages[1:], depths, strict=True)):
             # The stem has brought res2 to its resolution; every later stage halves it in its first block.
             dilation = res5_dilation if name == "res5" else 1
             first_stride = 1 if i == 0 or dilation > 1 else 2
             stride *= first_stride
-            out_channels = stage_channels[i] * block.expansion
+            stage_channels = scale_channels(channels * 2**i, width)
+            out_channels = stage_channels * block.expansion
             if name in self.stage_names:
-                layers: OrderedDict[str, nn.Module] = OrderedDict(
-                    (
-                        str(j),
-                        block(
-                            in_channels if j == 0 else out_channels,
-                            stage_channels[i],
-                            stride=first_stride if j == 0 else 1,
-                            dilation=dilation,
-                            options=options,
-                        ),
-                    )
-                    for j in range(depth)
-                )
+                layer = nn.Sequential()
+                for j in range(depth):
+                    inputs, block_stride = (in_channels, first_stride) if j == 0 else (out_channels, 1)
+                    layer.append(block(inputs, stage_channels, stride=block_stride, dilation=dilation, options=options))
                 if block.preactivation:
-                    layers["norm"] = norm_layer(out_channels)
-                    layers["relu"] = nn.ReLU(inplace=True)
-                self.add_module(f"layer{i + 1}", nn.Sequential(layers))
-                self._add_stage(name, (f"layer{i + 1}",), FeatureInfo(out_channels, stride))
+                    layer.add_module("norm", norm_layer(out_channels))
+                    layer.add_module("relu", nn.ReLU(inplace=True))
+                self.add_module(LAYERS[name], layer)
+                self.feature_info[name] = FeatureInfo(out_channels, stride)
             in_channels = out_channels
 
         if self.has_classifier:
@@ -130,18 +130,50 @@ class ResNet(StagedNetwork):
             self.fc = nn.Linear(in_channels, num_classes)
         self._initialize(zero_init_last_norm)
 
-    def _build_stem(self, stem: Stem, channels: int, norm_layer, *, normalised: bool, pool_first: bool) -> None:
-        """Make the stem's modules in the order in which they run."""
-        self.conv1 = nn.Conv2d(
-            3, channels, kernel_size=stem.kernel_size, stride=stem.stride, padding=stem.padding, bias=False
-        )
-        if stem.pooling and pool_first:
-            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        if normalised:
-            self.bn1 = norm_layer(channels)
-            self.relu = nn.ReLU(inplace=True)
-        if stem.pooling and not pool_first:
-            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `(N, num_classes)` of normalized images `(N, 3, H, W)`.
+
+        Stages built without the stem, such as a detector's per-region head, have no images to classify: they take the
+        output of the stage before them and return that of their last.
+        """
+        self.require_classifier()
+        for name in self.stage_names:
+            x = self.run_stage(name, x)
+        return self.run_classifier(x) if self.has_classifier else x
+
+    def forward_features(self, x: Tensor, out_features: Sequence[str]) -> dict[str, Tensor]:
+        """Return the outputs of the stages `out_features`, in that order; no stage after the last of them is computed.
+
+        `x` holds images `(N, 3, H, W)`, or, where the stem was not built, the output of the stage before.
+        """
+        outputs: dict[str, Tensor] = {}
+        for name in self.stages_up_to(out_features):
+            x = self.run_stage(name, x)
+            if name in out_features:
+                outputs[name] = x
+        return {name: outputs[name] for name in out_features}
+
+    def run_stage(self, name: str, x: Tensor) -> Tensor:
+        """Apply one stage to the output of the stage before it, the stem to images."""
+        if name == "stem":
+            return self.maxpool(self.relu(self.bn1(self.prepool(self.conv1(x)))))
+        return getattr(self, LAYERS[name])(x)
+
+    def run_classifier(self, x: Tensor) -> Tensor:
+        """Average `(N, C, H, W)` over its pixels and return logits `(N, num_classes)`."""
+        return self.fc(self.avgpool(x).flatten(1))
+
+    def dense_logits(self, x: Tensor) -> Tensor:
+        """Return logits at every position of images `(N, 3, H, W)`, `(N, num_classes, h, w)`; of the whole network.
+
+        The classifier is linear, so their mean over the positions is what the network says of the whole image.
+        """
+        for name in self.stage_names:
+            x = self.run_stage(name, x)
+        return F.conv2d(x, self.fc.weight[:, :, None, None], self.fc.bias)
+
+    def _stage_modules(self, name: str) -> list[nn.Module]:
+        return [self.conv1, self.bn1] if name == "stem" else [getattr(self, LAYERS[name])]
 
     def _initialize(self, zero_init_last_norm: bool) -> None:
         """Draw the initial weights: He et al. (arXiv 1502.01852, section 2.2) for convolutions, as the paper says.
@@ -158,16 +190,3 @@ class ResNet(StagedNetwork):
                 nn.init.zeros_(module.bias)
             elif zero_init_last_norm and hasattr(module, "last_norm"):
                 nn.init.zeros_(module.last_norm.weight)
-
-    def run_classifier(self, x: Tensor) -> Tensor:
-        """Average `(N, C, H, W)` over its pixels and return logits `(N, num_classes)`."""
-        return self.fc(self.avgpool(x).flatten(1))
-
-    def dense_logits(self, x: Tensor) -> Tensor:
-        """Return logits at every position of images `(N, 3, H, W)`, `(N, num_classes, h, w)`; of the whole network.
-
-        The classifier is linear, so their mean over the positions is what the network says of the whole image.
-        """
-        for name in self.stage_names:
-            x = self.run_stage(name, x)
-        return F.conv2d(x, self.fc.weight[:, :, None, None], self.fc.bias)

@@ -1,6 +1,5 @@
 """VGG networks (Simonyan, Zisserman 2014, arXiv 1409.1556, Table 1), with torchvision's parameter names."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -53,68 +52,67 @@ class VGG(StagedNetwork):
         super().__init__((*CONV_CHANNELS, *(("pool5",) if pool5 else ()), "fc6", "fc7"), stages)
         norm_layer = None if norm is None else norm_factory(norm)
 
-        features: OrderedDict[str, nn.Module] = OrderedDict()
-        index, channels, stride = 0, 3, 1
+        self.features, self.classifier = nn.Sequential(), nn.Sequential()
+        # Each stage's layers are numbered as in the whole network, also where only some stages are built.
+        self.layer_numbers = {"fc6": range(3), "fc7": range(3, 6)}
+        number, channels, stride = 0, 3, 1
         for name, depth in zip(CONV_CHANNELS, plan, strict=True):
             # The pooling between two blocks belongs to the later one: a stage's output is taken before it.
             pool_first = name != "conv1"
             in_channels, channels = channels, scale_channels(CONV_CHANNELS[name], width)
             stride *= 2 if pool_first else 1
-            # Numbered as in the whole network also where only some stages are built, for the parameters' names.
-            numbers = range(index, index + pool_first + depth * (2 if norm_layer is None else 3))
-            index = numbers.stop
+            numbers = range(number, number + pool_first + depth * (2 if norm_layer is None else 3))
+            number = numbers.stop
             if name in self.stage_names:
                 layers = _conv_block(in_channels, channels, depth, norm_layer, pool_first)
-                features.update(zip(map(str, numbers), layers, strict=True))
-                self._add_stage(name, [f"features.{n}" for n in numbers], FeatureInfo(channels, stride))
+                for i, layer in zip(numbers, layers, strict=True):
+                    self.features.add_module(str(i), layer)
+                self.layer_numbers[name] = numbers
+                self.feature_info[name] = FeatureInfo(channels, stride)
         if "pool5" in self.stage_names:
-            features[str(index)] = nn.MaxPool2d(kernel_size=2, stride=2)
-            self._add_stage("pool5", (f"features.{index}",), FeatureInfo(channels, stride * 2))
-        if features:
-            self.features = nn.Sequential(features)
+            self.features.add_module(str(number), nn.MaxPool2d(kernel_size=2, stride=2))
+            self.layer_numbers["pool5"] = range(number, number + 1)
+            self.feature_info["pool5"] = FeatureInfo(channels, stride * 2)
 
         fc_channels = scale_channels(FC_CHANNELS, width)
-        classifier: OrderedDict[str, nn.Module] = OrderedDict()
-        if "fc6" in self.stage_names:
-            self.avgpool = nn.AdaptiveAvgPool2d(FC_RESOLUTION)
-            classifier["0"] = nn.Linear(channels * FC_RESOLUTION**2, fc_channels)
-            classifier["1"] = nn.ReLU(inplace=True)
-            classifier["2"] = nn.Dropout(dropout)
-            self._add_stage("fc6", ("classifier.0", "classifier.1", "classifier.2"))
-        if "fc7" in self.stage_names:
-            classifier["3"] = nn.Linear(fc_channels, fc_channels)
-            classifier["4"] = nn.ReLU(inplace=True)
-            classifier["5"] = nn.Dropout(dropout)
-            self._add_stage("fc7", ("classifier.3", "classifier.4", "classifier.5"))
+        self.avgpool = nn.AdaptiveAvgPool2d(FC_RESOLUTION)
+        sizes = {"fc6": (channels * FC_RESOLUTION**2, fc_channels), "fc7": (fc_channels, fc_channels)}
+        for name, (inputs, outputs) in sizes.items():
+            if name in self.stage_names:
+                layers = [nn.Linear(inputs, outputs), nn.ReLU(inplace=True), nn.Dropout(dropout)]
+                for i, layer in zip(self.layer_numbers[name], layers, strict=True):
+                    self.classifier.add_module(str(i), layer)
         if self.has_classifier:
-            classifier["6"] = nn.Linear(fc_channels, num_classes)
-        if classifier:
-            self.classifier = nn.Sequential(classifier)
+            self.classifier.add_module("6", nn.Linear(fc_channels, num_classes))
         self._initialize()
 
-    def _initialize(self) -> None:
-        """Draw the initial weights: He et al. (arXiv 1502.01852, equation 10) for all layers that a ReLU follows.
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `(N, num_classes)` of images `(N, 3, H, W)`; of stages without conv1 as in `ResNet`."""
+        self.require_classifier()
+        for name in self.stage_names:
+            x = self.run_stage(name, x)
+        return self.run_classifier(x) if self.has_classifier else x
 
-        It keeps the activations' variance (fan_in), so that the network trains from random weights as a whole without
-        batch norm; the VGG paper's own draw of 0.01 everywhere needed a shallower trained network to start from
-        (section 3.1). The classifier keeps that 0.01. Biases are zero.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-        if self.has_classifier:
-            nn.init.normal_(self.classifier.get_submodule("6").weight, std=0.01)
+    def forward_features(self, x: Tensor, out_features: Sequence[str]) -> dict[str, Tensor]:
+        """Return the outputs of the stages `out_features` in that order, computing no stage after the last of them."""
+        outputs: dict[str, Tensor] = {}
+        for name in self.stages_up_to(out_features):
+            x = self.run_stage(name, x)
+            if name in out_features:
+                outputs[name] = x
+        return {name: outputs[name] for name in out_features}
 
     def run_stage(self, name: str, x: Tensor) -> Tensor:
         """Apply one stage; fc6 takes feature maps `(N, C, H, W)`, brought to 7×7, or vectors `(N, 49 C)`."""
         if name == "fc6" and x.dim() == 4:
             x = self.avgpool(x).flatten(1)
-        return super().run_stage(name, x)
+        for layer in self._stage_layers(name):
+            x = layer(x)
+        return x
 
     def run_classifier(self, x: Tensor) -> Tensor:
         """Turn fc7's output `(N, C)` into logits `(N, num_classes)`."""
-        return self.classifier.get_submodule("6")(x)
+        return self.classifier[-1](x)
 
     def dense_logits(self, x: Tensor) -> Tensor:
         """Return logits at every position of images `(N, 3, H, W)`, `(N, num_classes, h, w)`; of the whole network.
@@ -140,6 +138,28 @@ class VGG(StagedNetwork):
             else:
                 x = layer(x)
         return x
+
+    def _stage_layers(self, name: str) -> list[nn.Module]:
+        """Return the layers of a stage in the order in which they run."""
+        layers = self.classifier if name in ("fc6", "fc7") else self.features
+        return [getattr(layers, str(number)) for number in self.layer_numbers[name]]
+
+    def _stage_modules(self, name: str) -> list[nn.Module]:
+        return [layer for layer in self._stage_layers(name) if layer.state_dict()]
+
+    def _initialize(self) -> None:
+        """Draw the initial weights: He et al. (arXiv 1502.01852, equation 10) for all layers that a ReLU follows.
+
+        It keeps the activations' variance (fan_in), so that the network trains from random weights as a whole without
+        batch norm; the VGG paper's own draw of 0.01 everywhere needed a shallower trained network to start from
+        (section 3.1). The classifier keeps that 0.01. Biases are zero.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        if self.has_classifier:
+            nn.init.normal_(self.classifier[-1].weight, std=0.01)
 
 
 def _conv_block(in_channels: int, channels: int, depth: int, norm_layer, pool_first: bool) -> list[nn.Module]:

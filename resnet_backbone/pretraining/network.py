@@ -12,8 +12,7 @@ from resnet_backbone.engine.network_config import arguments_from_config
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import versions
 from resnet_backbone.engine.train import train
-from resnet_backbone.networks import build_network
-from resnet_backbone.networks import network_arguments as arguments_of
+from resnet_backbone.networks import accepted_arguments, build_network
 from resnet_backbone.pretraining.batches import as_config_error, crop_size
 from resnet_backbone.pretraining.losses import ClassificationLosses, ImagesOf
 from resnet_backbone.weights import Metadata
@@ -27,7 +26,7 @@ def build_classifier(cfg: CfgNode, num_classes: int) -> tuple[nn.Module, dict[st
     """
     name = cfg.MODEL.NETWORK.NAME
     with as_config_error("MODEL.NETWORK"):
-        arguments = arguments_from_config(cfg, arguments_of(name))
+        arguments = arguments_from_config(cfg, accepted_arguments(name))
         return build_network(name, num_classes, **arguments), arguments
 
 

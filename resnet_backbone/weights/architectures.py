@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from resnet_backbone.networks import build_network, list_networks, network_arguments
+from resnet_backbone.networks import accepted_arguments, build_network, list_networks
 from resnet_backbone.networks.catalogue import CATALOGUE
 from resnet_backbone.weights.checkpoint import CheckpointError
 
@@ -120,7 +120,7 @@ def _depths_of(row: str) -> tuple[int, ...]:
 
 def _candidates(row: str, shapes: Shapes) -> Iterator[Architecture]:
     """The networks of this row that have as many classes as the tensors, and about their width."""
-    arguments = network_arguments(row)
+    arguments = accepted_arguments(row)
     # From the classifier only the number of classes: whether it is whole shows in the comparison.
     classifiers = [shapes[n] for n in ("fc.weight", "classifier.6.weight") if shapes.get(n)]
     num_classes = classifiers[0][0] if classifiers else None

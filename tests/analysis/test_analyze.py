@@ -371,10 +371,11 @@ def test_markdown_is_well_formed():
 def test_overview_has_a_row_for_each():
     analyses = [analyze("resnet50"), analyze("resnet50", stride_in_1x1=True), analyze("cifar_resnet20")]
     lines = format_overview(analyses).splitlines()
-    assert set(lines[2]) == {"-", " "} and len(lines) == 3 + 3
-    assert lines[3].split() == ["resnet50", "224", "50", "25,557,032", "4.09e9", "3.8e9", "11.11e6", "427"]
-    assert "stride in 1×1" in lines[4] and "3.86e9" in lines[4] and "3.8e9" in lines[4]
-    assert "0.27e6" in lines[5]
+    # Rules above and below the header's two lines, and at the end.
+    assert all(set(lines[i]) == {"-", " "} for i in (0, 3, -1)) and len(lines) == 4 + 3 + 1
+    assert lines[4].split() == ["resnet50", "224", "50", "25,557,032", "4.09e9", "3.8e9", "11.11e6", "427"]
+    assert "stride in 1×1" in lines[5] and "3.86e9" in lines[5] and "3.8e9" in lines[5]
+    assert "0.27e6" in lines[6]
 
 
 def test_details_survive_json():

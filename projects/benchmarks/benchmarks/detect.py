@@ -32,7 +32,7 @@ from resnet_backbone.engine.precision import autocast
 from resnet_backbone.engine.train import train
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.errors import InputError, Interrupted
-from resnet_backbone.networks import network_arguments
+from resnet_backbone.networks import accepted_arguments
 from resnet_backbone.weights import Metadata
 
 UNIT = "images/s"
@@ -91,7 +91,7 @@ def _compare(
         tuned.backbone.compile()
     settings = _settings(pair.cfg)
     settings[OURS_FLOAT32] += f", {difference}"
-    strides = "stride_in_1x1" in network_arguments(pair.cfg.MODEL.NETWORK.NAME) and not work.stride_in_1x1
+    strides = "stride_in_1x1" in accepted_arguments(pair.cfg.MODEL.NETWORK.NAME) and not work.stride_in_1x1
     for task, measure in (("training", _train_in_turns), ("inference", _infer_in_turns)):
         clock, notes = measure(name, pair, tuned, work, conduct)
         yield Comparison.of(

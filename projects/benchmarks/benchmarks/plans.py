@@ -11,9 +11,9 @@ from benchmarks import data, detect, pretrain
 from benchmarks.detectors import DetectionWork, check_names
 from benchmarks.report import describe_setup, to_dict
 from benchmarks.timing import Comparison
-from resnet_backbone.analysis import analyze
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.errors import InputError
+from resnet_backbone.networks.catalogue import find_row
 
 NETWORKS = ("resnet50", "vgg16", "resnet101", "cifar_resnet20", "cifar_resnet110")
 TINY_NETWORKS = ("resnet18", "cifar_resnet20")
@@ -71,7 +71,7 @@ def run_pretrain(
     iterations = iterations or ITERATIONS[device]
 
     def task(name: str) -> pretrain.Task:
-        if analyze(name).image_size == CIFAR["size"]:
+        if find_row(name).image_size == CIFAR["size"]:
             small = {"batch": 8, "iterations": 1} if tiny else {"iterations": (10 if on_gpu else 2) * iterations}
             return pretrain.Task(network=name, config_file=configs / "cifar10.yaml", **CIFAR | small)
         return pretrain.Task(
