@@ -69,9 +69,9 @@ class ClassificationDataset(Dataset):
         position, index = key
         data, what = self.source.read(index), self.source.describe(index)
         if self.reduced_decoding and (size := jpeg_size(data)) and min(size) > 0:
-            plan = self.transform.draw(*size, seed=self.seed, position=position)
-            factor = self.transform.reduction(plan)
-            pixels = self.transform.apply(decode(data, what=what, reduction=factor), plan.reduced(factor))
+            parameters = self.transform.draw(*size, seed=self.seed, position=position)
+            factor = self.transform.reduction(parameters)
+            pixels = self.transform.apply(decode(data, what=what, reduction=factor), parameters.reduced(factor))
         else:
             pixels = self.transform(decode(data, what=what), seed=self.seed, position=position)
         return pixels, int(self.source.labels[index])

@@ -13,7 +13,7 @@ from resnet_backbone.data.classification import ON_CORRUPT, Batch, CorruptCounte
 from resnet_backbone.data.device import DeviceAugment, DevicePrefetcher, encoded_loader
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.padded_crop import PaddedCropTransform
-from resnet_backbone.data.resident import ResidentBatches, cut
+from resnet_backbone.data.resident import ResidentBatches
 from resnet_backbone.data.sampler import BatchSampler
 from resnet_backbone.data.transforms import TrainTransform
 from resnet_backbone.engine.config import ConfigError
@@ -89,7 +89,7 @@ class TrainBatches:
 
     def __call__(self, start_iteration: int) -> Iterator[Sequence[Any]]:
         if self._resident is not None:
-            return map(self._resident.places, itertools.count(start_iteration))
+            return map(self._resident.crops, itertools.count(start_iteration))
         return self._loaded(start_iteration)
 
     def _loaded(self, start_iteration: int) -> Iterator[Sequence[Any]]:
@@ -123,7 +123,7 @@ class TrainBatches:
     def images_of(self, batch: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch's images `(n, 3, H, W)` uint8 and labels `(n,)` on the device."""
         if self._resident is not None:
-            return cut(self._resident.images, self._resident.labels, *batch, crop=self._transform.crop)
+            return self._resident.gather(*batch)
         images, labels = batch[:2]
         device = self._cfg.MODEL.DEVICE
         return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

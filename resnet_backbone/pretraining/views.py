@@ -9,7 +9,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from resnet_backbone.data.transforms import EvalTransform, resize, resized_size, to_tensor
+from resnet_backbone.data.functional import center_offset, resize, resized_size, to_tensor
+from resnet_backbone.data.transforms import EvalTransform
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.errors import InputError
 from resnet_backbone.pretraining.batches import as_config_error, crop_size
@@ -29,11 +30,12 @@ class TenCrops(EvalTransform):
     """
 
     def __call__(self, image: np.ndarray, *, seed: int = 0, position: int = 0) -> list[torch.Tensor]:
-        image = to_tensor(resize(image, resized_size(*image.shape[:2], self.short_side)), self.channel_order)
+        image = resize(image, resized_size(*image.shape[:2], self.short_side))
+        image = to_tensor(image, channel_order=self.channel_order)
         (rows, columns), (height, width) = self.crop, image.shape[1:]
         bottom, right = height - rows, width - columns
         places = [(top, left) for top in (0, bottom) for left in (0, right)]
-        places.append((round(bottom / 2), round(right / 2)))
+        places.append(center_offset((height, width), self.crop))
         return [
             side[:, top : top + rows, left : left + columns] for side in (image, image.flip(-1)) for top, left in places
         ]
@@ -50,7 +52,7 @@ class WholeImages:
 
     def __call__(self, image: np.ndarray, *, seed: int = 0, position: int = 0) -> list[torch.Tensor]:
         sizes = [resized_size(*image.shape[:2], scale) for scale in self.scales]
-        return [to_tensor(resize(image, size), self.channel_order) for size in sizes]
+        return [to_tensor(resize(image, size), channel_order=self.channel_order) for size in sizes]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.transforms import functional as reference
 
 from resnet_backbone import build_network
-from resnet_backbone.data.transforms import resize
+from resnet_backbone.data.functional import resize
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.errors import InputError
 from resnet_backbone.pretraining.views import Group, TenCrops, WholeImages, choose_views, collate, log_probabilities

@@ -16,8 +16,8 @@ from benchmarks.photographs import select_photographs, write_photographs, write_
 from benchmarks.pretrain import Batch, Conduct, Task, make_config, train_on
 from benchmarks.reference import PaperTransform, preset_transform, reference_batches
 from benchmarks.timing import Clock, Comparison, Side
+from resnet_backbone.data.functional import PCA_VALUES, PCA_VECTORS
 from resnet_backbone.data.sources import open_source
-from resnet_backbone.data.transforms import PCA_VALUES, PCA_VECTORS
 from resnet_backbone.engine.config import CfgNode, load_config
 from resnet_backbone.pretraining.batches import TrainBatches
 from resnet_backbone.pretraining.config import get_config
