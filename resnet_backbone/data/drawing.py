@@ -152,7 +152,7 @@ def paint(image: np.ndarray, place: Stamp, rng: np.random.Generator, *, vivid: b
         first = rng.uniform(60, 255, 3)
         first *= rng.uniform(190, 235) / first.max()
     else:
-        first = _dim_colour(rng)
+        first = _dim_color(rng)
     second = np.clip(first + rng.normal(0, 25, 3), 0, 255)
     target = place.window(image)
     pattern = texture(*place.coverage.shape, rng)[:, :, None]
@@ -187,7 +187,7 @@ def texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 def background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Smooth color noise with lines and blobs."""
     cells = tuple(rng.integers(2, 7, 2))
-    colors = np.clip(_dim_colour(rng) + rng.normal(0, 18, (*cells, 3)), 0, 255).astype(np.uint8)
+    colors = np.clip(_dim_color(rng) + rng.normal(0, 18, (*cells, 3)), 0, 255).astype(np.uint8)
     image = cv2.resize(colors, (width, height), interpolation=cv2.INTER_CUBIC)
     scale = min(height, width)
     for _ in range(rng.integers(3)):
@@ -200,7 +200,7 @@ def background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     return image
 
 
-def _dim_colour(rng: np.random.Generator) -> np.ndarray:
+def _dim_color(rng: np.random.Generator) -> np.ndarray:
     return np.clip(rng.uniform(40, 120) + rng.uniform(-25, 25, 3), 0, 255)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from resnet_backbone.detection.pretrained import load_pretrained
 from resnet_backbone.engine.config import ConfigError, network_arguments
+from resnet_backbone.engine.config_errors import as_config_error
 from resnet_backbone.networks import build_network
 from resnet_backbone.networks import network_arguments as arguments_of
 
@@ -73,14 +74,10 @@ def build_part(
         ConfigError: the network is unknown, or has no feature or stage of that name.
     """
     name = cfg.MODEL.NETWORK.NAME
-    try:
+    with as_config_error("MODEL.NETWORK"):
         arguments = network_arguments(cfg, arguments_of(name))
         with torch.device("meta"):
             whole = build_network(name, **arguments)
-    except ConfigError:
-        raise
-    except ValueError as error:  # networks know no configuration: name the keys that the complaint is about
-        raise ConfigError(f"MODEL.NETWORK: {error}.") from error
     if stages is None:
         if unknown := [feature for feature in out_features if feature not in whole.feature_info]:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Configuration keys of pretraining, beside Detectron2's and the engine's.
 
 Detectron2's keys mean here what they mean there: INPUT.MIN_SIZE_TRAIN is the range of the shorter side, INPUT.CROP.SIZE
-the crop, INPUT.FORMAT the channel order, MODEL.PIXEL_MEAN and PIXEL_STD the normalisation, MODEL.RESNETS.NORM the norm.
+the crop, INPUT.FORMAT the channel order, MODEL.PIXEL_MEAN and PIXEL_STD the normalization, MODEL.RESNETS.NORM the norm.
 """
 
 from detectron2.config import CfgNode, get_cfg
@@ -15,7 +15,7 @@ def get_config() -> CfgNode:
     add_engine_config(cfg)
     # Number of outputs; 0: as many as DATASETS.TRAIN has classes.
     cfg.MODEL.NETWORK.NUM_CLASSES = 0
-    # Standard deviation of the PCA colour shift (ResNet paper, section 3.4: "the standard color augmentation", 0.1).
+    # Standard deviation of the PCA color shift (ResNet paper, section 3.4: "the standard color augmentation", 0.1).
     cfg.INPUT.PCA_COLOR_STD = 0.0
     # CROP.TYPE padded (ResNet paper, section 4.2): black pixels added on each side before the crop.
     cfg.INPUT.CROP.PADDING = 4

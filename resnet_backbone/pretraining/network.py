@@ -9,12 +9,13 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from resnet_backbone.engine.config import network_arguments
+from resnet_backbone.engine.config_errors import as_config_error
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.train import train
 from resnet_backbone.networks import build_network
 from resnet_backbone.networks import network_arguments as arguments_of
-from resnet_backbone.pretraining.batches import as_config_error
 from resnet_backbone.pretraining.losses import ClassificationLosses, ImagesOf
+from resnet_backbone.pretraining.preprocessing import build_normalize
 from resnet_backbone.weights import Metadata
 
 
@@ -46,7 +47,9 @@ def train_new(
     model, arguments = build_classifier(cfg, num_classes)
     model = model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
     optimizer = build_optimizer(cfg, model)
-    losses = ClassificationLosses(cfg, images_of)
+    losses = ClassificationLosses(
+        images_of=images_of, normalize=build_normalize(cfg), label_smoothing=cfg.SOLVER.LABEL_SMOOTHING
+    )
 
     def metadata(_iterations: int) -> Metadata:
         return Metadata(

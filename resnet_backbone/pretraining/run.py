@@ -20,10 +20,11 @@ from resnet_backbone.engine.pretrained import read_with_statements, statements
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, check_solver, choose_seed, train
 from resnet_backbone.networks import FrozenBatchNorm2d
-from resnet_backbone.pretraining.batches import Normalise, TrainBatches, crop_size
-from resnet_backbone.pretraining.evaluation import Evaluator, load_ensemble
+from resnet_backbone.pretraining.evaluation import build_evaluator, load_ensemble
 from resnet_backbone.pretraining.losses import ClassificationLosses
 from resnet_backbone.pretraining.network import build_classifier
+from resnet_backbone.pretraining.pipelines import build_pipeline
+from resnet_backbone.pretraining.preprocessing import build_normalize, crop_size
 from resnet_backbone.weights import Checkpoint, Metadata, load_state, write_checkpoint, write_json
 
 logger = logging.getLogger(__name__)
@@ -90,35 +91,37 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
         )
 
     metadata(0)  # refuses now, not at the first checkpoint, a preprocessing that no checkpoint could state
-    prepare = Normalise(cfg)
-    batches = TrainBatches(cfg, source)
-    evaluate = Evaluator(cfg, test_source, prepare, ensemble=load_ensemble(cfg, test_source.class_names))
+    normalize = build_normalize(cfg)
+    pipeline = build_pipeline(cfg, source)
+    evaluate = build_evaluator(cfg, test_source, normalize, ensemble=load_ensemble(cfg, test_source.class_names))
     evaluate.try_two_images(model)
     if eval_only:
         return evaluate(model)
     write_config(cfg, folder)
 
-    losses = ClassificationLosses(cfg, batches.images_of)
+    losses = ClassificationLosses(
+        images_of=pipeline.images_of, normalize=normalize, label_smoothing=cfg.SOLVER.LABEL_SMOOTHING
+    )
     trained = train(
         cfg,
         model=model,
         optimizer=build_optimizer(cfg, model),
-        batches=batches,
+        batches=pipeline,
         compute=losses,
         evaluate=evaluate,
         metadata=metadata,
-        num_images=len(source),
+        num_images=pipeline.num_images,
         folder=folder,
         resume_from=last,
         best_metric="top1",
-        names=batches.names,
+        names=pipeline.names,
         compiled=losses,
     )
 
     precise = False
     if cfg.TEST.PRECISE_BN.ENABLED:
         iterations = cfg.TEST.PRECISE_BN.NUM_ITER
-        images = (prepare(batches.images_of(batch)[0]) for batch in itertools.islice(batches(0), iterations))
+        images = (normalize(pipeline.images_of(batch)[0]) for batch in itertools.islice(pipeline(0), iterations))
         if layers := estimate_norm_statistics(trained, images, iterations, precision=precision_of(cfg)):
             precise = True
             logger.info("precise BN: %d layers over %d batches", layers, iterations)

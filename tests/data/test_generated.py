@@ -128,7 +128,7 @@ def logistic_accuracy(features: np.ndarray, labels: np.ndarray, train: int = 800
     return ((inputs @ weight).argmax(1) == targets)[train:].float().mean().item()
 
 
-def test_colours_do_not_tell_the_classes_apart(pictures):
+def test_colors_do_not_tell_the_classes_apart(pictures):
     """Chance is 12.5 %, with a standard error of 1.7 points on 400 images."""
     images, labels = pictures
     assert logistic_accuracy(color_histograms(images), labels) < 0.18
