@@ -1,12 +1,12 @@
-"""Decoding and augmenting on the device, for large JPEGs: the loading processes only read files and draw.
+"""Decoding and augmenting on the device, for large JPEGs: the loading processes only read files and draw parameters.
 
 The batches are those of `train_loader` with the same `TrainTransform`: the same images in the same order, with the same
 windows, mirrors and color shifts. The pixels differ slightly, because each image is resized in float32 with one
-rounding at the end (the host rounds after each direction), and, on a GPU, because nvJPEG decodes color otherwise than
-libjpeg does.
+rounding at the end (the host rounds after each direction), and, on a GPU, because nvJPEG and libjpeg convert colors
+differently.
 
-On a GPU the work is queued from a thread beside the training's, and one of the two threads at a time can run Python. So
-the images of a batch are augmented together: the number of operations hardly depends on the batch's size.
+On a GPU the work is queued from a second thread beside that of the training, and only one of them can run Python at a
+time. So the images of a batch are augmented together: the number of operations hardly depends on the batch's size.
 """
 
 import io

@@ -108,8 +108,9 @@ class WorkersPipeline(_Sampled):
             self._count_corrupt(batch)
             yield batch
 
-    def images_of(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        return to_device(batch.images, self._device), to_device(batch.labels, self._device)
+    def images_of(self, batch: Batch | tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels, *_ = batch
+        return to_device(images, self._device), to_device(labels, self._device)
 
 
 class DevicePipeline(_Sampled):

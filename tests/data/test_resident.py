@@ -89,7 +89,7 @@ def test_ranks_share_a_batch(source, device):
         assert same(itertools.islice(resident(2), 9), loader)
 
 
-def test_places_in_any_order(source, device):
+def test_crops_in_any_order(source, device):
     """What is kept of one epoch does not leak into another."""
     resident = ResidentBatches(source, PaddedCropTransform(crop=(20, 24)), batch_size=5, seed=2, device=device)
     expected = list(itertools.islice(resident(0), 40))
@@ -106,7 +106,7 @@ def test_every_image_once_an_epoch(source):
         assert resident.crops(epoch).indices.sort().values.tolist() == list(range(COUNT))
 
 
-def test_cut_follows_its_definition():
+def test_gather_crops_follows_its_definition():
     """Window by window, in plain indexing."""
     rng = np.random.default_rng(1)
     images, labels = torch.from_numpy(rng.integers(0, 256, (6, 9, 11, 3), np.uint8)), torch.arange(6) * 7
