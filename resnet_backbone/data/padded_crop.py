@@ -33,7 +33,7 @@ class PaddedCropParameters(NamedTuple):
 
 
 class PaddedCropTransform:
-    """Black pixels around the image, a window at a random place, mirrored left and right half of the time.
+    """Pad with black pixels, crop at a random place, mirror left and right half of the time.
 
     Called as `transform(image, seed=seed, position=position)` with `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8.
 

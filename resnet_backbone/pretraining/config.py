@@ -26,14 +26,14 @@ def get_config() -> CfgNode:
     # Training images, drawn once for all seeds, that are tested on instead of DATASETS.TEST (ResNet paper, section
     # 4.2: 5,000 of 50,000).
     cfg.DATASETS.HOLD_OUT = 0
-    # Who decodes and augments: "workers"; "device" (workers only read files); "resident": the device, which holds all
-    # images.
+    # Where images are decoded and augmented: in loading processes ("workers"); on the device, while loading processes
+    # only read files ("device"); or on the device, which holds the whole data set ("resident").
     cfg.DATALOADER.PIPELINE = "workers"
     # An unreadable image in training: "stop", or "skip": put another one in its place, up to this share of the images.
     cfg.DATALOADER.ON_CORRUPT = "stop"
     cfg.DATALOADER.MAX_CORRUPT = 0.001
     cfg.SOLVER.LABEL_SMOOTHING = 0.0
-    # Crops that an image's prediction is averaged over: 1, the middle, or 10, that and the corners, each mirrored too.
+    # Crops that an image's prediction is averaged over: 1, the center, or 10, that and the corners, each mirrored too.
     cfg.TEST.CROPS = 1
     # Shorter sides that the whole image is tested at, fully convolutionally, instead of crops (ResNet paper, section
     # 3.4).

@@ -116,7 +116,7 @@ class WorkersPipeline(_Sampled):
 class DevicePipeline(_Sampled):
     """Loading processes only read files, the device decodes and augments; a batch is `(images, labels)` there.
 
-    Args: as of WorkersPipeline.
+    The arguments are those of WorkersPipeline.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class DevicePipeline(_Sampled):
 class ResidentPipeline(_Sampled):
     """All images lie on the device; a batch is `BatchCrops`, which name the images and say how they are cropped.
 
-    Args: as of WorkersPipeline.
+    The arguments are those of WorkersPipeline.
     """
 
     def __init__(
