@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, default_collate
 from resnet_backbone.data.decode import decode, jpeg_size
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.interface import ClassificationSource
+from resnet_backbone.data.padded_crop import PaddedCropTransform
 from resnet_backbone.data.sampler import BatchSampler, EvaluationSampler
 from resnet_backbone.data.transforms import EvalTransform, TrainTransform
 from resnet_backbone.data.workers import Loader
@@ -52,7 +53,7 @@ class ClassificationDataset(Dataset):
     def __init__(
         self,
         source: ClassificationSource,
-        transform: TrainTransform | EvalTransform,
+        transform: TrainTransform | PaddedCropTransform | EvalTransform,
         *,
         seed: int,
         reduced_decoding: bool = False,
@@ -69,9 +70,9 @@ class ClassificationDataset(Dataset):
         position, index = key
         data, what = self.source.read(index), self.source.describe(index)
         if self.reduced_decoding and (size := jpeg_size(data)) and min(size) > 0:
-            plan = self.transform.draw(*size, seed=self.seed, position=position)
-            factor = self.transform.reduction(plan)
-            pixels = self.transform.apply(decode(data, what=what, reduction=factor), plan.reduced(factor))
+            parameters = self.transform.draw(*size, seed=self.seed, position=position)
+            factor = self.transform.reduction(parameters)
+            pixels = self.transform.apply(decode(data, what=what, reduction=factor), parameters.reduced(factor))
         else:
             pixels = self.transform(decode(data, what=what), seed=self.seed, position=position)
         return pixels, int(self.source.labels[index])
@@ -103,7 +104,7 @@ class ReplacingDataset(ClassificationDataset):
 
 def train_loader(
     source: ClassificationSource,
-    transform: TrainTransform,
+    transform: TrainTransform | PaddedCropTransform,
     *,
     batch_size: int,
     seed: int,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from resnet_backbone.data.errors import DatasetError
 
-# Decoding at a half, a quarter and an eighth goes by OpenCV's "reduced grayscale" flags: the colour flag overrides
+# Decoding at a half, a quarter and an eighth goes by OpenCV's "reduced grayscale" flags: the color flag overrides
 # their gray.
 _FLAGS = {
     1: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,

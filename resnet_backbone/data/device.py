@@ -1,12 +1,12 @@
-"""Decoding and augmenting on the device, for large JPEGs: the loading processes only read files and draw.
+"""Decoding and augmenting on the device, for large JPEGs: the loading processes only read files and draw parameters.
 
 The batches are those of `train_loader` with the same `TrainTransform`: the same images in the same order, with the same
-windows, mirrors and colour shifts. The pixels differ slightly, because each image is resized in float32 with one
-rounding at the end (the host rounds after each direction), and, on a GPU, because nvJPEG decodes colour otherwise than
-libjpeg does.
+windows, mirrors and color shifts. The pixels differ slightly, because each image is resized in float32 with one
+rounding at the end (the host rounds after each direction), and, on a GPU, because nvJPEG and libjpeg convert colors
+differently.
 
-On a GPU the work is queued from a thread beside the training's, and one of the two threads at a time can run Python. So
-the images of a batch are augmented together: the number of operations hardly depends on the batch's size.
+On a GPU the work is queued from a second thread beside that of the training, and only one of them can run Python at a
+time. So the images of a batch are augmented together: the number of operations hardly depends on the batch's size.
 """
 
 import io
@@ -24,20 +24,22 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from resnet_backbone.data.decode import decode
 from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.functional import color_shift, orient
 from resnet_backbone.data.interface import ClassificationSource
-from resnet_backbone.data.resize import resize_each, resize_windows, to_device
+from resnet_backbone.data.resize import resize_each, resize_windows
 from resnet_backbone.data.sampler import BatchSampler
-from resnet_backbone.data.transforms import PCA_VALUES, PCA_VECTORS, Plan, TrainTransform
+from resnet_backbone.data.transfer import to_device
+from resnet_backbone.data.transforms import CropParameters, TrainTransform
 from resnet_backbone.data.workers import Loader
 
 logger = logging.getLogger(__name__)
 
 
 class EncodedImage(NamedTuple):
-    """A JPEG and what to do with it; or, with no plan, the finished pixels `(3, h, w)` of what is no plain JPEG."""
+    """A JPEG and what to do with it; or, without parameters, the finished pixels `(3, h, w)` of any other image."""
 
     data: np.ndarray  # (bytes,) uint8
-    plan: Plan | None
+    parameters: CropParameters | None
     label: int
     position: int
     name: str
@@ -48,7 +50,7 @@ class EncodedBatch(NamedTuple):
 
     data: torch.Tensor  # (bytes of all,) uint8
     ends: torch.Tensor  # (n,) int64, where each ends in `data`
-    plans: list[Plan | None]
+    parameters: list[CropParameters | None]
     labels: torch.Tensor  # (n,) int64
     positions: list[int]
     names: list[str]
@@ -73,13 +75,13 @@ class EncodedDataset(Dataset):
         data, name = self.source.read(index), self.source.describe(index)
         size = plain_jpeg_size(data)
         if size is None:
-            plan = None
+            parameters = None
             pixels = self.transform(decode(data, what=name), seed=self.seed, position=position)
             array = pixels.numpy().reshape(-1)
         else:
-            plan = self.transform.draw(*size, seed=self.seed, position=position)
+            parameters = self.transform.draw(*size, seed=self.seed, position=position)
             array = np.frombuffer(data, np.uint8)
-        return EncodedImage(array, plan, int(self.source.labels[index]), position, name)
+        return EncodedImage(array, parameters, int(self.source.labels[index]), position, name)
 
 
 def encoded_loader(
@@ -134,9 +136,11 @@ class DeviceAugment:
 
     def __call__(self, batch: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         pieces = batch.data.tensor_split(batch.ends[:-1])
-        jpegs = [row for row, plan in enumerate(batch.plans) if plan is not None]
+        jpegs = [row for row, parameters in enumerate(batch.parameters) if parameters is not None]
         finished = {
-            row: pieces[row].view(3, *self._transform.crop) for row, plan in enumerate(batch.plans) if plan is None
+            row: pieces[row].view(3, *self._transform.crop)
+            for row, parameters in enumerate(batch.parameters)
+            if parameters is None
         }
         decoded = {}
         for row, image in zip(jpegs, self._decode([pieces[row] for row in jpegs])):
@@ -146,25 +150,24 @@ class DeviceAugment:
                 decoded[row] = image
         parts = []
         if decoded:
-            parts.append(self._augment(list(decoded.values()), [batch.plans[row] for row in decoded]))
+            parts.append(self._augment(list(decoded.values()), [batch.parameters[row] for row in decoded]))
         if finished:
             parts.append(to_device(torch.stack(list(finished.values())), self.device))
         images = torch.cat(parts)
         if finished:
-            places = to_device(torch.tensor([*decoded, *finished]), self.device)
-            images = torch.empty_like(images).index_copy_(0, places, images)
+            rows = to_device(torch.tensor([*decoded, *finished]), self.device)
+            images = torch.empty_like(images).index_copy_(0, rows, images)
         return images, to_device(batch.labels, self.device)
 
-    def _augment(self, images: list[torch.Tensor], plans: list[Plan]) -> torch.Tensor:
+    def _augment(self, images: list[torch.Tensor], parameters: list[CropParameters]) -> torch.Tensor:
         """`(n, 3, *crop)` uint8 from decoded images `(3, H, W)` uint8 RGB on the device."""
-        windows, flips = [plan[:4] for plan in plans], [plan.flip for plan in plans]
+        windows, flips = [one[:4] for one in parameters], [one.flip for one in parameters]
         pixels = self._resize(images, windows, self._transform.crop, flips).round_()
-        weights = np.stack([np.zeros(3) if plan.colour is None else plan.colour for plan in plans])
+        weights = np.stack([np.zeros(3) if one.pca_weights is None else one.pca_weights for one in parameters])
         if weights.any():
-            shift = np.rint(weights * PCA_VALUES @ PCA_VECTORS.T)  # as `shift_colour`
-            pixels += to_device(torch.tensor(shift, dtype=torch.float32), self.device)[:, :, None, None]
-        pixels = pixels.clamp_(0, 255).to(torch.uint8)
-        return pixels.flip(1) if self._transform.channel_order == "BGR" else pixels
+            shift = torch.tensor(color_shift(weights), dtype=torch.float32)
+            pixels += to_device(shift, self.device)[:, :, None, None]
+        return orient(pixels.clamp_(0, 255).to(torch.uint8), channel_order=self._transform.channel_order)
 
     def _decode(self, files: list[torch.Tensor]) -> list[torch.Tensor | None]:
         """`(3, H, W)` uint8 RGB on the device for each file, or None."""
@@ -240,11 +243,11 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _collate(images: list[EncodedImage]) -> EncodedBatch:
-    data, plans, labels, positions, names = zip(*images)
+    data, parameters, labels, positions, names = zip(*images)
     return EncodedBatch(
         torch.from_numpy(np.concatenate(data)),
         torch.tensor([len(piece) for piece in data]).cumsum(0),
-        list(plans),
+        list(parameters),
         torch.tensor(labels),
         list(positions),
         list(names),

@@ -1,7 +1,7 @@
 """Textured shapes on cluttered backgrounds: the drawing behind the generated data sets.
 
-A class is a shape and nothing else. Colours, texture, size, aspect ratio, rotation and place are drawn from the same
-distributions for all classes, so that neither colour nor texture tells them apart. Lengths are in pixels, angles in
+A class is a shape and nothing else. Colors, texture, size, aspect ratio, rotation and place are drawn from the same
+distributions for all classes, so that neither color nor texture tells them apart. Lengths are in pixels, angles in
 radians, images `(H, W, 3)` uint8.
 """
 
@@ -30,12 +30,12 @@ def _crescent() -> np.ndarray:
     reach = math.radians(125)
     outer = np.linspace(-reach, reach, 40)
     tip = np.array([math.cos(reach), math.sin(reach)])
-    centre = np.array([-0.45, 0.0])
-    radius = float(np.linalg.norm(tip - centre))
-    angle = math.atan2(tip[1], tip[0] - centre[0])
+    center = np.array([-0.45, 0.0])
+    radius = float(np.linalg.norm(tip - center))
+    angle = math.atan2(tip[1], tip[0] - center[0])
     inner = np.linspace(angle, -angle, 30)[1:-1]
     arc = np.stack([np.cos(outer), np.sin(outer)], axis=1)
-    back = centre + radius * np.stack([np.cos(inner), np.sin(inner)], axis=1)
+    back = center + radius * np.stack([np.cos(inner), np.sin(inner)], axis=1)
     return np.concatenate([arc, back]) - [0.25, 0.0]
 
 
@@ -69,7 +69,7 @@ class Outline:
     """A shape or blob at its place.
 
     Attributes:
-        contours: corners `(n, 2)` as x, y; the centre of the top left pixel is (0, 0). Even-odd rule.
+        contours: corners `(n, 2)` as x, y; the center of the top left pixel is (0, 0). Even-odd rule.
         area: of the whole outline, parts outside the image included, in square pixels.
     """
 
@@ -101,22 +101,22 @@ def _area(contours: list[np.ndarray]) -> float:
 _UNIT_AREAS = {name: _area(contours) for name, contours in SHAPES.items()}
 
 
-def place_shape(name: str, centre: tuple[float, float], radius: float, rng: np.random.Generator) -> Outline:
-    """A shape at `centre` (x, y), of about the given radius, stretched by up to 1.5 and turned by any angle."""
+def place_shape(name: str, center: tuple[float, float], radius: float, rng: np.random.Generator) -> Outline:
+    """A shape at `center` (x, y), of about the given radius, stretched by up to 1.5 and turned by any angle."""
     stretch = math.exp(rng.uniform(-0.2, 0.2))
     turn, axis = (_rotation(angle) for angle in rng.uniform(0, 2 * math.pi, 2))
     matrix = turn @ np.diag([radius * stretch, radius / stretch]) @ axis
-    contours = [contour @ matrix.T + centre for contour in SHAPES[name]]
+    contours = [contour @ matrix.T + center for contour in SHAPES[name]]
     return Outline(contours, _UNIT_AREAS[name] * radius**2)
 
 
-def place_blob(centre: tuple[float, float], radius: float, rng: np.random.Generator) -> Outline:
+def place_blob(center: tuple[float, float], radius: float, rng: np.random.Generator) -> Outline:
     """An irregular rounded patch that resembles none of the shapes."""
     angles = np.arange(24) * (2 * math.pi / 24)
     waves = np.arange(2, 5)[:, None]
     heights = rng.uniform(0.1, 0.35, (3, 1))
     radii = radius * (1 + (heights * np.cos(waves * angles + rng.uniform(0, 2 * math.pi, (3, 1)))).sum(0))
-    contours = [_polar(radii) + centre]
+    contours = [_polar(radii) + center]
     return Outline(contours, _area(contours))
 
 
@@ -143,16 +143,16 @@ def stamp(outline: Outline, height: int, width: int) -> Stamp | None:
 
 
 def paint(image: np.ndarray, place: Stamp, rng: np.random.Generator, *, vivid: bool) -> None:
-    """Fill a stamp with a random texture in two random colours.
+    """Fill a stamp with a random texture in two random colors.
 
     Shapes are vivid, whatever their class, clutter is as dim as the background: what belongs together can be told at a
-    glance, as in photographs, while colour says nothing about the class.
+    glance, as in photographs, while color says nothing about the class.
     """
     if vivid:
         first = rng.uniform(60, 255, 3)
         first *= rng.uniform(190, 235) / first.max()
     else:
-        first = _dim_colour(rng)
+        first = _dim_color(rng)
     second = np.clip(first + rng.normal(0, 25, 3), 0, 255)
     target = place.window(image)
     pattern = texture(*place.coverage.shape, rng)[:, :, None]
@@ -185,14 +185,14 @@ def texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Smooth colour noise with lines and blobs."""
+    """Smooth color noise with lines and blobs."""
     cells = tuple(rng.integers(2, 7, 2))
-    colours = np.clip(_dim_colour(rng) + rng.normal(0, 18, (*cells, 3)), 0, 255).astype(np.uint8)
-    image = cv2.resize(colours, (width, height), interpolation=cv2.INTER_CUBIC)
+    colors = np.clip(_dim_color(rng) + rng.normal(0, 18, (*cells, 3)), 0, 255).astype(np.uint8)
+    image = cv2.resize(colors, (width, height), interpolation=cv2.INTER_CUBIC)
     scale = min(height, width)
     for _ in range(rng.integers(3)):
-        centre = rng.uniform(0, (width, height))
-        place = stamp(place_blob(centre, rng.uniform(0.03, 0.09) * scale, rng), height, width)
+        center = rng.uniform(0, (width, height))
+        place = stamp(place_blob(center, rng.uniform(0.03, 0.09) * scale, rng), height, width)
         if place is not None:
             paint(image, place, rng, vivid=False)
     for _ in range(rng.integers(4)):
@@ -200,15 +200,15 @@ def background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     return image
 
 
-def _dim_colour(rng: np.random.Generator) -> np.ndarray:
+def _dim_color(rng: np.random.Generator) -> np.ndarray:
     return np.clip(rng.uniform(40, 120) + rng.uniform(-25, 25, 3), 0, 255)
 
 
 def line(image: np.ndarray, ends: np.ndarray, rng: np.random.Generator) -> None:
-    """A thin line of a random colour between two points `(2, 2)`, given as x, y."""
+    """A thin line of a random color between two points `(2, 2)`, given as x, y."""
     (x0, y0), (x1, y1) = np.rint(ends * 2**_FRACTION_BITS).astype(int).tolist()
-    colour = rng.integers(0, 256, 3).tolist()
-    cv2.line(image, (x0, y0), (x1, y1), colour, int(rng.integers(1, 3)), cv2.LINE_AA, _FRACTION_BITS)
+    color = rng.integers(0, 256, 3).tolist()
+    cv2.line(image, (x0, y0), (x1, y1), color, int(rng.integers(1, 3)), cv2.LINE_AA, _FRACTION_BITS)
 
 
 def add_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -167,8 +167,8 @@ def _paint_at_border(image: np.ndarray, rng: np.random.Generator) -> None:
     size = image.shape[0]
     radius = rng.uniform(0.1, 0.18) * size
     across = -0.3 * radius if rng.random() < 0.5 else size + 0.3 * radius
-    centre = [across, rng.uniform(0, size)]
-    shape = place_shape(CLASS_NAMES[rng.integers(len(CLASS_NAMES))], centre[:: rng.choice((-1, 1))], radius, rng)
+    center = [across, rng.uniform(0, size)]
+    shape = place_shape(CLASS_NAMES[rng.integers(len(CLASS_NAMES))], center[:: rng.choice((-1, 1))], radius, rng)
     place = stamp(shape, size, size)
     if place is not None:
         paint(image, place, rng, vivid=True)

@@ -10,7 +10,7 @@ import numpy as np
 class PackedStrings:
     """A list of strings in two numpy arrays.
 
-    A Python list would be copied bit by bit into every forked worker, because reading a Python object writes its
+    A Python list would be copied page by page into every forked worker, because reading a Python object writes its
     reference count; arrays stay shared.
     """
 

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from resnet_backbone.data.errors import DatasetError
-from resnet_backbone.data.transforms import CHANNEL_ORDERS, to_tensor
+from resnet_backbone.data.functional import to_tensor
+from resnet_backbone.data.transforms import check_channel_order, check_crop, check_flip
 from resnet_backbone.errors import InputError
 
 # SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17): the increment of
-# its counter, and shifts and multipliers of its finaliser (variant 13 of Stafford's).
+# its counter, and shifts and multipliers of its finalizer (variant 13 of Stafford's).
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -23,8 +24,8 @@ _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _HALF, _LOW_HALF = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
-class Draws(NamedTuple):
-    """What is drawn for `n` positions, `(n,)` int64 each: the window's place in the padded image; 1 for a mirror."""
+class PaddedCropParameters(NamedTuple):
+    """What is drawn for `n` positions, `(n,)` int64 each: the crop's corner in the padded image; 1 to mirror it."""
 
     top: np.ndarray
     left: np.ndarray
@@ -32,7 +33,7 @@ class Draws(NamedTuple):
 
 
 class PaddedCropTransform:
-    """Black pixels around the image, a window at a random place, mirrored left and right half of the time.
+    """Pad with black pixels, crop at a random place, mirror left and right half of the time.
 
     Called as `transform(image, seed=seed, position=position)` with `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8.
 
@@ -53,28 +54,24 @@ class PaddedCropTransform:
     ) -> None:
         if padding < 0:
             raise InputError(f"the padding is {padding} pixels; expected at least 0")
-        if min(crop) < 1:
-            raise InputError(f"a crop of {crop[0]}x{crop[1]} pixels is empty; expected at least 1x1")
-        if not 0 <= flip <= 1:
-            raise InputError(f"flip is {flip}; expected a probability")
-        if channel_order not in CHANNEL_ORDERS:
-            raise InputError(f"unknown channel order {channel_order!r}; expected one of {', '.join(CHANNEL_ORDERS)}")
+        check_crop(crop)
+        check_flip(flip)
+        check_channel_order(channel_order)
         self.padding = padding
         self.crop = tuple(crop)
         self.flip = flip
         self.channel_order = channel_order
 
     def __call__(self, image: np.ndarray, *, seed: int, position: int) -> torch.Tensor:
-        draws = self.draw(*image.shape[:2], seed=seed, positions=np.array([position]))
-        (top,), (left,), (flip,) = draws
+        (top,), (left,), (flip,) = self.draw(*image.shape[:2], seed=seed, positions=np.array([position]))
         sides = [self.padding] * 4
         image = cv2.copyMakeBorder(image, *sides, cv2.BORDER_CONSTANT, value=(0, 0, 0))
         image = image[top : top + self.crop[0], left : left + self.crop[1]]
-        return to_tensor(cv2.flip(image, 1) if flip else image, self.channel_order)
+        return to_tensor(image, channel_order=self.channel_order, flip=bool(flip))
 
-    def draw(self, height: int, width: int, *, seed: int, positions: np.ndarray) -> Draws:
-        """What is done with images of `height` by `width` pixels at `positions`, `(n,)` integers."""
-        rows, columns = (length + 2 * self.padding - cut for length, cut in zip((height, width), self.crop))
+    def draw(self, height: int, width: int, *, seed: int, positions: np.ndarray) -> PaddedCropParameters:
+        """Draw what is done with images of `height` by `width` pixels at `positions`, `(n,)` integers."""
+        rows, columns = (length + 2 * self.padding - size for length, size in zip((height, width), self.crop))
         if min(rows, columns) < 0:
             raise DatasetError(
                 f"an image of {height}x{width} pixels with {self.padding} added on each side is smaller than the crop "
@@ -86,23 +83,23 @@ class PaddedCropTransform:
         top = ((place >> _HALF) * np.uint64(rows + 1)) >> _HALF
         left = ((place & _LOW_HALF) * np.uint64(columns + 1)) >> _HALF
         flip = (mirror >> _HALF) < np.uint64(round(self.flip * 2**32))
-        return Draws(top.astype(np.int64), left.astype(np.int64), flip.astype(np.int64))
+        return PaddedCropParameters(top.astype(np.int64), left.astype(np.int64), flip.astype(np.int64))
 
 
 def random_words(seed: int, positions: np.ndarray, count: int) -> list[np.ndarray]:
     """The first `count` numbers, each `(n,)` uint64, of a SplitMix64 generator of its own for each position."""
     if seed < 0 or (positions < 0).any():
         raise ValueError(f"a random stream's seed and position must not be negative; got {seed} and {positions.min()}")
-    key = _finalise(np.array([seed % 2**64], np.uint64) + _INCREMENT)
-    state = key + _finalise(positions.astype(np.uint64) + _INCREMENT)
+    key = _finalize(np.array([seed % 2**64], np.uint64) + _INCREMENT)
+    state = key + _finalize(positions.astype(np.uint64) + _INCREMENT)
     words = []
     for _ in range(count):
         state = state + _INCREMENT
-        words.append(_finalise(state))
+        words.append(_finalize(state))
     return words
 
 
-def _finalise(words: np.ndarray) -> np.ndarray:
+def _finalize(words: np.ndarray) -> np.ndarray:
     """SplitMix64's one-to-one scrambling of 64 bits; arithmetic modulo 2^64."""
     words = (words ^ (words >> _SHIFTS[0])) * _FACTORS[0]
     words = (words ^ (words >> _SHIFTS[1])) * _FACTORS[1]

@@ -3,6 +3,7 @@
 The batches are those of `train_loader` with a `PaddedCropTransform`, and of `evaluation_loader`, to the last bit.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -11,13 +12,15 @@ import torch
 
 from resnet_backbone.data.decode import decode
 from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.functional import mirrored_columns
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.padded_crop import PaddedCropTransform
 from resnet_backbone.data.sampler import BatchSampler, EvaluationSampler
+from resnet_backbone.data.transfer import to_device
 
 
-class Places(NamedTuple):
-    """Which images a batch holds and where they are cut, each `(n,)` int64 on the device; `flip` is 0 or 1."""
+class BatchCrops(NamedTuple):
+    """Which images a batch holds and how they are cropped, each `(n,)` int64 on the device; `flip` is 0 or 1."""
 
     indices: torch.Tensor
     top: torch.Tensor
@@ -29,10 +32,10 @@ class ResidentBatches:
     """Shuffled, augmented batches from images that all lie on the device.
 
     `resident(start_iteration)` iterates without end over `(images, labels)`: `(n, 3, *crop)` uint8, stored channels
-    last, and `(n,)` int64, both on the device, with `n = batch_size / world_size`. It is
-    `cut(resident.images, resident.labels, *resident.places(iteration), crop=transform.crop)` for one iteration after
-    the other. `places` gives slices of what is computed and uploaded once an epoch, and `cut` is a pure function of
-    tensors of constant shapes, which a CUDA graph can record; neither waits for the device.
+    last, and `(n,)` int64, both on the device, with `n = batch_size / world_size`: `resident.gather(*crops)` of
+    `crops = resident.crops(iteration)` for one iteration after the other. `crops` gives slices of what is computed and
+    uploaded once an epoch, and `gather` launches the same operators on tensors of the same shapes each time, so that a
+    CUDA graph can record it; neither waits for the device.
 
     Attributes:
         images: `(N, H + 2 * padding, W + 2 * padding, 3)` uint8, in the transform's channel order, the padding black.
@@ -67,35 +70,34 @@ class ResidentBatches:
         self._block: tuple[int, torch.Tensor] | None = None
 
     def __call__(self, start_iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        iteration = start_iteration
-        while True:
-            yield cut(self.images, self.labels, *self.places(iteration), crop=self._transform.crop)
-            iteration += 1
+        for iteration in itertools.count(start_iteration):
+            yield self.gather(*self.crops(iteration))
 
-    def places(self, iteration: int) -> Places:
+    def gather(self, *crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images `(n, 3, *crop)` uint8, stored channels last, and labels `(n,)` of the fields of a `BatchCrops`."""
+        return gather_crops(self.images, self.labels, *crops, size=self._transform.crop)
+
+    def crops(self, iteration: int) -> BatchCrops:
         """This rank's part of one iteration's batch; the same whenever it is asked for."""
         sampler = self._sampler
         length = -(-sampler.size // sampler.batch_size)  # iterations in a block: an epoch, rounded up
         number = iteration // length
         if self._block is None or self._block[0] != number:
             self._block = number, self._upload(number * length, length)
-        return Places(*self._block[1][iteration % length].unbind())
+        return BatchCrops(*self._block[1][iteration % length].unbind())
 
     def _upload(self, first: int, iterations: int) -> torch.Tensor:
-        """The places of several iterations, `(iterations, 4, n)` int64 on the device."""
+        """The crops of several iterations, `(iterations, 4, n)` int64 on the device."""
         sampler = self._sampler
         share = sampler.batch_size // sampler.world_size
         positions = np.arange(first, first + iterations)[:, None] * sampler.batch_size
         positions = (positions + sampler.rank * share + np.arange(share)).reshape(-1)
-        draws = self._transform.draw(*self._size, seed=sampler.seed, positions=positions)
-        block = np.stack([sampler.indices(positions), *draws]).reshape(4, iterations, share)
-        places = torch.from_numpy(np.ascontiguousarray(block.transpose(1, 0, 2)))
-        if self._device.type == "cuda":
-            places = places.pin_memory()  # else the copy would wait for the device
-        return places.to(self._device, non_blocking=True)
+        parameters = self._transform.draw(*self._size, seed=sampler.seed, positions=positions)
+        block = np.stack([sampler.indices(positions), *parameters]).reshape(4, iterations, share)
+        return to_device(torch.from_numpy(np.ascontiguousarray(block.transpose(1, 0, 2))), self._device)
 
 
-def cut(
+def gather_crops(
     images: torch.Tensor,
     labels: torch.Tensor,
     indices: torch.Tensor,
@@ -103,15 +105,14 @@ def cut(
     left: torch.Tensor,
     flip: torch.Tensor,
     *,
-    crop: tuple[int, int],
+    size: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take windows of the size `crop` out of padded images `(N, H, W, 3)`; the others as in `Places`.
+    """Take crops of height and width `size` out of padded images `(N, H, W, 3)`; the others as in `BatchCrops`.
 
-    Gives `(n, 3, *crop)`, stored channels last, and labels `(n,)`.
+    Gives `(n, 3, *size)`, stored channels last, and labels `(n,)`.
     """
-    rows = top[:, None] + torch.arange(crop[0], device=images.device)
-    columns = torch.arange(crop[1], device=images.device)
-    columns = left[:, None] + torch.where(flip[:, None] != 0, columns.flip(0), columns)
+    rows = top[:, None] + torch.arange(size[0], device=images.device)
+    columns = left[:, None] + mirrored_columns(size[1], flip != 0)
     windows = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
     return windows.permute(0, 3, 1, 2), labels[indices]
 

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from resnet_backbone.data.functional import mirrored_columns
+from resnet_backbone.data.transfer import to_device
+
 Window = tuple[int, int, int, int]  # top, left, height and width in pixels of its image
 
 # The memory of one group. The windows of 256 photographs of ImageNet's sizes, resized to 224x224, make six to eight
@@ -83,11 +86,6 @@ def resize_windows(
     return resized
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy from the host; to a GPU without waiting for what is queued there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 class _Axis:
     """The weights along rows or columns: the triangle of `interpolate(mode="bilinear", antialias=True)`.
 
@@ -103,9 +101,7 @@ class _Axis:
         lengths = lengths[:, None]
         scales = lengths.float() / out
         inputs = torch.arange(longest, device=lengths.device) + 0.5
-        outputs = torch.arange(out, device=lengths.device)
-        if mirrored is not None:
-            outputs = torch.where(mirrored[:, None], out - 1 - outputs, outputs)
+        outputs = torch.arange(out, device=lengths.device) if mirrored is None else mirrored_columns(out, mirrored)
         self._inputs = inputs.masked_fill(inputs > lengths, torch.inf)  # (n, longest); the padding gets no weight
         self._centers = (outputs + 0.5) * scales  # (n, out)
         self._reaches = scales.clamp(min=1)  # (n, 1)

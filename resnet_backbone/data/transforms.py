@@ -7,35 +7,29 @@ uint8 until the batch is on the device.
 import math
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from torch.nn import functional
 
+from resnet_backbone.data.functional import (
+    CHANNEL_ORDERS,
+    center_offset,
+    orient,
+    resize,
+    resized_size,
+    shift_colors,
+    to_planes,
+    to_tensor,
+)
 from resnet_backbone.data.sampler import sample_rng
 from resnet_backbone.errors import InputError
 
-CHANNEL_ORDERS = ("RGB", "BGR")
 CROP_TYPES = ("absolute", "random_resized")
 
-# Principal components of the RGB values of ImageNet's training images, in 0...255: standard deviations along the
-# components, and the components as columns (rows: red, green, blue). The AlexNet paper describes the augmentation
-# (Krizhevsky et al. 2012, section 4.1) but prints no numbers; these are those of fb.resnet.torch, the reimplementation
-# from which the published "PCA lighting" constants come (there in 0...1).
-PCA_VALUES = 255 * np.array([0.2175, 0.0188, 0.0045])
-PCA_VECTORS = np.array(
-    [
-        [-0.5675, 0.7192, 0.4009],
-        [-0.5808, -0.0045, -0.8140],
-        [-0.5836, -0.6948, 0.4203],
-    ]
-)
 
+class CropParameters(NamedTuple):
+    """What is done with one image: the window to crop, in source pixels, whether to mirror it, the color shift.
 
-class Plan(NamedTuple):
-    """What is done with one image: the window to cut out, in source pixels, whether to mirror it, the colour shift.
-
-    `colour` holds the weights of the three principal components, `(3,)`, or is None.
+    `pca_weights` holds the weights of the three principal components, `(3,)`, or is None.
     """
 
     top: int
@@ -43,17 +37,17 @@ class Plan(NamedTuple):
     height: int
     width: int
     flip: bool
-    colour: np.ndarray | None
+    pca_weights: np.ndarray | None
 
-    def reduced(self, factor: int) -> "Plan":
-        """The plan for the image decoded at `1 / factor` of its size.
+    def reduced(self, factor: int) -> "CropParameters":
+        """The parameters for the image decoded at `1 / factor` of its size.
 
         The window's edges are rounded to whole pixels of that image, so they move by at most `factor / 2` source
         pixels.
         """
         top, left = round(self.top / factor), round(self.left / factor)
         bottom, right = round((self.top + self.height) / factor), round((self.left + self.width) / factor)
-        return Plan(top, left, bottom - top, right - left, self.flip, self.colour)
+        return CropParameters(top, left, bottom - top, right - left, self.flip, self.pca_weights)
 
 
 class TrainTransform:
@@ -70,7 +64,7 @@ class TrainTransform:
             out a window of random area and aspect ratio (3/4 to 4/3), then resize it to `crop`.
         area: smallest and largest share of the image's area in that window ("random_resized" only).
         flip: probability of mirroring left and right.
-        pca_std: standard deviation of the PCA colour shift's weights; 0: no shift.
+        pca_std: standard deviation of the PCA color shift's weights; 0: no shift.
         channel_order: "RGB" or "BGR", of the result.
 
     For "absolute" the window is found in the unresized image and only its pixels are resized, which spares most of the
@@ -94,11 +88,12 @@ class TrainTransform:
             raise InputError(f"the shorter side's range {tuple(short_side)} is empty; expected (smallest, largest)")
         if not 0 < area[0] <= area[1] <= 1:
             raise InputError(f"the crop's share of the area is {tuple(area)}; expected 0 < smallest <= largest <= 1")
-        if not 0 <= flip <= 1 or pca_std < 0:
-            raise InputError(f"flip is {flip} and pca_std {pca_std}; expected a probability and a number >= 0")
+        check_flip(flip)
+        if pca_std < 0:
+            raise InputError(f"pca_std is {pca_std}; expected a number >= 0")
         if crop_type == "absolute":
-            _check_crop(crop, short_side[0])
-        _check_channel_order(channel_order)
+            _check_crop_fits(crop, short_side[0])
+        check_channel_order(channel_order)
         self.short_side = tuple(short_side)
         self.crop = tuple(crop)
         self.crop_type = crop_type
@@ -110,27 +105,25 @@ class TrainTransform:
     def __call__(self, image: np.ndarray, *, seed: int, position: int) -> torch.Tensor:
         return self.apply(image, self.draw(*image.shape[:2], seed=seed, position=position))
 
-    def draw(self, height: int, width: int, *, seed: int, position: int) -> Plan:
-        """What to do with an image of `height` by `width` pixels at this position of the run."""
+    def draw(self, height: int, width: int, *, seed: int, position: int) -> CropParameters:
+        """Draw what to do with an image of `height` by `width` pixels at this position of the run."""
         rng = sample_rng(seed, position)
         window = self._absolute_window if self.crop_type == "absolute" else self._random_resized_window
-        place = window(height, width, rng)
+        edges = window(height, width, rng)
         flip = rng.random() < self.flip
-        return Plan(*place, flip, rng.normal(0.0, self.pca_std, size=3) if self.pca_std else None)
+        return CropParameters(*edges, flip, rng.normal(0.0, self.pca_std, size=3) if self.pca_std else None)
 
-    def apply(self, image: np.ndarray, plan: Plan) -> torch.Tensor:
-        """Cut out, resize, mirror and shift `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8."""
-        window = image[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
-        planes = to_planes(resize(window, self.crop))
-        if plan.colour is not None:
-            planes = shift_colour(planes, plan.colour)
-        mirrored = [0] * (self.channel_order == "BGR") + [2] * plan.flip
-        pixels = torch.from_numpy(planes)
-        return pixels.flip(mirrored) if mirrored else pixels
+    def apply(self, image: np.ndarray, parameters: CropParameters) -> torch.Tensor:
+        """Crop, resize, mirror and shift the colors of `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8."""
+        top, left, height, width, flip, pca_weights = parameters
+        planes = to_planes(resize(image[top : top + height, left : left + width], self.crop))
+        if pca_weights is not None:
+            planes = shift_colors(planes, pca_weights)
+        return orient(torch.from_numpy(planes), channel_order=self.channel_order, flip=flip)
 
-    def reduction(self, plan: Plan) -> int:
+    def reduction(self, parameters: CropParameters) -> int:
         """The largest of 8, 4, 2 and 1 by which the window can be reduced without becoming smaller than the crop."""
-        fitting = min(plan.height // self.crop[0], plan.width // self.crop[1])
+        fitting = min(parameters.height // self.crop[0], parameters.width // self.crop[1])
         return next((factor for factor in (8, 4, 2) if factor <= fitting), 1)
 
     def _absolute_window(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -161,7 +154,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resize the shorter side, then take the middle: the one-crop test.
+    """Resize the shorter side, then take the center crop: the one-crop test.
 
     Called as `transform(image)` with `(H, W, 3)` uint8 RGB (seed and position, if given, mean nothing to it); gives
     `(3, *crop)` uint8. `short_side` and `crop` in pixels; the latter is height and width.
@@ -170,68 +163,41 @@ class EvalTransform:
     def __init__(
         self, *, short_side: int = 256, crop: tuple[int, int] = (224, 224), channel_order: str = "RGB"
     ) -> None:
-        _check_crop(crop, short_side)
-        _check_channel_order(channel_order)
+        _check_crop_fits(crop, short_side)
+        check_channel_order(channel_order)
         self.short_side = short_side
         self.crop = tuple(crop)
         self.channel_order = channel_order
 
     def __call__(self, image: np.ndarray, *, seed: int = 0, position: int = 0) -> torch.Tensor:
         image = resize(image, resized_size(*image.shape[:2], self.short_side))
-        top, left = (round((size - length) / 2) for size, length in zip(image.shape[:2], self.crop, strict=True))
+        top, left = center_offset(image.shape[:2], self.crop)
         image = image[top : top + self.crop[0], left : left + self.crop[1]]
-        return to_tensor(image, self.channel_order)
+        return to_tensor(image, channel_order=self.channel_order)
 
 
-def resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width after the shorter side is resized, the longer rounded down as in torchvision."""
-    if height <= width:
-        return short_side, short_side * width // height
-    return short_side * height // width, short_side
-
-
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize `(H, W, 3)` uint8 to height and width `size`, bilinear with antialiasing.
-
-    That is Pillow's filter, to within 1 level, and 2 in a few pixels at steep edges.
-    """
-    if image.shape[:2] == tuple(size):
-        return image
-    # OpenCV's filters differ from Pillow's (and so from what published weights were tested with) where they shrink;
-    # torch has Pillow's algorithm in vectorized form for uint8 pixels stored together. It gives the channels apart.
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    return functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-
-
-def shift_colour(planes: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Add `PCA_VECTORS @ (weights * PCA_VALUES)` to every pixel of `(3, H, W)` uint8 RGB, rounded and clipped."""
-    shift = np.rint(PCA_VECTORS @ (weights * PCA_VALUES))
-    return np.stack([cv2.add(plane, value) for plane, value in zip(planes, shift.tolist(), strict=True)])
-
-
-def to_planes(image: np.ndarray) -> np.ndarray:
-    """`(H, W, 3)` to contiguous `(3, H, W)`."""
-    if image.strides[2] == 1:
-        return np.stack(cv2.split(image))  # several times as fast as numpy's copy
-    return np.ascontiguousarray(image.transpose(2, 0, 1))
-
-
-def to_tensor(image: np.ndarray, channel_order: str) -> torch.Tensor:
-    """`(H, W, 3)` RGB to a contiguous `(3, H, W)` tensor of the given channel order."""
-    pixels = torch.from_numpy(to_planes(image))
-    return pixels if channel_order == "RGB" else pixels.flip(0)
-
-
-def _check_crop(crop: tuple[int, int], short_side: int) -> None:
+def check_crop(crop: tuple[int, int]) -> None:
+    """Raise InputError unless a crop of that height and width has pixels."""
     if min(crop) < 1:
         raise InputError(f"a crop of {crop[0]}x{crop[1]} pixels is empty; expected a height and width of at least 1")
+
+
+def check_flip(flip: float) -> None:
+    """Raise InputError unless `flip` is a probability."""
+    if not 0 <= flip <= 1:
+        raise InputError(f"flip is {flip}; expected a probability")
+
+
+def check_channel_order(channel_order: str) -> None:
+    """Raise InputError unless the order of channels is known."""
+    if channel_order not in CHANNEL_ORDERS:
+        raise InputError(f"unknown channel order {channel_order!r}; expected one of {', '.join(CHANNEL_ORDERS)}")
+
+
+def _check_crop_fits(crop: tuple[int, int], short_side: int) -> None:
+    check_crop(crop)
     if max(crop) > short_side:
         raise InputError(
             f"a crop of {crop[0]}x{crop[1]} pixels does not fit into an image whose shorter side is resized to "
             f"{short_side}; make the crop smaller or the shorter side at least {max(crop)}"
         )
-
-
-def _check_channel_order(channel_order: str) -> None:
-    if channel_order not in CHANNEL_ORDERS:
-        raise InputError(f"unknown channel order {channel_order!r}; expected one of {', '.join(CHANNEL_ORDERS)}")

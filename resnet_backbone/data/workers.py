@@ -1,4 +1,4 @@
-"""The processes that load: how they are started, and what each of them does first."""
+"""Loading processes: how they are started, and what each of them does first."""
 
 import gc
 import os
@@ -46,22 +46,23 @@ class Loader(DataLoader):
 
 
 def prepare_worker(worker: int) -> None:
-    """A DataLoader's `worker_init_fn`: one thread, since the workers are the parallelism, and deaf to strangers.
+    """Limit a DataLoader's worker to one thread and make it ignore signals from any process but its parent.
 
-    The training process decides when to leave, and needs its workers until then. So they take SIGTERM, by which a
-    DataLoader ends them, from it alone.
+    This is the DataLoader's `worker_init_fn`. One thread, because the workers are the parallelism. The training process
+    decides when to stop and needs its workers until then, so a worker obeys SIGTERM, with which a DataLoader ends it,
+    from its parent alone.
     """
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     # The collector marks every object it looks at, and so would copy what the workers share with their parent.
     gc.freeze()
-    # Only who waits for a signal is told who sent it, and only a blocked one can be waited for.
+    # The sender of a signal is known only to a thread that waits for it, and only a blocked signal can be waited for.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 
 
-def _obey(master: int) -> None:
-    """End this process when `master` sends SIGTERM."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != master:
+def _obey(parent: int) -> None:
+    """End this process when the process `parent` sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -10,7 +10,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 from resnet_backbone.detection.pretrained import load_pretrained
-from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.config import ConfigError, as_config_error
 from resnet_backbone.engine.network_config import arguments_from_config
 from resnet_backbone.networks import accepted_arguments, build_network
 
@@ -73,14 +73,10 @@ def build_part(
         ConfigError: the network is unknown, or has no feature or stage of that name.
     """
     name = cfg.MODEL.NETWORK.NAME
-    try:
+    with as_config_error("MODEL.NETWORK"):
         arguments = arguments_from_config(cfg, accepted_arguments(name))
         with torch.device("meta"):
             whole = build_network(name, **arguments)
-    except ConfigError:
-        raise
-    except ValueError as error:  # networks know no configuration: name the keys that the complaint is about
-        raise ConfigError(f"MODEL.NETWORK: {error}.") from error
     if stages is None:
         if unknown := [feature for feature in out_features if feature not in whole.feature_info]:
             raise ConfigError(

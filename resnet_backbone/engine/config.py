@@ -5,6 +5,7 @@ of weights may replace; a key with one is the user's word, which a contradiction
 """
 
 import ast
+import contextlib
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,17 @@ _ORIGINS = "_resnet_backbone_origins"
 
 class ConfigError(InputError):
     """A configuration key, file or value cannot be used."""
+
+
+@contextlib.contextmanager
+def as_config_error(keys: str) -> Iterator[None]:
+    """Turn a ValueError into a ConfigError that names the keys its values came from."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{keys}: {error}.") from error
 
 
 def load_config(cfg: CfgNode, config_file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:

@@ -24,8 +24,8 @@ from resnet_backbone.engine.config import ConfigError, set_key
 from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, choose_seed
-from resnet_backbone.pretraining.batches import TrainBatches
 from resnet_backbone.pretraining.network import train_new
+from resnet_backbone.pretraining.pipelines import build_pipeline
 from resnet_backbone.pretraining.task import run
 
 TEST_BATCHES = 2  # that try_run evaluates on
@@ -94,16 +94,16 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
         choose_seed(short, None)
         torch.manual_seed(short.SEED)
         source = open_source(short.DATASETS.TRAIN[0])
-        batches = TrainBatches(short, source)
-        one = next(iter(batches(0)))
+        pipeline = build_pipeline(short, source)
+        one = next(pipeline(0))
         rows = []
         for title, feed in (
-            (short.DATASETS.TRAIN[0], lambda *_: batches(0)),
+            (short.DATASETS.TRAIN[0], lambda *_: pipeline(0)),
             ("one batch, repeated", lambda *_: itertools.repeat(one)),
         ):
             target = folder / str(len(rows))
             target.mkdir(exist_ok=True)
-            train_new(short, len(source.class_names), feed, batches.images_of, target)
+            train_new(short, len(source.class_names), feed, pipeline.images_of, target)
             comm.synchronize()  # the main process has written
             measured = json.loads((target / "metrics.json").read_text().splitlines()[-1])
             rows.append((title, measured["images_per_second"], 100 * measured["data_share"]))
@@ -113,7 +113,7 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
             f"{cfg.MODEL.NETWORK.NAME}, batches of {cfg.SOLVER.IMS_PER_BATCH} images over {comm.get_world_size()} "
             f"process(es), {cfg.MODEL.DEVICE}, {precision}; {iterations} iterations, after {iterations} of warm-up"
         )
-        print(tabulate(rows, ("data", "images/s", "waiting for data, % of the time"), floatfmt=".1f"))
+        print(tabulate(rows, ("data", "images per second", "waiting for data, % of the time"), floatfmt=".1f"))
 
 
 def _shortened(cfg: CfgNode, folder: Path, keys: Mapping[str, Any]) -> CfgNode:

@@ -23,8 +23,14 @@ from resnet_backbone.data.transforms import EvalTransform
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.precision import autocast, precision_of
 from resnet_backbone.networks import build_network
-from resnet_backbone.pretraining.batches import Normalise, crop_size
-from resnet_backbone.pretraining.views import Group, choose_views, collate, log_probabilities
+from resnet_backbone.pretraining.multi_crop import (
+    CropGroup,
+    EvaluationCrops,
+    build_evaluation_crops,
+    collate,
+    log_probabilities,
+)
+from resnet_backbone.pretraining.preprocessing import Normalize, crop_size
 from resnet_backbone.weights import Metadata, Unstated, load_state, read_weights
 
 logger = logging.getLogger(__name__)
@@ -44,26 +50,26 @@ class Member(NamedTuple):
 @torch.no_grad()
 def evaluate_classifier(
     members: Sequence[Member],
-    batches: Iterable[tuple[torch.Tensor | Sequence[Group], torch.Tensor]],
+    batches: Iterable[tuple[torch.Tensor | Sequence[CropGroup], torch.Tensor]],
     *,
-    whole: bool = False,
+    dense: bool = False,
     max_pixels: int | None = None,
     precision: str = "fp32",
     images: int = 0,
 ) -> dict[str, float]:
     """Accuracy over all images of all processes; each image counts once.
 
-    An image's prediction is the mean of the members' softmax probabilities over its views.
+    An image's prediction is the mean of the members' softmax probabilities over its crops.
 
     Args:
         members: evaluated in eval mode, their training mode is restored; all on one device, with the same classes.
-        batches: this process's images, `(N, 3, H, W)` uint8 or groups of their views, and labels `(N,)`.
-        whole, max_pixels: of `log_probabilities`.
+        batches: this process's images, `(N, 3, H, W)` uint8 or groups of their crops, and labels `(N,)`.
+        dense, max_pixels: of `log_probabilities`.
         precision: "fp32", or "bf16" or "fp16" for autocast. Probabilities are computed in float64 always.
         images: how many `batches` will hold, for the progress.
 
     Returns:
-        "top1" and "top5" in per cent, "test_loss", the mean cross entropy, and "images", how many were counted.
+        "top1" and "top5" in percent, "test_loss", the mean cross entropy, and "images", how many were counted.
     """
     device = next(members[0].model.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -71,10 +77,10 @@ def evaluate_classifier(
         for model, _ in members:
             stack.enter_context(_eval_mode(model))
         stack.enter_context(autocast(precision, device))
-        for views, labels in _with_progress(batches, images):
-            groups = [Group(views, torch.arange(len(views)))] if isinstance(views, torch.Tensor) else views
+        for crops, labels in _with_progress(batches, images):
+            groups = [CropGroup(crops, torch.arange(len(crops)))] if isinstance(crops, torch.Tensor) else crops
             predictions = [
-                log_probabilities(model, prepare, groups, len(labels), whole=whole, max_pixels=max_pixels)
+                log_probabilities(model, prepare, groups, len(labels), dense=dense, max_pixels=max_pixels)
                 for model, prepare in members
             ]
             predicted = torch.stack(predictions).logsumexp(0) - math.log(len(members))
@@ -89,65 +95,76 @@ def evaluate_classifier(
 
 
 class Evaluator:
-    """Accuracy on DATASETS.TEST, and the same on two images to find out early whether it will work.
+    """Measure accuracy on one data set, or on its first two images to find out early whether that will work.
 
     Args:
-        prepare: makes the evaluated network's input of images in the order INPUT.FORMAT.
+        source: the images.
+        prepare: makes the evaluated network's input of them.
         ensemble: further classifiers, whose predictions are averaged with the network's (`load_ensemble`).
-
-    Raises:
-        ConfigError: a key of INPUT or TEST cannot be used.
+        crops: what is taken of an image.
+        max_pixels: that a network sees at once (see `log_probabilities`).
+        batch_size: images of this process that are loaded at once.
+        workers: number of loading processes.
+        device: that the networks are on.
+        keep_on_device: load the images once and keep them there; where `crops` gives one of a fixed size.
+        precision: "fp32", "bf16" or "fp16".
+        rank, world_size: which share of the images is this process's.
     """
 
     def __init__(
         self,
-        cfg: CfgNode,
+        *,
         source: ClassificationSource,
         prepare: Callable[[torch.Tensor], torch.Tensor],
-        *,
         ensemble: Sequence[Member] = (),
+        crops: EvaluationCrops,
+        max_pixels: int,
+        batch_size: int,
+        workers: int,
+        device: torch.device | str,
+        keep_on_device: bool,
+        precision: str,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         self._source = source
         self._prepare = prepare
         self._ensemble = list(ensemble)
-        self._views = choose_views(cfg)
-        self._precision = precision_of(cfg)
-        # TEST.IMS_PER_BATCH counts over all processes, a loader's batch is its process's share.
-        self._batch_size = max(1, (cfg.TEST.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH) // comm.get_world_size())
-        height, width = crop_size(cfg)
-        self._max_pixels = self._batch_size * height * width
-        self._load_size = self._batch_size
-        if self._views.pixels > height * width:
-            self._load_size = min(self._batch_size, max(1, LOAD_BYTES // (3 * self._views.pixels)))
-        self._workers = cfg.DATALOADER.NUM_WORKERS
-        self._device = cfg.MODEL.DEVICE
-        self._keep_on_device = cfg.DATALOADER.PIPELINE == "resident" and type(self._views.transform) is EvalTransform
+        self._crops = crops
+        self._max_pixels = max_pixels
+        self._batch_size = batch_size
+        self._workers = workers
+        self._device = torch.device(device)
+        self._keep_on_device = keep_on_device
+        self._precision = precision
+        self._share = {"rank": rank, "world_size": world_size}
         self._kept: ResidentEvaluation | None = None
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Evaluate the network of the configuration, with the ensemble's where there is one."""
-        images = EvaluationSampler(len(self._source), batch_size=1, **_shares())
+        """Evaluate the network, together with the ensemble where there is one."""
+        images = EvaluationSampler(len(self._source), batch_size=1, **self._share)
         with torch.compiler.set_stance("force_eager"):  # its shapes are not those of training
             results = self._evaluate(model, self._batches(), images=len(images))
         logger.info(
             "top-1 %.2f %%, top-5 %.2f %%, cross entropy %.4f of %d images (%s, %s%s)",
             *results.values(),
-            self._views.description,
+            self._crops.description,
             self._precision,
             f", {1 + len(self._ensemble)} networks" if self._ensemble else "",
         )
         return results
 
     def try_two_images(self, model: nn.Module) -> None:
+        """Evaluate two images in this process, so that what does not fit is found before the training."""
         # A process without images takes part all the same: the others wait for its counts.
         self._evaluate(model, itertools.islice(self._loader(2, workers=0), 1))
 
     def _batches(self) -> Iterable:
         if not self._keep_on_device:
-            return self._loader(self._load_size, self._workers)
+            return self._loader(self._batch_size, self._workers)
         if self._kept is None:
             self._kept = ResidentEvaluation(
-                self._source, self._views.transform, batch_size=self._batch_size, device=self._device, **_shares()
+                self._source, self._crops.transform, batch_size=self._batch_size, device=self._device, **self._share
             )
         return self._kept
 
@@ -155,7 +172,7 @@ class Evaluator:
         return evaluate_classifier(
             [Member(model, self._prepare), *self._ensemble],
             batches,
-            whole=self._views.whole,
+            dense=self._crops.dense,
             max_pixels=self._max_pixels,
             precision=self._precision,
             images=images,
@@ -164,17 +181,53 @@ class Evaluator:
     def _loader(self, batch_size: int, workers: int) -> DataLoader:
         return evaluation_loader(
             self._source,
-            self._views.transform,
+            self._crops.transform,
             batch_size=batch_size,
             workers=workers,
-            pin_memory=self._device.startswith("cuda"),
+            pin_memory=self._device.type == "cuda",
             collate_samples=collate,
-            **_shares(),
+            **self._share,
         )
 
 
-def _shares() -> dict[str, int]:
-    return {"rank": comm.get_rank(), "world_size": comm.get_world_size()}
+def build_evaluator(
+    cfg: CfgNode,
+    source: ClassificationSource,
+    prepare: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    ensemble: Sequence[Member] = (),
+) -> Evaluator:
+    """The evaluation that INPUT and TEST ask for, of this process's share of `source`.
+
+    Args:
+        prepare: makes the evaluated network's input of images in the order INPUT.FORMAT.
+        ensemble: of `Evaluator`.
+
+    Raises:
+        ConfigError: a key of INPUT or TEST cannot be used.
+    """
+    crops = build_evaluation_crops(cfg)
+    height, width = crop_size(cfg)
+    world_size = comm.get_world_size()
+    # TEST.IMS_PER_BATCH counts over all processes, a loader's batch is its process's share.
+    batch_size = max(1, (cfg.TEST.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH) // world_size)
+    max_pixels = batch_size * height * width
+    if crops.pixels > height * width:
+        batch_size = min(batch_size, max(1, LOAD_BYTES // (3 * crops.pixels)))
+    return Evaluator(
+        source=source,
+        prepare=prepare,
+        ensemble=ensemble,
+        crops=crops,
+        max_pixels=max_pixels,
+        batch_size=batch_size,
+        workers=cfg.DATALOADER.NUM_WORKERS,
+        device=cfg.MODEL.DEVICE,
+        keep_on_device=cfg.DATALOADER.PIPELINE == "resident" and type(crops.transform) is EvalTransform,
+        precision=precision_of(cfg),
+        rank=comm.get_rank(),
+        world_size=world_size,
+    )
 
 
 def load_ensemble(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
@@ -184,6 +237,7 @@ def load_ensemble(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
         ConfigError: a file is no classifier of `class_names`, or does not say how its network was fed.
         CheckpointError: a file cannot be read.
     """
+    channel_order, device = cfg.INPUT.FORMAT, cfg.MODEL.DEVICE
     members = []
     for file in cfg.TEST.ENSEMBLE:
         try:
@@ -206,20 +260,19 @@ def load_ensemble(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
             )
         model = build_network(metadata.architecture, len(theirs), **metadata.arguments)
         logger.info(load_state(model, weights.model, part="network", source=file))
-        members.append(
-            Member(model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last).eval(), _preparation(cfg, metadata))
-        )
+        model = model.to(device, memory_format=torch.channels_last).eval()
+        members.append(Member(model, _preparation(metadata, channel_order=channel_order, device=device)))
     return members
 
 
-def _preparation(cfg: CfgNode, metadata: Metadata) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make another network's input of images in the order INPUT.FORMAT."""
-    theirs = cfg.clone()
-    theirs.MODEL.PIXEL_MEAN, theirs.MODEL.PIXEL_STD = list(metadata.pixel_mean), list(metadata.pixel_std)
-    normalise = Normalise(theirs)
-    if metadata.channel_order == cfg.INPUT.FORMAT:
-        return normalise
-    return lambda images: normalise(images.flip(1))
+def _preparation(
+    metadata: Metadata, *, channel_order: str, device: torch.device | str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make the input of the network that `metadata` describes of images in the given order of channels."""
+    normalize = Normalize(mean=metadata.pixel_mean, std=metadata.pixel_std, device=device)
+    if metadata.channel_order == channel_order:
+        return normalize
+    return lambda images: normalize(images.flip(1))
 
 
 def _difference(theirs: list[str], ours: list[str]) -> str:

@@ -8,13 +8,14 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from resnet_backbone.engine.config import as_config_error
 from resnet_backbone.engine.network_config import arguments_from_config
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import versions
 from resnet_backbone.engine.train import train
 from resnet_backbone.networks import accepted_arguments, build_network
-from resnet_backbone.pretraining.batches import as_config_error, crop_size
 from resnet_backbone.pretraining.losses import ClassificationLosses, ImagesOf
+from resnet_backbone.pretraining.preprocessing import build_normalize, crop_size
 from resnet_backbone.weights import Metadata
 
 
@@ -82,7 +83,9 @@ def train_new(cfg: CfgNode, num_classes: int, feed: Feed, images_of: ImagesOf, f
     model, arguments = build_classifier(cfg, num_classes)
     model = model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
     optimizer = build_optimizer(cfg, model)
-    losses = ClassificationLosses(cfg, images_of)
+    losses = ClassificationLosses(
+        images_of=images_of, normalize=build_normalize(cfg), label_smoothing=cfg.SOLVER.LABEL_SMOOTHING
+    )
     task = _Measured(cfg, arguments, losses, lambda: feed(model, optimizer, losses))
     train(cfg, task, model, optimizer, folder=folder, resume_from=None)
 

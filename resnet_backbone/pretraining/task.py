@@ -20,10 +20,11 @@ from resnet_backbone.engine.precise_bn import estimate_norm_statistics
 from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.pretrained import read_with_statements, statements
 from resnet_backbone.networks import FrozenBatchNorm2d
-from resnet_backbone.pretraining.batches import Normalise, TrainBatches
-from resnet_backbone.pretraining.evaluation import Evaluator, load_ensemble
+from resnet_backbone.pretraining.evaluation import build_evaluator, load_ensemble
 from resnet_backbone.pretraining.losses import ClassificationLosses
 from resnet_backbone.pretraining.network import build_classifier, describe_classifier
+from resnet_backbone.pretraining.pipelines import build_pipeline
+from resnet_backbone.pretraining.preprocessing import build_normalize
 from resnet_backbone.weights import Checkpoint, Metadata, load_state
 
 logger = logging.getLogger(__name__)
@@ -64,20 +65,23 @@ class Classification:
         self._norms = [module for module in model.modules() if isinstance(module, norms)]
         self._class_names = tuple(source.class_names)
         self.metadata(0)
-        self._prepare = Normalise(cfg)
-        self._batches = TrainBatches(cfg, source)
-        self._losses = ClassificationLosses(cfg, self._batches.images_of)
-        self._evaluator = Evaluator(
-            cfg, test_source, self._prepare, ensemble=load_ensemble(cfg, test_source.class_names)
+        self._normalize = build_normalize(cfg)
+        self._pipeline = build_pipeline(cfg, source)
+        self._losses = ClassificationLosses(
+            images_of=self._pipeline.images_of,
+            normalize=self._normalize,
+            label_smoothing=cfg.SOLVER.LABEL_SMOOTHING,
         )
-        self.num_images = len(source)
+        ensemble = load_ensemble(cfg, test_source.class_names)
+        self._evaluator = build_evaluator(cfg, test_source, self._normalize, ensemble=ensemble)
+        self.num_images = self._pipeline.num_images
         return model
 
     def try_evaluation(self, model: nn.Module) -> None:
         self._evaluator.try_two_images(model)
 
     def batches(self, start_iteration: int) -> Iterable[Any]:
-        return self._batches(start_iteration)
+        return self._pipeline(start_iteration)
 
     def losses(self, model: nn.Module, batch: Any) -> tuple[Losses, Losses]:
         return self._losses(model, batch)
@@ -86,7 +90,7 @@ class Classification:
         self._losses.compile()
 
     def image_names(self, iteration: int) -> Sequence[str]:
-        return self._batches.names(iteration)
+        return self._pipeline.names(iteration)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         return self._evaluator(model)
@@ -112,8 +116,8 @@ class Classification:
         precise_bn = self._cfg.TEST.PRECISE_BN
         if not precise_bn.ENABLED:
             return
-        batches = itertools.islice(self._batches(0), precise_bn.NUM_ITER)
-        images = (self._prepare(self._batches.images_of(batch)[0]) for batch in batches)
+        batches = itertools.islice(self._pipeline(0), precise_bn.NUM_ITER)
+        images = (self._normalize(self._pipeline.images_of(batch)[0]) for batch in batches)
         precision = precision_of(self._cfg)
         if layers := estimate_norm_statistics(model, images, precise_bn.NUM_ITER, precision=precision):
             self._precise = True

@@ -10,7 +10,7 @@ from resnet_backbone.data.errors import DatasetError
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    """Smooth colours, 53 by 41 pixels."""
+    """Smooth colors, 53 by 41 pixels."""
     cells = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(cells).resize((53, 41), Image.Resampling.BICUBIC)
 
@@ -90,7 +90,7 @@ def test_no_image():
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [dict(subsampling=0), dict(subsampling=2), dict(progressive=True)])
 def test_reduced_jpeg_is_the_mean_of_the_pixels(picture, reduction, mode, options):
-    """Sizes are rounded up; the colours are in their order; EXIF turns nothing."""
+    """Sizes are rounded up; the colors are in their order; EXIF turns nothing."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image = picture.resize((211, 163), Image.Resampling.BICUBIC)

@@ -24,8 +24,8 @@ TRANSFORMS = {
     "random_resized": TrainTransform(crop_type="random_resized", crop=(88, 80), channel_order="BGR"),
     "plain": TrainTransform(short_side=(60, 300), crop=(56, 60), flip=0.0, pca_std=0.0),
 }
-# Largest mean difference over a batch and largest difference of one value, in grey levels of 0...255. On the host only
-# the resizing differs: it rounds to whole levels after each direction. nvJPEG also interpolates colour differently.
+# Largest mean difference over a batch and largest difference of one value, in gray levels of 0...255. On the host only
+# the resizing differs: it rounds to whole levels after each direction. nvJPEG also interpolates color differently.
 HOST_TOLERANCE = 0.3, 2
 CUDA_TOLERANCE = 2.0, 128
 
@@ -54,7 +54,7 @@ def encode(image: Image.Image, form: str = "JPEG", **arguments) -> bytes:
 
 
 def jpegs() -> list[bytes]:
-    """Of several sizes, qualities, colour resolutions, gray, progressive, with an orientation that is to be ignored."""
+    """Of several sizes, qualities, color resolutions, gray, progressive, with an orientation that is to be ignored."""
     turned = Image.Exif()
     turned[0x0112] = 6
     return [
@@ -70,7 +70,7 @@ def jpegs() -> list[bytes]:
 def others() -> list[bytes]:
     """What goes through the host's decoder."""
     rgb = encode(picture(8, 130, 140), quality=90, keep_rgb=True)
-    assert rgb[6:11] == b"Adobe"  # which says that there is no colour transform; so do the components' names alone
+    assert rgb[6:11] == b"Adobe"  # which says that there is no color transform; so do the components' names alone
     return [
         encode(picture(6, 150, 160), "PNG"),
         encode(picture(7, 120, 170).convert("CMYK"), quality=90),

@@ -91,7 +91,7 @@ def pictures():
     return np.array(images), np.array(labels)
 
 
-def colour_histograms(images: np.ndarray) -> np.ndarray:
+def color_histograms(images: np.ndarray) -> np.ndarray:
     cells = (images // 64).astype(int) @ [16, 4, 1]
     return np.stack([np.bincount(image.ravel(), minlength=64) for image in cells]) / cells[0].size
 
@@ -128,10 +128,10 @@ def logistic_accuracy(features: np.ndarray, labels: np.ndarray, train: int = 800
     return ((inputs @ weight).argmax(1) == targets)[train:].float().mean().item()
 
 
-def test_colours_do_not_tell_the_classes_apart(pictures):
+def test_colors_do_not_tell_the_classes_apart(pictures):
     """Chance is 12.5 %, with a standard error of 1.7 points on 400 images."""
     images, labels = pictures
-    assert logistic_accuracy(colour_histograms(images), labels) < 0.18
+    assert logistic_accuracy(color_histograms(images), labels) < 0.18
 
 
 def test_edges_tell_the_classes_apart(pictures):
@@ -149,7 +149,7 @@ def test_boxes_and_areas_are_those_of_the_visible_pixels():
 
 
 def test_owners_are_what_is_drawn_and_enough_of_each_is_visible(monkeypatch):
-    """Objects painted in flat colours on nothing: the image itself is then the map of objects."""
+    """Objects painted in flat colors on nothing: the image itself is then the map of objects."""
     whole = []
 
     def paint_number(image, place, rng, *, vivid):

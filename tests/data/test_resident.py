@@ -9,7 +9,7 @@ from resnet_backbone.data.classification import evaluation_loader, train_loader
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.padded_crop import PaddedCropTransform
-from resnet_backbone.data.resident import ResidentBatches, ResidentEvaluation, cut
+from resnet_backbone.data.resident import ResidentBatches, ResidentEvaluation, gather_crops
 from resnet_backbone.data.transforms import EvalTransform
 
 COUNT = 37
@@ -89,29 +89,29 @@ def test_ranks_share_a_batch(source, device):
         assert same(itertools.islice(resident(2), 9), loader)
 
 
-def test_places_in_any_order(source, device):
+def test_crops_in_any_order(source, device):
     """What is kept of one epoch does not leak into another."""
     resident = ResidentBatches(source, PaddedCropTransform(crop=(20, 24)), batch_size=5, seed=2, device=device)
     expected = list(itertools.islice(resident(0), 40))
     for iteration in (39, 0, 17, 8, 7, 39):
-        places = resident.places(iteration)
-        assert all(part.dtype == torch.int64 and part.shape == (5,) for part in places)
-        batch = cut(resident.images, resident.labels, *places, crop=(20, 24))
+        crops = resident.crops(iteration)
+        assert all(part.dtype == torch.int64 and part.shape == (5,) for part in crops)
+        batch = gather_crops(resident.images, resident.labels, *crops, size=(20, 24))
         assert all(torch.equal(got, wanted) for got, wanted in zip(batch, expected[iteration], strict=True))
 
 
 def test_every_image_once_an_epoch(source):
     resident = ResidentBatches(source, PaddedCropTransform(crop=(20, 24)), batch_size=37, seed=2, device="cpu")
     for epoch in range(3):
-        assert resident.places(epoch).indices.sort().values.tolist() == list(range(COUNT))
+        assert resident.crops(epoch).indices.sort().values.tolist() == list(range(COUNT))
 
 
-def test_cut_follows_its_definition():
+def test_gather_crops_follows_its_definition():
     """Window by window, in plain indexing."""
     rng = np.random.default_rng(1)
     images, labels = torch.from_numpy(rng.integers(0, 256, (6, 9, 11, 3), np.uint8)), torch.arange(6) * 7
     indices, top, left, flip = (torch.from_numpy(rng.integers(0, high, 30)) for high in (6, 5, 4, 2))
-    windows, numbers = cut(images, labels, indices, top, left, flip, crop=(5, 8))
+    windows, numbers = gather_crops(images, labels, indices, top, left, flip, size=(5, 8))
     for window, number, i, y, x, mirrored in zip(windows, numbers, indices, top, left, flip):
         expected = images[i, y : y + 5, x : x + 8].permute(2, 0, 1)
         assert torch.equal(window, expected.flip(2) if mirrored else expected) and number == 7 * i
@@ -121,15 +121,15 @@ def test_cut_follows_its_definition():
 def test_in_a_cuda_graph(source):
     transform = PaddedCropTransform(crop=(20, 24))
     resident = ResidentBatches(source, transform, batch_size=8, seed=0, device="cuda")
-    places = [part.clone() for part in resident.places(0)]
-    cut(resident.images, resident.labels, *places, crop=(20, 24))
+    crops = [part.clone() for part in resident.crops(0)]
+    gather_crops(resident.images, resident.labels, *crops, size=(20, 24))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = cut(resident.images, resident.labels, *places, crop=(20, 24))
+        result = gather_crops(resident.images, resident.labels, *crops, size=(20, 24))
     batches = []
     for iteration in range(12):
-        for kept, part in zip(places, resident.places(iteration)):
+        for kept, part in zip(crops, resident.crops(iteration)):
             kept.copy_(part)
         graph.replay()
         batches.append([part.clone() for part in result])
@@ -138,7 +138,7 @@ def test_in_a_cuda_graph(source):
 
 @pytest.mark.gpu
 def test_waits_for_the_device_never(source):
-    """Neither a step nor the upload of an epoch's places; torch raises where something would."""
+    """Neither a step nor the upload of an epoch's crops; torch raises where something would."""
     resident = ResidentBatches(source, PaddedCropTransform(crop=(20, 24)), batch_size=8, seed=0, device="cuda")
     batches = resident(0)
     next(batches)

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from resnet_backbone.data.resize import GROUP_BYTES, resize_each, resize_windows
 
-# In grey levels of 0...255. The operator's own float32 differs from its float64 by as much.
+# In gray levels of 0...255. The operator's own float32 differs from its float64 by as much.
 TOLERANCE = 0.005
 
 # (image's height and width, window's top, left, height and width)

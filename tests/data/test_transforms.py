@@ -5,16 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from resnet_backbone.data.functional import PCA_VALUES, PCA_VECTORS, resize
 from resnet_backbone.data.sampler import sample_rng
-from resnet_backbone.data.transforms import (
-    PCA_VALUES,
-    PCA_VECTORS,
-    EvalTransform,
-    TrainTransform,
-    resize,
-    shift_colour,
-    to_planes,
-)
+from resnet_backbone.data.transforms import EvalTransform, TrainTransform
 
 PLAIN = dict(flip=0.0, pca_std=0.0)
 
@@ -42,14 +35,6 @@ def test_eval_equals_torchvision(size, short_side, crop):
     got = EvalTransform(short_side=short_side, crop=crop)(image)
     assert got.dtype == torch.uint8 and got.shape == (3, *crop) and got.is_contiguous()
     assert (got.int() - expected.int()).abs().max() <= 1
-
-
-@pytest.mark.parametrize("source, target", [((300, 400), (150, 170)), ((40, 30), (64, 64)), ((99, 64), (64, 64))])
-def test_resize_equals_pillow(source, target):
-    image = smooth(*source)
-    window = np.pad(image, ((3, 2), (5, 1), (0, 0)))[3:-2, 5:-1]  # a view, as a crop is
-    expected = np.asarray(Image.fromarray(image).resize(target[::-1], Image.Resampling.BILINEAR)).astype(int)
-    assert abs(resize(window, target) - expected).max() <= 1
 
 
 def reference_draws(size, short_side, crop, *, seed: int = 0, position: int):
@@ -93,7 +78,7 @@ def test_crop_without_resize_is_exact():
 
 
 def test_crops_cover_the_image_uniformly():
-    """The window's place and size, read from an image whose colours are coordinates."""
+    """The window's place and size, read from an image whose colors are coordinates."""
     image = ramp(255, 340)
     transform = TrainTransform(short_side=(256, 480), crop=(224, 224), **PLAIN)
     firsts, extents = [], []
@@ -124,19 +109,7 @@ def test_flip_mirrors_left_and_right():
     assert 0.4 < share < 0.6
 
 
-def test_colour_shift_equals_the_formula():
-    image = smooth(64, 60)
-    weights = np.random.default_rng(5).normal(0, 0.1, 3)
-    # I + [p1 p2 p3] [w1 l1, w2 l2, w3 l3]^T, AlexNet paper, section 4.1.
-    shift = sum(weights[k] * PCA_VALUES[k] * PCA_VECTORS[:, k] for k in range(3))
-    for strength in (1, 100):
-        expected = np.clip(np.rint(image + strength * shift), 0, 255).transpose(2, 0, 1)
-        got = shift_colour(to_planes(image), strength * weights)
-        assert got.dtype == np.uint8 and (got == expected).mean() > 0.999
-        assert strength > 1 or (got == expected).all()
-
-
-def test_colour_shift_has_the_components_covariance():
+def test_color_shift_has_the_components_covariance():
     gray = np.full((8, 8, 3), 128, np.uint8)
     transform = TrainTransform(short_side=(8, 8), crop=(8, 8), flip=0.0, pca_std=0.1)
     pixels = np.array([transform(gray, seed=0, position=position).numpy()[:, 0, 0] for position in range(4000)], float)
@@ -205,23 +178,24 @@ def test_the_result_is_a_function_of_seed_and_position():
 @pytest.mark.parametrize("channel_order", ["RGB", "BGR"])
 @pytest.mark.parametrize("size", [(90, 120), (64, 64)])  # resized, and cut out alone
 def test_draw_and_apply_are_the_transform(channel_order, size):
-    """The draws written out in their order, and the plan carried out with torchvision's functions."""
+    """The draws written out in their order, and the parameters carried out with torchvision's functions."""
     tv = pytest.importorskip("torchvision.transforms.functional")
     short_side = (64, 80) if size[0] > 64 else (64, 64)
     transform = TrainTransform(short_side=short_side, crop=(60, 56), pca_std=0.2, channel_order=channel_order)
     image = smooth(*size)
     flips = 0
     for position in range(8):
-        plan = transform.draw(*size, seed=9, position=position)
+        parameters = transform.draw(*size, seed=9, position=position)
         *_, draw = reference_draws(size, short_side, (60, 56), seed=9, position=position)
-        assert plan.flip == (draw.random() < 0.5) and np.array_equal(plan.colour, draw.normal(0, 0.2, 3))
-        flips += plan.flip
-        pixels = tv.resized_crop(Image.fromarray(image), *plan[:4], [60, 56])
-        pixels = tv.pil_to_tensor(tv.hflip(pixels) if plan.flip else pixels).double()
-        shift = torch.from_numpy(PCA_VECTORS @ (plan.colour * PCA_VALUES)).view(3, 1, 1)
+        assert parameters.flip == (draw.random() < 0.5)
+        assert np.array_equal(parameters.pca_weights, draw.normal(0, 0.2, 3))
+        flips += parameters.flip
+        pixels = tv.resized_crop(Image.fromarray(image), *parameters[:4], [60, 56])
+        pixels = tv.pil_to_tensor(tv.hflip(pixels) if parameters.flip else pixels).double()
+        shift = torch.from_numpy(PCA_VECTORS @ (parameters.pca_weights * PCA_VALUES)).view(3, 1, 1)
         expected = (pixels + shift).round().clip(0, 255)
         expected = expected if channel_order == "RGB" else expected.flip(0)
-        got = transform.apply(image, plan)
+        got = transform.apply(image, parameters)
         difference = (got - expected).abs()
         assert got.dtype == torch.uint8 and got.is_contiguous() and difference.max() <= 2 and difference.mean() < 0.1
         assert torch.equal(transform(image, seed=9, position=position), got)
@@ -234,13 +208,13 @@ def test_a_reduced_window_is_the_same_place(crop_type):
     transform = TrainTransform(short_side=(100, 300), crop=(100, 80), crop_type=crop_type, **PLAIN)
     sizes, seen = np.random.default_rng(0).integers(90, 2000, (400, 2)), set()
     for position, (height, width) in enumerate(sizes.tolist()):
-        plan = transform.draw(height, width, seed=0, position=position)
-        factor = transform.reduction(plan)
+        parameters = transform.draw(height, width, seed=0, position=position)
+        factor = transform.reduction(parameters)
         seen.add(factor)
-        reduced = plan.reduced(factor)
+        reduced = parameters.reduced(factor)
         for (first, length), (before, size), whole, target in zip(
             ((reduced.top, reduced.height), (reduced.left, reduced.width)),
-            ((plan.top, plan.height), (plan.left, plan.width)),
+            ((parameters.top, parameters.height), (parameters.left, parameters.width)),
             (height, width),
             transform.crop,
         ):
@@ -248,9 +222,9 @@ def test_a_reduced_window_is_the_same_place(crop_type):
             assert abs((first + length) * factor - (before + size)) <= factor / 2
             assert first >= 0 and first + length <= math.ceil(whole / factor)
             assert factor == 1 or length >= target
-        larger = [f for f in (2, 4, 8) if plan.height >= f * 100 and plan.width >= f * 80]
+        larger = [f for f in (2, 4, 8) if parameters.height >= f * 100 and parameters.width >= f * 80]
         assert factor == max([1, *larger])
-        assert reduced[4:] == plan[4:]
+        assert reduced[4:] == parameters[4:]
     assert seen == {1, 2, 4, 8}
 
 

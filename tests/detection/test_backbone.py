@@ -7,7 +7,7 @@ from resnet_backbone import build_network
 from resnet_backbone.detection import NetworkBackbone
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.networks import FrozenBatchNorm2d
-from resnet_backbone.pretraining.batches import Normalise
+from resnet_backbone.pretraining.preprocessing import build_normalize
 from resnet_backbone.weights import read_checkpoint
 
 UNTRAINED = ("MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN", True)
@@ -71,7 +71,7 @@ def test_a_checkpoint_gives_the_same_c4_features_by_both_ways(
     network.load_state_dict(checkpoint.model)
     pretraining = pretrain_config(tmp_path)
     with torch.no_grad():
-        expected = network.forward_features(Normalise(pretraining)(image[None]), (feature,))[feature]
+        expected = network.forward_features(build_normalize(pretraining)(image[None]), (feature,))[feature]
 
     cfg = detection_config(file, tmp_path, "MODEL.NETWORK.NAME", name, "MODEL.WEIGHTS", path)
     fill_from_metadata(cfg, checkpoint.metadata, path)

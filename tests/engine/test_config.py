@@ -6,8 +6,17 @@ import torch
 import yaml
 from detectron2.config import get_cfg
 
-from resnet_backbone.engine.config import COMMAND_LINE, get_key, load_config, origin, set_key
+from resnet_backbone.engine.config import (
+    COMMAND_LINE,
+    ConfigError,
+    as_config_error,
+    get_key,
+    load_config,
+    origin,
+    set_key,
+)
 from resnet_backbone.engine.keys import add_engine_config
+from resnet_backbone.errors import InputError
 from tests.engine.tiny import refusal
 
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
@@ -220,3 +229,17 @@ def test_every_shipped_config_names_its_data_sets(pytestconfig, cfg):
         loaded = load_config(start, file)
         for name in (*loaded.DATASETS.TRAIN, *loaded.DATASETS.TEST):
             assert name.isidentifier(), (file, name)
+
+
+@pytest.mark.parametrize("kind", [ValueError, InputError])
+def test_the_keys_are_named_before_the_complaint(kind):
+    complaint = "a crop of 0x3 pixels is empty"
+    with pytest.raises(ConfigError, match=rf"^INPUT\.CROP: {complaint}\.$"), as_config_error("INPUT.CROP"):
+        raise kind(complaint)
+
+
+def test_what_names_its_keys_already_or_is_no_bad_value_stays():
+    for error in (ConfigError("SEED is -1."), TypeError("a bug")):
+        with pytest.raises(type(error)) as caught, as_config_error("INPUT"):
+            raise error
+        assert caught.value is error

@@ -12,8 +12,8 @@ from resnet_backbone.data.sources import open_source
 from resnet_backbone.engine.config import load_config
 from resnet_backbone.engine.launch import launch
 from resnet_backbone.pretraining import get_config
-from resnet_backbone.pretraining.batches import Normalise
-from resnet_backbone.pretraining.evaluation import Evaluator
+from resnet_backbone.pretraining.evaluation import build_evaluator
+from resnet_backbone.pretraining.preprocessing import build_normalize
 
 RECIPE = Path(__file__).parents[2] / "configs" / "pretrain" / "imagenet.yaml"
 
@@ -31,7 +31,7 @@ def evaluate(cfg, *, weights, several):
         cfg = configuration(overrides)
         model = build_network("resnet18", 3, width=0.125).eval()
         model.load_state_dict(torch.load(weights))
-        evaluator = Evaluator(cfg, open_source(cfg.DATASETS.TEST[0]), Normalise(cfg))
+        evaluator = build_evaluator(cfg, open_source(cfg.DATASETS.TEST[0]), build_normalize(cfg))
         evaluator.try_two_images(model)
         results.append(evaluator(model))
     (Path(weights).parent / f"rank{comm.get_rank()}.json").write_text(json.dumps(results))

@@ -3,24 +3,29 @@ import functools
 import torch
 from torch import nn
 
-from resnet_backbone import pretraining
 from resnet_backbone.engine.distributed import wrap_for_processes
 from resnet_backbone.pretraining.losses import ClassificationLosses
+from resnet_backbone.pretraining.preprocessing import Normalize
 from tests.engine.tiny import in_two_processes
+
+MEAN, STD = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)
+
+
+def losses_of(**arguments) -> ClassificationLosses:
+    """Of batches that are images and labels already."""
+    normalize = Normalize(mean=MEAN, std=STD, device="cpu")
+    return ClassificationLosses(images_of=lambda batch: batch, normalize=normalize, **arguments)
 
 
 def test_smoothed_cross_entropy_and_error_by_hand():
     """Label smoothing (Szegedy et al., arXiv 1512.00567, section 7): (1 - e) of the label's log, e / classes of all."""
-    cfg = pretraining.get_config()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.SOLVER.LABEL_SMOOTHING = 0.1
     torch.manual_seed(0)
     images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 1, 0])
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
-    losses, metrics = ClassificationLosses(cfg, lambda batch: batch)(model, (images, labels))
+    losses, metrics = losses_of(label_smoothing=0.1)(model, (images, labels))
 
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     logs = model((images - mean) / std).log_softmax(1)
     expected = -(0.9 * logs[range(5), labels] + 0.1 / 3 * logs.sum(1)).mean()
     torch.testing.assert_close(losses["loss_cls"], expected)
@@ -29,12 +34,10 @@ def test_smoothed_cross_entropy_and_error_by_hand():
 
 
 def small() -> tuple[ClassificationLosses, nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-    cfg = pretraining.get_config()
-    cfg.MODEL.DEVICE = "cpu"
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     images = torch.randint(0, 256, (5, 3, 6, 6), dtype=torch.uint8)
-    return ClassificationLosses(cfg, lambda batch: batch), model, (images, torch.tensor([0, 1, 2, 1, 0]))
+    return losses_of(), model, (images, torch.tensor([0, 1, 2, 1, 0]))
 
 
 def test_compiled_as_one_from_the_pixels_to_the_loss(compiled):

@@ -12,7 +12,8 @@ from resnet_backbone import build_network, pretraining
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.errors import InputError
-from resnet_backbone.pretraining.batches import Normalise, TrainBatches
+from resnet_backbone.pretraining.pipelines import build_pipeline
+from resnet_backbone.pretraining.preprocessing import build_normalize
 from resnet_backbone.weights import CheckpointError, read_checkpoint
 
 
@@ -76,8 +77,8 @@ def test_no_iterations_give_the_initial_network_with_statistics_of_training_imag
     # conv1's outputs over the batches that were averaged: the mean of their means (fvcore's estimate).
     from resnet_backbone.pretraining.task import _open_sources
 
-    batches = TrainBatches(cfg, _open_sources(cfg)[0])(0)
-    means = [fresh.conv1(Normalise(cfg)(next(batches)[0])).mean((0, 2, 3)) for _ in range(2)]
+    batches = build_pipeline(cfg, _open_sources(cfg)[0])(0)
+    means = [fresh.conv1(build_normalize(cfg)(next(batches)[0])).mean((0, 2, 3)) for _ in range(2)]
     torch.testing.assert_close(checkpoint.model["bn1.running_mean"], (means[0] + means[1]) / 2)
 
 
@@ -92,15 +93,6 @@ def test_a_network_without_norm_says_so(pretrain_config, tmp_path):
     metadata = read_checkpoint(tmp_path / "model_final.pth").metadata
     assert metadata.norm_statistics == "none" and metadata.norm_epsilon is None
     assert metadata.arguments == {"width": 0.125, "pool5": False}
-
-
-def test_normalise_is_the_formula(pretrain_config, tmp_path):
-    cfg = pretrain_config(tmp_path)
-    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    expected = (images.double() - torch.tensor(cfg.MODEL.PIXEL_MEAN).double().view(3, 1, 1)) / torch.tensor(
-        cfg.MODEL.PIXEL_STD
-    ).double().view(3, 1, 1)
-    torch.testing.assert_close(Normalise(cfg)(images).double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg16"])  # batch norm's running averages; dropout
@@ -223,7 +215,7 @@ def test_every_parameter_learns(pretrain_config, tmp_path, monkeypatch):
     state, (images, labels, _) = seen[0]
     reference = resnet18(num_classes=8)
     reference.load_state_dict(state)
-    loss = nn.functional.cross_entropy(reference(Normalise(cfg)(images)), labels)
+    loss = nn.functional.cross_entropy(reference(build_normalize(cfg)(images)), labels)
     found = json.loads((tmp_path / "metrics.json").read_text().splitlines()[0])["loss_cls"]
     assert found == pytest.approx(loss.item(), rel=1e-4)
     after = read_checkpoint(tmp_path / "model_final.pth").model

@@ -16,11 +16,11 @@ from benchmarks.photographs import select_photographs, write_photographs, write_
 from benchmarks.pretrain import Batch, Conduct, Task, make_config, train_on
 from benchmarks.reference import PaperTransform, preset_transform, reference_batches
 from benchmarks.timing import Clock, Comparison, Side
+from resnet_backbone.data.functional import PCA_VALUES, PCA_VECTORS
 from resnet_backbone.data.sources import open_source
-from resnet_backbone.data.transforms import PCA_VALUES, PCA_VECTORS
 from resnet_backbone.engine.config import CfgNode, load_config
-from resnet_backbone.pretraining.batches import TrainBatches
 from resnet_backbone.pretraining.config import get_config
+from resnet_backbone.pretraining.pipelines import build_pipeline
 
 CORE_UNIT, UNIT = "images/s per core", "images/s"
 OURS, FULL, SHARD, DEVICE = "ours", "ours, full decoding", "ours, shard", "ours, on the GPU"
@@ -106,7 +106,7 @@ def compare_training(task: Task, conduct: Conduct, loading: LoadingWork, report:
         report(f"training {task.network} on {name}")
         words = ("DATALOADER.NUM_WORKERS", loading.workers, "DATALOADER.PIPELINE", pipeline)
         cfg = make_config(task, conduct, *words, *_augmentation("random_resized", task.size))
-        data = TrainBatches(cfg, open_source(folder))
+        data = build_pipeline(cfg, open_source(folder))
 
         def turns(*_: Any) -> Iterator[Any]:
             in_memory = data.images_of(next(iter(data(0))))
@@ -217,7 +217,7 @@ def _short_side(crop: int) -> tuple[int, int]:
 
 
 def _ours(images: Path, cfg: CfgNode) -> Open:
-    batches = TrainBatches(cfg, open_source(images))
+    batches = build_pipeline(cfg, open_source(images))
     return lambda: batches(0)
 
 

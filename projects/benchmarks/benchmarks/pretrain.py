@@ -20,10 +20,11 @@ from resnet_backbone.engine.config import CfgNode, load_config
 from resnet_backbone.engine.precision import AUTOCAST_TYPES, autocast, precision_of
 from resnet_backbone.errors import InputError, Interrupted
 from resnet_backbone.networks import build_network
-from resnet_backbone.pretraining.batches import Normalise, TrainBatches
 from resnet_backbone.pretraining.config import get_config
 from resnet_backbone.pretraining.losses import ClassificationLosses
 from resnet_backbone.pretraining.network import train_new
+from resnet_backbone.pretraining.pipelines import build_pipeline
+from resnet_backbone.pretraining.preprocessing import build_normalize
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -159,7 +160,7 @@ def _compare(task: Task, conduct: Conduct) -> Comparison:
     cfg.SOLVER.CUDA_GRAPH = conduct.on_gpu
     with tempfile.TemporaryDirectory() as folder:
         images = write_classification(Path(folder) / "images", images=16 * task.batch, image_size=task.size, seed=1)
-        resident = TrainBatches(cfg, open_source(images))
+        resident = build_pipeline(cfg, open_source(images))
     return _in_turns(task, conduct, cfg, Data(resident(0), resident.images_of), batch)
 
 
@@ -168,13 +169,13 @@ def _in_turns(task: Task, conduct: Conduct, cfg: CfgNode, data: Data, batch: Bat
     precision = precision_of(cfg)
     clock = Clock(conduct.device, cpu_time=conduct.cpu_time)
     images, labels = batch
-    prepare = Normalise(cfg)
+    normalize = build_normalize(cfg)
     plain = {}
     for side in (PLAIN, TUNED, COMPILED) if _is_compiled(cfg) else (PLAIN, TUNED):
         layout = torch.contiguous_format if side == PLAIN else torch.channels_last
         dtype = None if side == PLAIN else AUTOCAST_TYPES.get(precision)
         loop = _plain_loop(cfg, task.num_classes, layout, dtype, compiled=side == COMPILED)
-        plain[side] = functools.partial(loop, prepare(images).contiguous(memory_format=layout), labels)
+        plain[side] = functools.partial(loop, normalize(images).contiguous(memory_format=layout), labels)
 
     def turns(model: nn.Module, optimizer: torch.optim.Optimizer, losses: ClassificationLosses) -> Iterator[Any]:
         others = dict(plain)

@@ -15,7 +15,7 @@ from benchmarks.reference import (
     preset_transform,
     reference_batches,
 )
-from resnet_backbone.data.transforms import PCA_VALUES, PCA_VECTORS
+from resnet_backbone.data.functional import PCA_VALUES, PCA_VECTORS
 
 
 class Scores(nn.Module):

@@ -1,4 +1,4 @@
-"""The views of an image that its prediction is averaged over: one crop, ten, or the whole image at several scales."""
+"""Test-time augmentation: predictions averaged over one crop, ten, or the whole image at several scales."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,33 +9,36 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from resnet_backbone.data.transforms import EvalTransform, resize, resized_size, to_tensor
-from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.data.functional import center_offset, resize, resized_size, to_tensor
+from resnet_backbone.data.transforms import EvalTransform
+from resnet_backbone.engine.config import ConfigError, as_config_error
 from resnet_backbone.errors import InputError
-from resnet_backbone.pretraining.batches import as_config_error, crop_size
+from resnet_backbone.pretraining.preprocessing import crop_size
 
 
-class Group(NamedTuple):
-    """Views of one shape, of different images: `(n, 3, h, w)` uint8, and `(n,)`, the images' numbers in their batch."""
+class CropGroup(NamedTuple):
+    """Crops of one shape, of different images: `(n, 3, h, w)` uint8, and `(n,)`, the images' numbers in their batch."""
 
     pixels: torch.Tensor
-    owners: torch.Tensor
+    image_indices: torch.Tensor
 
 
 class TenCrops(EvalTransform):
-    """Resize the shorter side, then take the corners and the middle, of the mirrored image too.
+    """Resize the shorter side, then crop the four corners and the center, of the mirrored image too.
 
     Gives ten `(3, *crop)` uint8, in torchvision's order.
     """
 
     def __call__(self, image: np.ndarray, *, seed: int = 0, position: int = 0) -> list[torch.Tensor]:
-        image = to_tensor(resize(image, resized_size(*image.shape[:2], self.short_side)), self.channel_order)
+        image = resize(image, resized_size(*image.shape[:2], self.short_side))
+        image = to_tensor(image, channel_order=self.channel_order)
         (rows, columns), (height, width) = self.crop, image.shape[1:]
         bottom, right = height - rows, width - columns
-        places = [(top, left) for top in (0, bottom) for left in (0, right)]
-        places.append((round(bottom / 2), round(right / 2)))
+        corners = [(top, left) for top in (0, bottom) for left in (0, right)]
         return [
-            side[:, top : top + rows, left : left + columns] for side in (image, image.flip(-1)) for top, left in places
+            side[:, top : top + rows, left : left + columns]
+            for side in (image, image.flip(-1))
+            for top, left in (*corners, center_offset((height, width), self.crop))
         ]
 
 
@@ -50,28 +53,28 @@ class WholeImages:
 
     def __call__(self, image: np.ndarray, *, seed: int = 0, position: int = 0) -> list[torch.Tensor]:
         sizes = [resized_size(*image.shape[:2], scale) for scale in self.scales]
-        return [to_tensor(resize(image, size), self.channel_order) for size in sizes]
+        return [to_tensor(resize(image, size), channel_order=self.channel_order) for size in sizes]
 
 
 @dataclass(frozen=True)
-class Views:
-    """How an image is looked at.
+class EvaluationCrops:
+    """What is taken of an image for its prediction.
 
     Attributes:
-        transform: from an image to its views, `(3, h, w)` uint8 each, or to the only one.
-        pixels: of an image's views together, about.
-        whole: whether the views are whole images: the network runs on them and on their mirror images fully
-            convolutionally, its logits averaged over the positions.
+        transform: from an image to its crops, `(3, h, w)` uint8 each, or to the only one.
+        pixels: of an image's crops together, about.
+        dense: whether the crops are whole images: the network runs on them and on their mirror images fully
+            convolutionally, its logits averaged over the positions (VGG paper, section 3.2: "dense evaluation").
         description: for the log.
     """
 
     transform: Callable[..., torch.Tensor | list[torch.Tensor]]
     pixels: int
-    whole: bool
+    dense: bool
     description: str
 
 
-def choose_views(cfg: CfgNode) -> Views:
+def build_evaluation_crops(cfg: CfgNode) -> EvaluationCrops:
     """TEST.CROPS crops, or with TEST.SCALES the whole image at each of these shorter sides.
 
     Raises:
@@ -87,23 +90,23 @@ def choose_views(cfg: CfgNode) -> Views:
             transform = WholeImages(scales=scales, channel_order=cfg.INPUT.FORMAT)
         pixels = sum(scale**2 * 4 // 3 for scale in scales)  # most photographs are 4:3 or 3:2
         sides = ", ".join(map(str, scales))
-        return Views(transform, pixels, whole=True, description=f"scales {sides}, mirrored too")
+        return EvaluationCrops(transform, pixels, dense=True, description=f"scales {sides}, mirrored too")
     kind = EvalTransform if crops == 1 else TenCrops
     with as_config_error("INPUT"):
         transform = kind(short_side=cfg.INPUT.MIN_SIZE_TEST, crop=crop, channel_order=cfg.INPUT.FORMAT)
     description = "1 crop" if crops == 1 else "10 crops"
-    return Views(transform, crops * crop[0] * crop[1], whole=False, description=description)
+    return EvaluationCrops(transform, crops * crop[0] * crop[1], dense=False, description=description)
 
 
-def collate(samples: Sequence[tuple]) -> tuple[list[Group], torch.Tensor]:
-    """Put samples of `(views, label, …)` together: views of one shape in groups, and labels `(N,)` int64."""
+def collate(samples: Sequence[tuple]) -> tuple[list[CropGroup], torch.Tensor]:
+    """Put samples of `(crops, label, …)` together: crops of one shape in groups, and labels `(N,)` int64."""
     groups: dict[tuple, list[tuple[torch.Tensor, int]]] = {}
-    for owner, (views, *_) in enumerate(samples):
-        for number, view in enumerate([views] if isinstance(views, torch.Tensor) else views):
+    for image_index, (crops, *_) in enumerate(samples):
+        for number, crop in enumerate([crops] if isinstance(crops, torch.Tensor) else crops):
             # An image is at most once in a group, so that what is added up for it does not depend on an order.
-            groups.setdefault((number, view.shape), []).append((view, owner))
+            groups.setdefault((number, crop.shape), []).append((crop, image_index))
     stacked = [
-        Group(torch.stack([view for view, _ in members]), torch.tensor([owner for _, owner in members]))
+        CropGroup(torch.stack([crop for crop, _ in members]), torch.tensor([index for _, index in members]))
         for members in groups.values()
     ]
     return stacked, torch.tensor([sample[1] for sample in samples])
@@ -112,35 +115,35 @@ def collate(samples: Sequence[tuple]) -> tuple[list[Group], torch.Tensor]:
 def log_probabilities(
     network: nn.Module,
     prepare: Callable[[torch.Tensor], torch.Tensor],
-    groups: Iterable[Group],
-    images: int,
+    groups: Iterable[CropGroup],
+    num_images: int,
     *,
-    whole: bool = False,
+    dense: bool = False,
     max_pixels: int | None = None,
 ) -> torch.Tensor:
-    """The logarithm of each image's softmax probabilities, averaged over its views, `(images, classes)` float64.
+    """The logarithm of each image's softmax probabilities, averaged over its crops, `(num_images, classes)` float64.
 
     Logarithms because a probability may be too small for any number, and the differences between such still rank.
 
     Args:
         prepare: from uint8 images to what the network is fed, on its device.
-        groups: every image with equally many views.
-        images: number of images in the batch.
-        whole: as in `Views`.
-        max_pixels: that the network sees at once, unless one view (with its mirror image) has more; None: no limit.
+        groups: every image with equally many crops.
+        num_images: in the batch.
+        dense: as in `EvaluationCrops`.
+        max_pixels: that the network sees at once, unless one crop (with its mirror image) has more; None: no limit.
     """
     device = next(network.parameters()).device
     total: torch.Tensor | None = None
-    for pixels, owners in groups:
+    for pixels, image_indices in groups:
         height, width = pixels.shape[2:]
-        copies = 2 if whole else 1
+        copies = 2 if dense else 1
         count = len(pixels) if max_pixels is None else max(1, max_pixels // (height * width * copies))
-        for part, of in zip(pixels.split(count), owners.to(device, non_blocking=True).split(count), strict=True):
+        for part, of in zip(pixels.split(count), image_indices.to(device, non_blocking=True).split(count), strict=True):
             part = part.to(device, non_blocking=True)
-            fed = prepare(torch.cat([part, part.flip(-1)]) if whole else part)
-            logits = network.dense_logits(fed).double().mean((2, 3)) if whole else network(fed).double()
+            fed = prepare(torch.cat([part, part.flip(-1)]) if dense else part)
+            logits = network.dense_logits(fed).double().mean((2, 3)) if dense else network(fed).double()
             seen = logits.log_softmax(1).unflatten(0, (copies, -1)).logsumexp(0)
             if total is None:
-                total = torch.full((images, seen.shape[1]), -torch.inf, dtype=seen.dtype, device=device)
+                total = torch.full((num_images, seen.shape[1]), -torch.inf, dtype=seen.dtype, device=device)
             total[of] = torch.logaddexp(total[of], seen)
-    return total.log_softmax(1)  # each view's probabilities add up to 1, so this divides by their number
+    return total.log_softmax(1)  # each crop's probabilities add up to 1, so this divides by their number

@@ -9,7 +9,7 @@ from resnet_backbone import pretraining
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.errors import InputError
-from resnet_backbone.pretraining.batches import TrainBatches
+from resnet_backbone.pretraining.pipelines import DevicePipeline, ResidentPipeline, WorkersPipeline, build_pipeline
 from resnet_backbone.weights import read_checkpoint
 
 SMALL = ("MODEL.NETWORK.NAME", "cifar_resnet20", "MODEL.NETWORK.WIDTH", 0.5, "SOLVER.BASE_LR", 0.02)
@@ -58,8 +58,8 @@ def test_images_augmented_on_the_device_are_those_of_the_workers(pretrain_config
     found = []
     for pipeline in ("workers", "device"):
         cfg = pretrain_config(tmp_path, *data, "DATALOADER.PIPELINE", pipeline, "INPUT.MIN_SIZE_TRAIN", (40, 60))
-        batches = TrainBatches(cfg, open_source(photographs))
-        found.append([batches.images_of(batch) for batch, _ in zip(batches(2), range(3))])
+        pipeline = build_pipeline(cfg, open_source(photographs))
+        found.append([pipeline.images_of(batch) for batch, _ in zip(pipeline(2), range(3))])
     for (images, labels), (other, same) in zip(*found, strict=True):
         assert torch.equal(labels, same)
         difference = (images.int() - other.int()).abs()
@@ -68,25 +68,35 @@ def test_images_augmented_on_the_device_are_those_of_the_workers(pretrain_config
     assert results["images"] == 24
 
 
-def test_names_are_those_of_the_images_in_the_batch(pretrain_config, photographs, tmp_path):
-    cfg = pretrain_config(tmp_path, "DATASETS.TRAIN", photographs, "DATASETS.TEST", photographs)
-    batches = TrainBatches(cfg, open_source(photographs))
-    for iteration, batch in zip(range(1, 8), batches(1)):
-        labels = [0 if "/a/" in name else 1 for name in batches.names(iteration)]
-        assert labels == batch.labels.tolist()
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        (("DATALOADER.PIPELINE", "workers"), WorkersPipeline),
+        (("DATALOADER.PIPELINE", "device"), DevicePipeline),
+        (("DATALOADER.PIPELINE", "resident", *PADDED), ResidentPipeline),
+    ],
+)
+def test_names_are_those_of_the_images_in_the_batch(pretrain_config, photographs, tmp_path, keys, kind):
+    cfg = pretrain_config(tmp_path, "DATASETS.TRAIN", photographs, "DATASETS.TEST", photographs, *keys)
+    pipeline = build_pipeline(cfg, open_source(photographs))
+    assert isinstance(pipeline, kind) and pipeline.num_images == 24
+    for iteration, batch in zip(range(1, 8), pipeline(1)):
+        images, labels = pipeline.images_of(batch)
+        assert images.shape == (len(labels), 3, 32, 32) and images.dtype == torch.uint8
+        assert labels.tolist() == [0 if "/a/" in name else 1 for name in pipeline.names(iteration)]
 
 
 def test_held_out_images_are_tested_on_and_not_trained_on(pretrain_config, shapes, tmp_path, monkeypatch):
     seen = set()
-    names = TrainBatches.names
+    names = WorkersPipeline.names
 
     def watch(self, start):
         for number, batch in enumerate(original(self, start), start):
             seen.update(names(self, number))
             yield batch
 
-    original = TrainBatches.__call__
-    monkeypatch.setattr(TrainBatches, "__call__", watch)
+    original = WorkersPipeline.__call__
+    monkeypatch.setattr(WorkersPipeline, "__call__", watch)
     keys = ("DATASETS.HOLD_OUT", 16, "SOLVER.MAX_ITER", 12, "TEST.PRECISE_BN.ENABLED", False)
     results = pretraining.run(pretrain_config(tmp_path, *keys))
     assert results["images"] == 16
@@ -136,4 +146,4 @@ def test_keys_that_do_not_fit(pretrain_config, tmp_path, keys, words):
 
 def test_a_graph_needs_resident_images(pretrain_config, shapes, tmp_path):
     with pytest.raises(ConfigError, match="PIPELINE is workers"):
-        TrainBatches(pretrain_config(tmp_path, "SOLVER.CUDA_GRAPH", True), open_source(shapes))
+        build_pipeline(pretrain_config(tmp_path, "SOLVER.CUDA_GRAPH", True), open_source(shapes))

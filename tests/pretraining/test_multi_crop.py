@@ -9,10 +9,17 @@ from torch import nn
 from torchvision.transforms import functional as reference
 
 from resnet_backbone import build_network
-from resnet_backbone.data.transforms import resize
+from resnet_backbone.data.functional import resize
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.errors import InputError
-from resnet_backbone.pretraining.views import Group, TenCrops, WholeImages, choose_views, collate, log_probabilities
+from resnet_backbone.pretraining.multi_crop import (
+    CropGroup,
+    TenCrops,
+    WholeImages,
+    build_evaluation_crops,
+    collate,
+    log_probabilities,
+)
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -84,7 +91,7 @@ class TestTenCrops:
         scores = torch.tensor([[4000.0, 1.0, 0.0, 3000.0, 2.0]])
         network = nn.Linear(1, 1)  # for its device
         network.forward = lambda images: scores.expand(len(images), -1)
-        found = log_probabilities(network, prepare, [Group(torch.zeros(1, 3, 2, 2), torch.tensor([0]))], 1)
+        found = log_probabilities(network, prepare, [CropGroup(torch.zeros(1, 3, 2, 2), torch.tensor([0]))], 1)
         assert found.exp()[0, 1:].sum() == 0
         assert found[0].argsort(descending=True).tolist() == [0, 3, 4, 1, 2]
 
@@ -92,11 +99,11 @@ class TestTenCrops:
 class TestScales:
     def test_the_whole_image_at_every_shorter_side(self):
         image = photograph(60, 90)
-        views = WholeImages(scales=(30, 45, 100), channel_order="RGB")(image)
-        assert [tuple(view.shape) for view in views] == [(3, 30, 45), (3, 45, 67), (3, 100, 150)]
-        for view, side in zip(views, (30, 45, 100), strict=True):
+        crops = WholeImages(scales=(30, 45, 100), channel_order="RGB")(image)
+        assert [tuple(crop.shape) for crop in crops] == [(3, 30, 45), (3, 45, 67), (3, 100, 150)]
+        for crop, side in zip(crops, (30, 45, 100), strict=True):
             expected = reference.pil_to_tensor(reference.resize(Image.fromarray(image), side))
-            assert view.shape == expected.shape and (view.int() - expected.int()).abs().max() <= 1
+            assert crop.shape == expected.shape and (crop.int() - expected.int()).abs().max() <= 1
 
     @pytest.mark.parametrize("name", ["resnet18", "preact_resnet50"])
     def test_prediction_is_the_mean_over_scales_and_mirror_images_one_by_one(self, name):
@@ -106,17 +113,18 @@ class TestScales:
         transform = WholeImages(scales=(32, 40, 56), channel_order="RGB")
         groups, _ = collate([(transform(image), 0) for image in images])
         # 40×60 and 80×120 are of one shape: three shapes at every scale, and no image twice in a group.
-        assert len(groups) == 9 and all(len(group.owners.unique()) == len(group.owners) for group in groups)
+        assert len(groups) == 9
+        assert all(len(group.image_indices.unique()) == len(group.image_indices) for group in groups)
         expected = []
         for image in images:
-            views = [torch.from_numpy(resize(image, view.shape[1:])).permute(2, 0, 1) for view in transform(image)]
-            views += [view.flip(-1) for view in views]
+            crops = [torch.from_numpy(resize(image, crop.shape[1:])).permute(2, 0, 1) for crop in transform(image)]
+            crops += [crop.flip(-1) for crop in crops]
             # The network as it classifies: global average pooling, then the fully connected layer.
-            expected.append(torch.cat([network(prepare(view[None])).softmax(1) for view in views]).mean(0))
+            expected.append(torch.cat([network(prepare(crop[None])).softmax(1) for crop in crops]).mean(0))
         expected = torch.stack(expected)
         assert expected.std(0).max() > 0.1
         for limit in (None, 5000, 1):
-            found = log_probabilities(network, prepare, groups, 5, whole=True, max_pixels=limit)
+            found = log_probabilities(network, prepare, groups, 5, dense=True, max_pixels=limit)
             torch.testing.assert_close(found.exp(), expected, rtol=0, atol=1e-9)
 
     def test_the_network_never_sees_more_pixels_at_once_than_allowed(self):
@@ -129,7 +137,7 @@ class TestScales:
             seen.append(images.shape[0] * images.shape[2] * images.shape[3])
             return prepare(images)
 
-        log_probabilities(network, watch, groups, 7, whole=True, max_pixels=4 * 32 * 48)
+        log_probabilities(network, watch, groups, 7, dense=True, max_pixels=4 * 32 * 48)
         assert seen == [4 * 32 * 48] * 3 + [2 * 32 * 48] + [2 * 64 * 96] * 7
 
 
@@ -188,13 +196,13 @@ class TestDenseLogits:
 
 
 class TestCollate:
-    def test_single_views_and_further_columns(self):
+    def test_single_crops_and_further_columns(self):
         images = torch.arange(48, dtype=torch.uint8).view(4, 3, 2, 2)
         (group,), labels = collate([(image, label, "more") for image, label in zip(images, (3, 1, 2, 0), strict=True)])
-        assert torch.equal(group.pixels, images) and group.owners.tolist() == [0, 1, 2, 3]
+        assert torch.equal(group.pixels, images) and group.image_indices.tolist() == [0, 1, 2, 3]
         assert labels.dtype == torch.int64 and labels.tolist() == [3, 1, 2, 0]
 
-    def test_every_view_is_in_one_group_of_its_shape(self):
+    def test_every_crop_is_in_one_group_of_its_shape(self):
         samples = [([torch.full((3, side, 5), 10 * i + j) for j, side in enumerate((2, 2, 4))], i) for i in range(3)]
         groups, _ = collate(samples)
         assert [tuple(group.pixels.shape) for group in groups] == [(3, 3, 2, 5), (3, 3, 2, 5), (3, 3, 4, 5)]
@@ -204,7 +212,7 @@ class TestCollate:
 
 class TestChoice:
     @pytest.mark.parametrize(
-        ("overrides", "count", "whole", "words"),
+        ("overrides", "count", "dense", "words"),
         [
             ((), 1, False, "1 crop"),
             (("TEST.CROPS", 10), 10, False, "10 crops"),
@@ -212,14 +220,14 @@ class TestChoice:
             (("TEST.SCALES", 30), 1, True, "scales 30, mirrored too"),
         ],
     )
-    def test_of_the_configuration(self, pretrain_config, tmp_path, overrides, count, whole, words):
-        views = choose_views(pretrain_config(tmp_path, "INPUT.MIN_SIZE_TEST", 36, *overrides))
-        assert (views.whole, views.description) == (whole, words)
-        found = views.transform(photograph(50, 50))
+    def test_of_the_configuration(self, pretrain_config, tmp_path, overrides, count, dense, words):
+        crops = build_evaluation_crops(pretrain_config(tmp_path, "INPUT.MIN_SIZE_TEST", 36, *overrides))
+        assert (crops.dense, crops.description) == (dense, words)
+        found = crops.transform(photograph(50, 50))
         found = [found] if isinstance(found, torch.Tensor) else found
         assert len(found) == count
-        total = sum(view.shape[1] * view.shape[2] for view in found)
-        assert total <= views.pixels <= math.ceil(4 / 3 * total)
+        total = sum(crop.shape[1] * crop.shape[2] for crop in found)
+        assert total <= crops.pixels <= math.ceil(4 / 3 * total)
 
     @pytest.mark.parametrize(
         ("overrides", "words"),
@@ -233,4 +241,4 @@ class TestChoice:
     )
     def test_what_cannot_be_used(self, pretrain_config, tmp_path, overrides, words):
         with pytest.raises(ConfigError, match=words):
-            choose_views(pretrain_config(tmp_path, *overrides))
+            build_evaluation_crops(pretrain_config(tmp_path, *overrides))

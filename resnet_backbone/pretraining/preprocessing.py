@@ -1,0 +1,69 @@
+"""What INPUT and MODEL.PIXEL_* say about images: crop size, training augmentation, normalization."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode
+
+from resnet_backbone.data.padded_crop import PaddedCropTransform
+from resnet_backbone.data.transforms import TrainTransform
+from resnet_backbone.engine.config import ConfigError, as_config_error
+
+
+class Normalize:
+    """Make the network's input of uint8 images `(N, 3, H, W)` on the device: `(image - mean) / std`, channels last.
+
+    Args:
+        mean, std: of each channel, in the order of the images' channels, in 0…255.
+    """
+
+    def __init__(self, *, mean: Sequence[float], std: Sequence[float], device: torch.device | str):
+        self._mean = torch.tensor(mean, device=device).view(3, 1, 1)
+        self._scale = 1 / torch.tensor(std, device=device).view(3, 1, 1)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.to(memory_format=torch.channels_last).float() - self._mean) * self._scale
+
+
+def build_normalize(cfg: CfgNode) -> Normalize:
+    """The normalization by MODEL.PIXEL_MEAN and PIXEL_STD."""
+    return Normalize(mean=cfg.MODEL.PIXEL_MEAN, std=cfg.MODEL.PIXEL_STD, device=cfg.MODEL.DEVICE)
+
+
+def build_train_transform(cfg: CfgNode) -> TrainTransform | PaddedCropTransform:
+    """The augmentation that INPUT asks for.
+
+    Raises:
+        ConfigError: keys of INPUT that cannot be used or do not fit each other.
+    """
+    flip, crop_type = cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.TYPE
+    if flip not in ("horizontal", "none"):
+        raise ConfigError(f"INPUT.RANDOM_FLIP is {flip!r}, expected horizontal or none.")
+    shared = {
+        "crop": crop_size(cfg),
+        "flip": 0.5 if flip == "horizontal" else 0.0,
+        "channel_order": cfg.INPUT.FORMAT,
+    }
+    with as_config_error("INPUT"):
+        if crop_type == "padded":
+            return PaddedCropTransform(padding=cfg.INPUT.CROP.PADDING, **shared)
+        short_sides = cfg.INPUT.MIN_SIZE_TRAIN
+        return TrainTransform(
+            short_side=(min(short_sides), max(short_sides)),
+            crop_type=crop_type,
+            area=tuple(cfg.INPUT.CROP.AREA),
+            pca_std=cfg.INPUT.PCA_COLOR_STD,
+            **shared,
+        )
+
+
+def crop_size(cfg: CfgNode) -> tuple[int, int]:
+    """INPUT.CROP.SIZE as height and width in pixels (Detectron2's default is a share of the image).
+
+    Raises:
+        ConfigError: it is not in pixels.
+    """
+    size = cfg.INPUT.CROP.SIZE
+    if len(size) != 2 or any(length != int(length) for length in size):
+        raise ConfigError(f"INPUT.CROP.SIZE is {tuple(size)}, expected height and width in pixels, e.g. (224, 224).")
+    return int(size[0]), int(size[1])
