@@ -66,10 +66,6 @@ class Source:
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     taken: list[tuple[str, weakref.ref[nn.Module], str]] = field(default_factory=list)
 
-    def is_kind(self, kind: str) -> bool:
-        """Whether the file holds a "classifier" or a "detector"."""
-        return self.checkpoint is not None and self.checkpoint.metadata.kind == kind
-
 
 # What `fill` takes from: set by `offered`, or by the first builder of a script; None between two models.
 _open: Source | None = None
@@ -183,7 +179,7 @@ def fill(network: nn.Module, cfg: CfgNode, *, part: str) -> None:
     source = _source(cfg, network)
     if source.detectron2s_own:
         return
-    if source.is_kind("classifier"):
+    if source.checkpoint is not None and source.checkpoint.metadata.kind == "classifier":
         allowed = cfg.MODEL.NETWORK.ALLOW_MISSING
         coverage = load_state(network, source.checkpoint.model, part=part, source=source.file, may_miss=allowed)
         kind = "backbone" if part == "backbone" else "head"
@@ -393,12 +389,14 @@ class _Taken:
             state.update(own)
             others = len(counted) - len(self.tensors)
             logger.info("%s from %s; the other %d tensors are new", _count(self.counts), self.file, others)
-        elif any(name in state for name in counted):
+            return
+        counts = {}
+        for kind in ("backbone", "head"):
+            names = [name for name in counted if name.startswith("backbone.") == (kind == "backbone")]
+            counts[kind] = (sum(name in state for name in names), len(names))
+        # Of a backbone alone under Detectron2's names, the checkpointer matches `res5` with the C4 heads' once more.
+        if counts["backbone"][0]:
             self.tensors.clear()  # the model no longer holds them
-            counts = {}
-            for kind in ("backbone", "head"):
-                names = [name for name in counted if name.startswith("backbone.") == (kind == "backbone")]
-                counts[kind] = (sum(name in state for name in names), len(names))
             logger.info("%s from a detector's checkpoint", _count(counts))
 
 

@@ -1,5 +1,6 @@
 import copy
 import gc
+import logging
 import os
 import pickle
 import re
@@ -19,8 +20,8 @@ from detectron2.modeling import build_backbone, build_model
 
 from resnet_backbone import detection
 from resnet_backbone.detection import add_network_config, datasets, weights
-from resnet_backbone.engine.config import ConfigError
-from resnet_backbone.weights import CheckpointError, read_checkpoint, write_checkpoint
+from resnet_backbone.engine.config import ConfigError, fill_from_metadata
+from resnet_backbone.weights import CheckpointError, convert, read_checkpoint, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,13 +245,21 @@ def test_a_torch_file_that_is_no_network_stops(own_script, tmp_path):
         build_model(own_script)
 
 
+def hear(caplog):
+    """Give `caplog` the log that a run of the tools, which a fixture may just have been, keeps to itself."""
+    caplog.set_level("INFO")
+    for name in ("fvcore", "resnet_backbone"):
+        logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel("INFO")
+
+
 def weights_lines(text):
     """What a log says about weights, in order."""
     return [line for line in text.splitlines() if re.search("tensors|checkpoint|not found|weights", line)]
 
 
 def test_detectron2s_checkpointer_leaves_the_loaded_classifier_alone(own_script, caplog):
-    caplog.set_level("INFO")
+    hear(caplog)
     model = build_model(own_script)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for again in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -261,6 +270,47 @@ def test_detectron2s_checkpointer_leaves_the_loaded_classifier_alone(own_script,
         counts = f"75 of 75 backbone tensors, 25 of 25 head tensors from {own_script.MODEL.WEIGHTS}"
         assert f"{counts}; the other 10 tensors are new" in weights_lines(caplog.text)[-1]
         assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "counts"),
+    [
+        # 13 convolutions, fc6 and fc7, each of weight and bias; 3 layers of the RPN and 2 of the predictor.
+        (
+            "faster_rcnn_VGG16.yaml",
+            "vgg16",
+            "26 of 26 backbone tensors, 4 of 4 head tensors from {}; the other 10 tensors",
+        ),
+        # 4 lateral and 4 output convolutions, 3 layers of the RPN, 2 of the box head and 2 of the predictor.
+        ("faster_rcnn_R50_FPN.yaml", "resnet18", "100 of 100 backbone tensors from {}; the other 30 tensors"),
+    ],
+)
+def test_other_layouts_say_it_too(detection_config, classifier, tmp_path, caplog, file, name, counts):
+    path = str(classifier(name))
+    checkpoint = read_checkpoint(path)
+    cfg = detection_config(file, tmp_path, "MODEL.NETWORK.NAME", name, "MODEL.WEIGHTS", path)
+    fill_from_metadata(cfg, checkpoint.metadata, path)
+    hear(caplog)
+    model = build_model(cfg)
+    caplog.clear()
+    DetectionCheckpointer(model).load(path)
+    assert counts.format(path) in weights_lines(caplog.text)[-1]
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+    bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
+    for key, tensor in bottom_up.network.state_dict().items():
+        assert torch.equal(tensor, checkpoint.model[key]), key
+
+
+def test_a_file_under_detectron2s_names_keeps_its_words_and_tensors(own_script, tmp_path, caplog):
+    classifier = own_script.MODEL.WEIGHTS
+    own_script.MODEL.WEIGHTS = str(tmp_path / "R-18.pkl")
+    convert(classifier, own_script.MODEL.WEIGHTS)
+    hear(caplog)
+    model = build_model(own_script)
+    DetectionCheckpointer(model).load(own_script.MODEL.WEIGHTS)
+    assert_holds_classifier(model, classifier)
+    said = [record.getMessage() for record in caplog.records if record.name == weights.__name__]
+    assert said[-1] == f"75 of 75 backbone tensors, 25 of 25 head tensors from {own_script.MODEL.WEIGHTS}"
 
 
 def test_another_classifier_is_not_taken_for_the_loaded_one(own_script, tmp_path, caplog):
@@ -279,7 +329,7 @@ def test_a_resumed_scripts_last_words_are_about_the_resumed_checkpoint(own_scrip
     first = DefaultTrainer(own_script)
     first.resume_or_load()
     first.train()
-    caplog.set_level("INFO")
+    hear(caplog)
     resumed = DefaultTrainer(own_script)
     resumed.resume_or_load()
     for name, tensor in first.model.state_dict().items():
@@ -300,7 +350,7 @@ def own_detector(own_script, detection_config, tmp_path):
 
 @pytest.mark.parametrize("make", [DefaultTrainer, DefaultPredictor])
 def test_a_detector_of_ours_loads_in_a_script_and_the_log_says_so(own_detector, caplog, make):
-    caplog.set_level("INFO")
+    hear(caplog)
     loader = make(own_detector)
     if make is DefaultTrainer:
         loader.resume_or_load(resume=False)
