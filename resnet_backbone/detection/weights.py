@@ -176,13 +176,13 @@ def fill(network: nn.Module, cfg: CfgNode, *, part: str) -> None:
             untrained, or batch normalization would be frozen without statistics.
         CheckpointError: the file cannot be read or does not cover the network.
     """
-    source = _source(cfg, network)
+    kind = "backbone" if part == "backbone" else "head"
+    source = _source(cfg, network, kind)
     if source.detectron2s_own:
         return
     if source.checkpoint is not None and source.checkpoint.metadata.kind == "classifier":
         allowed = cfg.MODEL.NETWORK.ALLOW_MISSING
         coverage = load_state(network, source.checkpoint.model, part=part, source=source.file, may_miss=allowed)
-        kind = "backbone" if part == "backbone" else "head"
         got, has = source.counts.get(kind, (0, 0))
         more = len(coverage.loaded)
         source.counts[kind] = (got + more, has + more + len(coverage.missing))
@@ -211,13 +211,14 @@ def stock_arguments(cfg: CfgNode) -> dict[str, Any]:
 # From the file to a source.
 
 
-def _source(cfg: CfgNode, network: nn.Module) -> Source:
-    """What is offered or already open for this configuration; else MODEL.WEIGHTS, opened now for `network`."""
+def _source(cfg: CfgNode, network: nn.Module, kind: str) -> Source:
+    """What is offered or already open for this model; else MODEL.WEIGHTS, opened now for `network`."""
     global _open
     if _open is not None and _open.key is None:
         return _open
     key = (cfg.clone(), statements(cfg), _identity(cfg.MODEL.WEIGHTS))
-    if _open is None or _open.key != key:
+    begins_another_model = _open is not None and kind == "backbone" and kind in _open.counts
+    if _open is None or _open.key != key or begins_another_model:
         _open = None  # frees the file before the next one takes its memory
         _show_log()
         source = _compared(cfg)
@@ -370,7 +371,7 @@ class _Taken:
     @classmethod
     def note(cls, model: nn.Module, source: Source) -> None:
         """Remember with `model` what its parts took from `source`."""
-        tensors = [(name, owner(), local) for name, owner, local in source.taken]
+        tensors = [(name, module, local) for name, owner, local in source.taken if (module := owner()) is not None]
         noted = model.__dict__.get("_taken")
         if noted is None:
             model._taken = cls(source.file, dict(source.counts), tensors)

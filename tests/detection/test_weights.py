@@ -313,6 +313,16 @@ def test_a_file_under_detectron2s_names_keeps_its_words_and_tensors(own_script, 
     assert said[-1] == f"75 of 75 backbone tensors, 25 of 25 head tensors from {own_script.MODEL.WEIGHTS}"
 
 
+def test_a_backbone_that_was_built_alone_is_not_counted_with_the_next_model(own_script, caplog):
+    hear(caplog)
+    alone = [build_backbone(own_script), build_backbone(own_script)]
+    model = build_model(own_script)
+    del alone
+    DetectionCheckpointer(model).load(own_script.MODEL.WEIGHTS)
+    counts = f"75 of 75 backbone tensors, 25 of 25 head tensors from {own_script.MODEL.WEIGHTS}"
+    assert f"{counts}; the other 10 tensors are new" in weights_lines(caplog.text)[-1]
+
+
 def test_another_classifier_is_not_taken_for_the_loaded_one(own_script, tmp_path, caplog):
     model = build_model(own_script)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
