@@ -9,7 +9,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from resnet_backbone.detection.pretrained import load_pretrained
+from resnet_backbone.detection.weights import fill
 from resnet_backbone.engine.config import ConfigError, as_config_error
 from resnet_backbone.engine.network_config import arguments_from_config
 from resnet_backbone.networks import accepted_arguments, build_network
@@ -45,7 +45,7 @@ def build_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NetworkBackb
     """The network MODEL.NETWORK.NAME up to the last of MODEL.RESNETS.OUT_FEATURES, initialised from MODEL.WEIGHTS."""
     out_features = cfg.MODEL.RESNETS.OUT_FEATURES
     network = build_part(cfg, out_features=out_features)
-    load_pretrained(network, cfg, part="backbone")
+    fill(network, cfg, part="backbone")
     return NetworkBackbone(network, out_features=out_features, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
 
 

@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from resnet_backbone.detection import add_network_config
-from resnet_backbone.detection.pretrained import is_frozen_norm
+from resnet_backbone.detection.weights import is_frozen_norm
 from resnet_backbone.networks import build_network
 from resnet_backbone.weights import Checkpoint, Metadata, write_checkpoint
 
