@@ -52,7 +52,7 @@ class VGG(StagedNetwork):
         super().__init__((*CONV_CHANNELS, *(("pool5",) if pool5 else ()), "fc6", "fc7"), stages)
         norm_layer = None if norm is None else norm_factory(norm)
 
-        self.features, self.classifier = nn.Sequential(), nn.Sequential()
+        self.features = nn.Sequential()
         # Each stage's layers are numbered as in the whole network, also where only some stages are built.
         self.layer_numbers = {"fc6": range(3), "fc7": range(3, 6)}
         number, channels, stride = 0, 3, 1
@@ -74,8 +74,10 @@ class VGG(StagedNetwork):
             self.layer_numbers["pool5"] = range(number, number + 1)
             self.feature_info["pool5"] = FeatureInfo(channels, stride * 2)
 
+        if "fc6" in self.stage_names:
+            self.avgpool = nn.AdaptiveAvgPool2d(FC_RESOLUTION)
+        self.classifier = nn.Sequential()
         fc_channels = scale_channels(FC_CHANNELS, width)
-        self.avgpool = nn.AdaptiveAvgPool2d(FC_RESOLUTION)
         sizes = {"fc6": (channels * FC_RESOLUTION**2, fc_channels), "fc7": (fc_channels, fc_channels)}
         for name, (inputs, outputs) in sizes.items():
             if name in self.stage_names:
