@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from detectron2.layers import FrozenBatchNorm2d as Detectron2FrozenBatchNorm2d
 from torch import nn
 
 from resnet_backbone.engine.config import ConfigError, get_key, preprocessing_keys, same_value
-from resnet_backbone.engine.pretrained import read_with_statements, statements
+from resnet_backbone.engine.pretrained import command_line_overrides, read_with_overrides
 from resnet_backbone.networks import FrozenBatchNorm2d
-from resnet_backbone.weights import Checkpoint, CheckpointError, Route, load_state, read_checkpoint
+from resnet_backbone.weights import Checkpoint, CheckpointError, load_state, read_checkpoint
+from resnet_backbone.weights.loading import SAME_KEYS
 
 logger = logging.getLogger(__name__)
 
 
-def load_pretrained(module: nn.Module, cfg: CfgNode, *, part: str, routes: Iterable[Route] = (Route("", ""),)) -> None:
-    """Fill `module` from MODEL.WEIGHTS, where that is a classifier, and log the coverage.
+def load_pretrained(module: nn.Module, cfg: CfgNode, *, part: str, key_mapping: Mapping[str, str] = SAME_KEYS) -> None:
+    """Fill `module` from MODEL.WEIGHTS, where that is a classifier, and log how much was loaded.
 
     A detector's checkpoint is loaded after the whole model is built; here it is only checked to fit the configuration,
     or, where Detectron2's own trainer wrote it, accepted with a warning, because nothing in it says how it was fed.
@@ -35,7 +36,7 @@ def load_pretrained(module: nn.Module, cfg: CfgNode, *, part: str, routes: Itera
     Args:
         module: a part of the detector.
         part: its name in messages.
-        routes: from the file's names to the module's.
+        key_mapping: prefixes of the file's keys to prefixes of the module's.
 
     Raises:
         ConfigError: the preprocessing or the network differs from the weights', the stock C4 heads would leave conv5_x
@@ -55,21 +56,21 @@ def load_pretrained(module: nn.Module, cfg: CfgNode, *, part: str, routes: Itera
     if checkpoint is not None:
         _check_configuration(cfg, checkpoint)
         if checkpoint.metadata.kind == "classifier":
-            coverage = load_state(
+            report = load_state(
                 module,
                 checkpoint.model,
                 part=part,
                 source=cfg.MODEL.WEIGHTS,
-                routes=routes,
+                key_mapping=key_mapping,
                 may_miss=cfg.MODEL.NETWORK.ALLOW_MISSING,
             )
-            logger.info("%s from %s", coverage, cfg.MODEL.WEIGHTS)
+            logger.info("%s from %s", report, cfg.MODEL.WEIGHTS)
     check_frozen_norms(cfg, module, checkpoint, part=part)
 
 
 def read_pretrained(cfg: CfgNode) -> Checkpoint | None:
     """What is in MODEL.WEIGHTS, read once for all who ask in turn; None if the key is empty."""
-    return _read(cfg.MODEL.WEIGHTS, tuple(statements(cfg).items())) if cfg.MODEL.WEIGHTS else None
+    return _read(cfg.MODEL.WEIGHTS, tuple(command_line_overrides(cfg).items())) if cfg.MODEL.WEIGHTS else None
 
 
 def forget_pretrained() -> None:
@@ -114,7 +115,7 @@ def _has_roi_heads(cfg: CfgNode) -> bool:
     return cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
 
 
-def _read(path: str, stated: tuple[tuple[str, Any], ...]) -> Checkpoint:
+def _read(path: str, overrides: tuple[tuple[str, Any], ...]) -> Checkpoint:
     """The builders of backbone and heads read the same file in turn: keep the last one, while it is unchanged."""
     if not Path(path).is_file():
         if "://" in path:
@@ -122,12 +123,12 @@ def _read(path: str, stated: tuple[tuple[str, Any], ...]) -> Checkpoint:
                 f"MODEL.WEIGHTS is {path}, and nothing is downloaded here. Download it, and give the file's path."
             )
         return read_checkpoint(path)  # raises, naming what is near
-    return _read_unchanged(path, os.stat(path).st_mtime_ns, stated)
+    return _read_unchanged(path, os.stat(path).st_mtime_ns, overrides)
 
 
 @functools.lru_cache(maxsize=1)
-def _read_unchanged(path: str, modified: int, stated: tuple[tuple[str, Any], ...]) -> Checkpoint:
-    return read_with_statements(path, dict(stated))
+def _read_unchanged(path: str, modified: int, overrides: tuple[tuple[str, Any], ...]) -> Checkpoint:
+    return read_with_overrides(path, dict(overrides))
 
 
 def _is_detectron2_detector(path: str) -> bool:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from resnet_backbone.detection.backbone import build_part
 from resnet_backbone.detection.pretrained import load_pretrained
 from resnet_backbone.engine.config import ConfigError
-from resnet_backbone.weights import Route
 
-RES5_ROUTES = (Route("layer4.", ""),)
-VGG_ROUTES = (Route("classifier.0.", "fc6."), Route("classifier.3.", "fc7."))
+RES5_KEY_MAPPING = {"layer4.": ""}
+VGG_KEY_MAPPING = {"classifier.0.": "fc6.", "classifier.3.": "fc7."}
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -26,7 +25,7 @@ class NetworkRes5ROIHeads(Res5ROIHeads):
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Module, int]:
         network = build_part(cfg, stages=("res5",))
-        load_pretrained(network.layer4, cfg, part="roi_heads.res5", routes=RES5_ROUTES)
+        load_pretrained(network.layer4, cfg, part="roi_heads.res5", key_mapping=RES5_KEY_MAPPING)
         return network.layer4, network.feature_info["res5"].channels
 
 
@@ -59,7 +58,7 @@ class VGGBoxHead(nn.Module):
                 "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION to 7 and MODEL.ROI_HEADS.IN_FEATURES to ('conv5',)."
             )
         head = nn.ModuleDict({"fc6": fc6, "fc7": fc7})
-        load_pretrained(head, cfg, part="roi_heads.box_head", routes=VGG_ROUTES)
+        load_pretrained(head, cfg, part="roi_heads.box_head", key_mapping=VGG_KEY_MAPPING)
         return {"fc6": fc6, "fc7": fc7, "dropout": dropout.p}
 
     def forward(self, features: Tensor) -> Tensor:

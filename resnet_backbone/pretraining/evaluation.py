@@ -25,7 +25,7 @@ from resnet_backbone.engine.precision import autocast, precision_of
 from resnet_backbone.networks import build_network
 from resnet_backbone.pretraining.batches import Normalise, crop_size
 from resnet_backbone.pretraining.views import Group, choose_views, collate, log_probabilities
-from resnet_backbone.weights import Metadata, Unstated, load_state, read_weights
+from resnet_backbone.weights import Metadata, MissingMetadata, load_state, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def load_ensemble(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
     for file in cfg.TEST.ENSEMBLE:
         try:
             weights = read_weights(file).checkpoint
-        except Unstated as error:
+        except MissingMetadata as error:
             raise ConfigError(
                 f"TEST.ENSEMBLE: {error.fact} Convert the file with tools/convert_weights.py, which is told the rest."
             ) from error

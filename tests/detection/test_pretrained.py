@@ -119,11 +119,9 @@ def test_missing_tensors_stop_unless_their_prefix_is_allowed(own_script, tmp_pat
 def test_the_file_is_read_once_for_backbone_and_head(own_script, monkeypatch):
     from resnet_backbone.detection import pretrained
 
-    read, reads = pretrained.read_with_statements, []
+    read, reads = pretrained.read_with_overrides, []
     pretrained.forget_pretrained()
-    monkeypatch.setattr(
-        pretrained, "read_with_statements", lambda path, stated: reads.append(path) or read(path, stated)
-    )
+    monkeypatch.setattr(pretrained, "read_with_overrides", lambda path, given: reads.append(path) or read(path, given))
     build_model(own_script)
     assert reads == [own_script.MODEL.WEIGHTS]
 
