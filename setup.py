@@ -48,6 +48,7 @@ setup(
         "faster-coco-eval>=1.6.5",
         "matplotlib>=3.9",
         "tensorboard>=2.17",
+        "tqdm>=4.66",
     ],
     extras_require={
         "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
