@@ -52,7 +52,7 @@ def owned(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         if value.nbytes > value.untyped_storage().nbytes():
             raise Unreadable(f"is damaged: a tensor of {value.nbytes:,} bytes has fewer in the file. {DAMAGED}")
-        return value.detach().clone()  # in its memory format, which an optimizer's state shares with its weights
+        return value.detach().clone()  # in its memory format, on which the bits of a resumed run depend
     if isinstance(value, dict):
         return {key: owned(item) for key, item in value.items()}
     return type(value)(map(owned, value)) if type(value) in (list, tuple) else value
