@@ -215,7 +215,7 @@ def apply_patches(root: Path, patches=PATCHES) -> None:
 
 
 def describe_patches(patches=PATCHES) -> str:
-    """The table as text. It goes into the wheel: the licence asks to state changes, and a later run compares it."""
+    """The table as text. It goes into the wheel: the license asks to state changes, and a later run compares it."""
     head = f"Changes to the files of {SDIST} (sha256 {SHA256}) by tools/install_detectron2.py.\n"
     rows = [f"\n{m.file} ({m.count}x): {m.why}\n-{m.old!r}\n+{m.new!r}\n" for m in patches]
     return head + "".join(rows) + "".join(f"\n{name}: added\n{text!r}\n" for name, text in NEW_FILES.items())

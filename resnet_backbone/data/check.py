@@ -113,7 +113,7 @@ def _look_closer(data: bytes) -> tuple[set[str], str, str]:
                         ("grayscale", mode in ("1", "L", "LA", "La") or mode.startswith(("I", "F"))),
                         ("palette", mode in ("P", "PA")),
                         ("transparent", mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info),
-                        # Pillow reduces colours of 16 bits without a word; a PNG's header has the depth at byte 24.
+                        # Pillow reduces colors of 16 bits without a word; a PNG's header has the depth at byte 24.
                         ("sixteen_bit", mode.startswith("I") or (form == "PNG" and data[24] == 16)),
                         ("cmyk", mode == "CMYK"),
                         ("animated", form != "MPO" and getattr(image, "n_frames", 1) > 1),

@@ -110,11 +110,15 @@ def _read_python(folder: str, train: bool) -> tuple[np.ndarray, np.ndarray, list
 
     try:
         data = Here(folder, train=train)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        raise DatasetError(f"{error.filename} cannot be read: {error.strerror}; unpack the archive again") from None
+    except RuntimeError:  # a sum that is not as published
         files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
         wrong = [name for name, md5 in files if not check_integrity(os.path.join(folder, name), md5)]
-        found = f"{some(wrong)} missing or not as published (by the MD5 sum)" if wrong else str(error)
-        raise DatasetError(f"{folder}: {found}; nothing was read: unpack the archive again") from None
+        raise DatasetError(
+            f"{folder}: {some(wrong)} missing or not as published (by the MD5 sum); nothing was read: unpack the "
+            "archive again"
+        ) from None
     return np.ascontiguousarray(data.data), np.array(data.targets, np.int64), data.classes
 
 
