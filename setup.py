@@ -49,6 +49,7 @@ setup(
         "matplotlib>=3.9",
         "tensorboard>=2.17",
         "tabulate>=0.10",
+        "tqdm>=4.66",
     ],
     extras_require={
         "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],

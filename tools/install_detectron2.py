@@ -8,7 +8,7 @@ NumPy, Pillow, setuptools and torch. This script
 
 1. leaves a Detectron2 that can already be imported as it is: your own build with compiled operators stays in use;
 2. fetches the sdist ``pb1-detectron2==0.6``, whose Python files are those of the 0.6 release, and checks its SHA-256;
-3. mends the lines that no longer work (the table `MENDS`, each with its reason; a line not found stops the script);
+3. patches the lines that no longer work (the table `PATCHES`, each with its reason; a line not found stops the script);
 4. builds a pure-Python wheel named ``detectron2`` and installs it with pip, so that ``pip list``, ``pip check`` and
    ``pip uninstall detectron2`` work.
 
@@ -37,7 +37,7 @@ PIP = "pip==25.3"
 PIP_SHA256 = "9655943313a94722b7774661c21049070f6bbb0a1516bf02f7c8d5d9201514cd"
 VERSION = "0.6"
 DIST_INFO = f"detectron2-{VERSION}.dist-info"
-MENDS_FILE = "MENDS.txt"
+PATCHES_FILE = "MENDS.txt"  # not renamed: by it, wheels that were made earlier are recognized
 
 # As in Detectron2's setup.py, without what only caffe2 used (future, pydot), the formatter that only LazyConfig.to_py
 # calls (black==21.4b2) and iopath's upper bound (0.1.10 was tested). torch, torchvision and OpenCV are not required,
@@ -70,7 +70,7 @@ PROJECTS = {
 }
 
 
-class Mend(NamedTuple):
+class Patch(NamedTuple):
     """Replace `old` by `new` in `file`, where `old` must occur exactly `count` times."""
 
     file: str
@@ -87,88 +87,88 @@ MESHGRID = "torch warns that the default order of meshgrid will change"
 ARRAY = "NumPy 2 warns about np.array(tensor): torch's __array__ takes no copy argument"
 
 # fmt: off
-MENDS = (
+PATCHES = (
     # What stops an import.
-    Mend("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", 1,
-         "Pillow 10 removed Image.LINEAR, another name of BILINEAR"),
-    *(Mend(f"detectron2/layers/{name}.py", "from detectron2 import _C", "from detectron2._no_ops import _C", 1, NO_C)
+    Patch("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", 1,
+          "Pillow 10 removed Image.LINEAR, another name of BILINEAR"),
+    *(Patch(f"detectron2/layers/{name}.py", "from detectron2 import _C", "from detectron2._no_ops import _C", 1, NO_C)
       for name in ("deform_conv", "rotated_boxes", "roi_align_rotated")),
-    Mend("detectron2/evaluation/coco_evaluation.py",
-         "from detectron2.evaluation.fast_eval_api import COCOeval_opt\n", "", 1, NO_C),
-    Mend("detectron2/evaluation/coco_evaluation.py", "\n\nclass COCOEvaluator(DatasetEvaluator):",
-         "\nCOCOeval_opt = COCOeval  # no compiled operators: use_fast_impl=True is pycocotools as well\n"
-         "\n\nclass COCOEvaluator(DatasetEvaluator):", 1, NO_C + ", which the evaluator uses by default"),
-    Mend("detectron2/evaluation/fast_eval_api.py", "from detectron2 import _C\n",
-         "from detectron2 import _no_ops\n\n"
-         "# An ImportError, so that code with a fallback to pycocotools takes it.\n"
-         '_C = _no_ops.refuse("COCOeval_opt")\n', 1, NO_C),
-    Mend("detectron2/export/__init__.py", "from .api import *\n",
-         "try:\n    from .api import *\nexcept ImportError:  # needs caffe2, which torch 2 does not have\n    pass\n",
-         1, "torch 2 has no caffe2; without this, detectron2.utils.analysis (FLOP counts) does not import"),
-    Mend("detectron2/model_zoo/model_zoo.py", "import pkg_resources\n", "", 1, NO_PKG_RESOURCES),
-    Mend("detectron2/model_zoo/model_zoo.py",
-         'pkg_resources.resource_filename(\n'
-         '        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
-         'os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", config_path)', 1, NO_PKG_RESOURCES),
+    Patch("detectron2/evaluation/coco_evaluation.py",
+          "from detectron2.evaluation.fast_eval_api import COCOeval_opt\n", "", 1, NO_C),
+    Patch("detectron2/evaluation/coco_evaluation.py", "\n\nclass COCOEvaluator(DatasetEvaluator):",
+          "\nCOCOeval_opt = COCOeval  # no compiled operators: use_fast_impl=True is pycocotools as well\n"
+          "\n\nclass COCOEvaluator(DatasetEvaluator):", 1, NO_C + ", which the evaluator uses by default"),
+    Patch("detectron2/evaluation/fast_eval_api.py", "from detectron2 import _C\n",
+          "from detectron2 import _no_ops\n\n"
+          "# An ImportError, so that code with a fallback to pycocotools takes it.\n"
+          '_C = _no_ops.refuse("COCOeval_opt")\n', 1, NO_C),
+    Patch("detectron2/export/__init__.py", "from .api import *\n",
+          "try:\n    from .api import *\nexcept ImportError:  # needs caffe2, which torch 2 does not have\n    pass\n",
+          1, "torch 2 has no caffe2; without this, detectron2.utils.analysis (FLOP counts) does not import"),
+    Patch("detectron2/model_zoo/model_zoo.py", "import pkg_resources\n", "", 1, NO_PKG_RESOURCES),
+    Patch("detectron2/model_zoo/model_zoo.py",
+          'pkg_resources.resource_filename(\n'
+          '        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
+          'os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", config_path)', 1, NO_PKG_RESOURCES),
 
     # What fails, or silently does nothing, when it is used.
-    Mend("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", 1,
-         NO_ALIAS + "; an `except AttributeError` hid it, and the table of instances per class was never printed"),
-    Mend("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n", 1, NO_ALIAS),
-    Mend("detectron2/data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", 1, NO_ALIAS),
-    Mend("detectron2/evaluation/sem_seg_evaluation.py", "np.array(output, dtype=np.int)", "output.numpy().astype(int)",
-         1, NO_ALIAS + "; " + ARRAY),
-    Mend("detectron2/evaluation/sem_seg_evaluation.py", "dtype=np.int)", "dtype=int)", 1, NO_ALIAS),
-    Mend("detectron2/evaluation/sem_seg_evaluation.py", "np.float)", "float)", 5, NO_ALIAS),
-    Mend("detectron2/evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", 2, NO_ALIAS),
-    Mend("detectron2/structures/masks.py", "np.bool)", "bool)", 3, NO_ALIAS),
-    Mend("detectron2/utils/visualizer.py", "np.bool)", "bool)", 3, NO_ALIAS),
-    Mend("detectron2/utils/video_visualizer.py", "np.bool)", "bool)", 1, NO_ALIAS),
-    Mend("detectron2/engine/hooks.py", "lr_scheduler._LRScheduler)", "lr_scheduler.LRScheduler)", 2,
-         "in torch 2 _LRScheduler is a subclass of LRScheduler: torch's own schedulers were silently not saved"),
-    Mend("detectron2/engine/defaults.py", 'kwargs["device_ids"] = [comm.get_local_rank()]',
-         'on_cpu = next(model.parameters()).device.type == "cpu"\n'
-         '        kwargs["device_ids"] = None if on_cpu else [comm.get_local_rank()]', 1,
-         "DistributedDataParallel takes no device_ids for a model on the CPU"),
-    Mend("detectron2/modeling/meta_arch/retinanet.py", "get_norm(norm, 1)", "get_norm(norm, 32)", 1,
-         "only the type of this layer is read, and torch 2 refuses a GroupNorm of 32 groups and 1 channel"),
-    Mend("detectron2/layers/deform_conv.py", "deform_conv = _DeformConv.apply\n",
-         "def deform_conv(\n"
-         "    input, offset, weight, stride=1, padding=0, dilation=1, groups=1, deformable_groups=1, im2col_step=64\n"
-         "):\n"
-         "    # Without _C: torchvision's operator, which reads both group counts from the shapes.\n"
-         "    return deform_conv2d(\n"
-         "        input, offset, weight, stride=stride, padding=padding, dilation=dilation\n"
-         "    )\n\n\n", 1, NO_C),
-    Mend("detectron2/layers/deform_conv.py", "modulated_deform_conv = _ModulatedDeformConv.apply\n",
-         "def modulated_deform_conv(\n"
-         "    input, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, deformable_groups=1\n"
-         "):\n"
-         "    return deform_conv2d(\n"
-         "        input, offset, weight, bias, stride=stride, padding=padding, dilation=dilation, mask=mask\n"
-         "    )\n", 1, NO_C),
-    Mend("detectron2/layers/nms.py", "return torch.ops.detectron2.nms_rotated(",
-         "from detectron2._no_ops import _C\n\n    return _C.nms_rotated(", 1, NO_C),
+    Patch("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", 1,
+          NO_ALIAS + "; an `except AttributeError` hid it, and the table of instances per class was never printed"),
+    Patch("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n", 1, NO_ALIAS),
+    Patch("detectron2/data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", 1, NO_ALIAS),
+    Patch("detectron2/evaluation/sem_seg_evaluation.py", "np.array(output, dtype=np.int)", "output.numpy().astype(int)",
+          1, NO_ALIAS + "; " + ARRAY),
+    Patch("detectron2/evaluation/sem_seg_evaluation.py", "dtype=np.int)", "dtype=int)", 1, NO_ALIAS),
+    Patch("detectron2/evaluation/sem_seg_evaluation.py", "np.float)", "float)", 5, NO_ALIAS),
+    Patch("detectron2/evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", 2, NO_ALIAS),
+    Patch("detectron2/structures/masks.py", "np.bool)", "bool)", 3, NO_ALIAS),
+    Patch("detectron2/utils/visualizer.py", "np.bool)", "bool)", 3, NO_ALIAS),
+    Patch("detectron2/utils/video_visualizer.py", "np.bool)", "bool)", 1, NO_ALIAS),
+    Patch("detectron2/engine/hooks.py", "lr_scheduler._LRScheduler)", "lr_scheduler.LRScheduler)", 2,
+          "in torch 2 _LRScheduler is a subclass of LRScheduler: torch's own schedulers were silently not saved"),
+    Patch("detectron2/engine/defaults.py", 'kwargs["device_ids"] = [comm.get_local_rank()]',
+          'on_cpu = next(model.parameters()).device.type == "cpu"\n'
+          '        kwargs["device_ids"] = None if on_cpu else [comm.get_local_rank()]', 1,
+          "DistributedDataParallel takes no device_ids for a model on the CPU"),
+    Patch("detectron2/modeling/meta_arch/retinanet.py", "get_norm(norm, 1)", "get_norm(norm, 32)", 1,
+          "only the type of this layer is read, and torch 2 refuses a GroupNorm of 32 groups and 1 channel"),
+    Patch("detectron2/layers/deform_conv.py", "deform_conv = _DeformConv.apply\n",
+          "def deform_conv(\n"
+          "    input, offset, weight, stride=1, padding=0, dilation=1, groups=1, deformable_groups=1, im2col_step=64\n"
+          "):\n"
+          "    # Without _C: torchvision's operator, which reads both group counts from the shapes.\n"
+          "    return deform_conv2d(\n"
+          "        input, offset, weight, stride=stride, padding=padding, dilation=dilation\n"
+          "    )\n\n\n", 1, NO_C),
+    Patch("detectron2/layers/deform_conv.py", "modulated_deform_conv = _ModulatedDeformConv.apply\n",
+          "def modulated_deform_conv(\n"
+          "    input, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, deformable_groups=1\n"
+          "):\n"
+          "    return deform_conv2d(\n"
+          "        input, offset, weight, bias, stride=stride, padding=padding, dilation=dilation, mask=mask\n"
+          "    )\n", 1, NO_C),
+    Patch("detectron2/layers/nms.py", "return torch.ops.detectron2.nms_rotated(",
+          "from detectron2._no_ops import _C\n\n    return _C.nms_rotated(", 1, NO_C),
 
     # What only warns.
-    Mend("detectron2/modeling/anchor_generator.py", "meshgrid(shifts_y, shifts_x)",
-         'meshgrid(shifts_y, shifts_x, indexing="ij")', 1, MESHGRID),
-    Mend("projects/Panoptic-DeepLab/panoptic_deeplab/post_processing.py",
-         "torch.arange(width, dtype=offsets.dtype, device=offsets.device),\n",
-         'torch.arange(width, dtype=offsets.dtype, device=offsets.device),\n        indexing="ij",\n', 1, MESHGRID),
-    Mend("detectron2/engine/train_loop.py", "torch.cuda.amp import", "torch.amp import", 2,
-         "torch.cuda.amp is deprecated"),
-    Mend("detectron2/engine/train_loop.py", "with autocast():", 'with autocast("cuda"):', 1,
-         "torch.amp.autocast has no default device"),
-    Mend("detectron2/evaluation/coco_evaluation.py", "np.array(mask[:, :, None],", "np.array(mask[:, :, None].numpy(),",
-         1, ARRAY),
-    *(Mend(f"detectron2/{name}.py", "logger.warn(", "logger.warning(", count, "logger.warn is deprecated")
+    Patch("detectron2/modeling/anchor_generator.py", "meshgrid(shifts_y, shifts_x)",
+          'meshgrid(shifts_y, shifts_x, indexing="ij")', 1, MESHGRID),
+    Patch("projects/Panoptic-DeepLab/panoptic_deeplab/post_processing.py",
+          "torch.arange(width, dtype=offsets.dtype, device=offsets.device),\n",
+          'torch.arange(width, dtype=offsets.dtype, device=offsets.device),\n        indexing="ij",\n', 1, MESHGRID),
+    Patch("detectron2/engine/train_loop.py", "torch.cuda.amp import", "torch.amp import", 2,
+          "torch.cuda.amp is deprecated"),
+    Patch("detectron2/engine/train_loop.py", "with autocast():", 'with autocast("cuda"):', 1,
+          "torch.amp.autocast has no default device"),
+    Patch("detectron2/evaluation/coco_evaluation.py", "np.array(mask[:, :, None],",
+          "np.array(mask[:, :, None].numpy(),", 1, ARRAY),
+    *(Patch(f"detectron2/{name}.py", "logger.warn(", "logger.warning(", count, "logger.warn is deprecated")
       for name, count in (("data/datasets/coco", 2), ("engine/defaults", 1), ("evaluation/coco_evaluation", 2),
                           ("evaluation/lvis_evaluation", 2), ("evaluation/sem_seg_evaluation", 2))),
 )
 # fmt: on
 
-# Added beside the mended files. It is not called _C, so that `import detectron2._C` still fails for code that asks.
+# Added beside the patched files. It is not called _C, so that `import detectron2._C` still fails for code that asks.
 NEW_FILES = {
     "detectron2/_no_ops.py": '''\
 """Stands where the compiled operators (detectron2._C) would be and says that they are missing."""
@@ -197,32 +197,32 @@ class InstallError(Exception):
     """What went wrong, in one or two sentences for the user."""
 
 
-def apply_mends(root: Path, mends=MENDS) -> None:
+def apply_patches(root: Path, patches=PATCHES) -> None:
     """Change the source tree at `root` by the table; stop where a text is not there as often as the table says."""
-    for mend in mends:
-        path = root / mend.file
+    for patch in patches:
+        path = root / patch.file
         if not path.is_file():
-            raise InstallError(f"{mend.file} is not in the source tree; it was to be mended because {mend.why}.")
+            raise InstallError(f"{patch.file} is not in the source tree; it was to be patched because {patch.why}.")
         text = path.read_text(encoding="utf-8")
-        lines = [text.count("\n", 0, match.start()) + 1 for match in re.finditer(re.escape(mend.old), text)]
-        if len(lines) != mend.count:
+        lines = [text.count("\n", 0, match.start()) + 1 for match in re.finditer(re.escape(patch.old), text)]
+        if len(lines) != patch.count:
             where = f" (lines {', '.join(map(str, lines))})" if lines else ""
             raise InstallError(
-                f"{mend.file}: expected {mend.old!r} {mend.count} time(s), found it {len(lines)} time(s){where}. "
-                f"It was to be mended because {mend.why}. The sources are not those of {SDIST}."
+                f"{patch.file}: expected {patch.old!r} {patch.count} time(s), found it {len(lines)} time(s){where}. "
+                f"It was to be patched because {patch.why}. The sources are not those of {SDIST}."
             )
-        path.write_text(text.replace(mend.old, mend.new), encoding="utf-8")
+        path.write_text(text.replace(patch.old, patch.new), encoding="utf-8")
 
 
-def describe_mends(mends=MENDS) -> str:
-    """The table as text. It goes into the wheel: the licence asks to state changes, and a later run compares it."""
+def describe_patches(patches=PATCHES) -> str:
+    """The table as text. It goes into the wheel: the license asks to state changes, and a later run compares it."""
     head = f"Changes to the files of {SDIST} (sha256 {SHA256}) by tools/install_detectron2.py.\n"
-    rows = [f"\n{m.file} ({m.count}x): {m.why}\n-{m.old!r}\n+{m.new!r}\n" for m in mends]
+    rows = [f"\n{m.file} ({m.count}x): {m.why}\n-{m.old!r}\n+{m.new!r}\n" for m in patches]
     return head + "".join(rows) + "".join(f"\n{name}: added\n{text!r}\n" for name, text in NEW_FILES.items())
 
 
 def build_wheel(root: Path, folder: Path) -> Path:
-    """Write the wheel of the mended source tree `root` into `folder`; the same tree gives the same bytes."""
+    """Write the wheel of the patched source tree `root` into `folder`; the same tree gives the same bytes."""
     files = {name: text.encode() for name, text in NEW_FILES.items()}
     for source, target in {"detectron2": "detectron2", **PROJECTS}.items():
         if not (root / source / "__init__.py").is_file():
@@ -241,7 +241,7 @@ def build_wheel(root: Path, folder: Path) -> Path:
     files[f"{DIST_INFO}/LICENSE"] = (root / "LICENSE").read_bytes()
     files[f"{DIST_INFO}/METADATA"] = metadata.encode()
     files[f"{DIST_INFO}/WHEEL"] = wheel.encode()
-    files[f"{DIST_INFO}/{MENDS_FILE}"] = describe_mends().encode()
+    files[f"{DIST_INFO}/{PATCHES_FILE}"] = describe_patches().encode()
     files[f"{DIST_INFO}/top_level.txt"] = b"detectron2\n"
 
     record = []
@@ -261,7 +261,7 @@ def build_wheel(root: Path, folder: Path) -> Path:
 
 
 def check_sdist(path: Path) -> Path:
-    """Return `path` if it is the sdist that the mends were written for."""
+    """Return `path` if it is the sdist that the patches were written for."""
     if not path.is_file():
         raise InstallError(f"{path} is not a file; expected the sdist of {SDIST}.")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -337,14 +337,14 @@ def find_installed() -> str | None:
 
 
 def is_outdated() -> bool:
-    """Whether the installed Detectron2 came from this script with another table of mends."""
+    """Whether the installed Detectron2 came from this script with another table of patches."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:
-        mends = distribution("detectron2").read_text(MENDS_FILE)
+        installed = distribution("detectron2").read_text(PATCHES_FILE)
     except PackageNotFoundError:
         return False
-    return mends is not None and mends != describe_mends()
+    return installed is not None and installed != describe_patches()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -361,10 +361,10 @@ def main(arguments: list[str] | None = None) -> int:
             folder = Path(name)
             sdist = check_sdist(sdist) if sdist else download_sdist(folder)
             root = unpack(sdist, folder)
-            apply_mends(root)
+            apply_patches(root)
             wheel = build_wheel(root, folder)
             if outdated:
-                print("The installed Detectron2 was made by this script from another table of mends; it is replaced.")
+                print("The installed Detectron2 was made by this script from another table of patches; it is replaced.")
                 pip("uninstall", "--yes", "--quiet", "detectron2")
             pip("install", "--quiet", str(wheel))
         found = find_installed()
@@ -373,8 +373,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InstallError as error:
         print(f"install_detectron2: {error}", file=sys.stderr)
         return 1
-    files = len({mend.file for mend in MENDS})
-    print(f"Installed Detectron2 {found}: sdist SHA-256 checked, {len(MENDS)} mends in {files} files, no compiled _C.")
+    files = len({patch.file for patch in PATCHES})
+    counts = f"{len(PATCHES)} patches in {files} files"
+    print(f"Installed Detectron2 {found}: sdist SHA-256 checked, {counts}, no compiled _C.")
     return 0
 
 

@@ -6,8 +6,8 @@ of an image are a few numbers, so that memory stays small: some 30 bytes an imag
 
 import hashlib
 import io
+import itertools
 import os
-import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TextIO
 import cv2
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from resnet_backbone.data.decode import decode
 from resnet_backbone.data.errors import DatasetError
@@ -280,21 +281,27 @@ def check(
     Arguments:
         entry: what the user calls the data set.
         workers: processes that look at images; 0: this one.
-        progress: where to write how far it is and how long it will take.
+        progress: where a bar tells how far it is and how long it will take; none without it.
     """
     if workers < 0 or (limit is not None and limit < 1):
         raise InputError(f"workers is {workers} and limit {limit}; expected at least 0, and at least 1")
     total = len(source) if limit is None else min(limit, len(source))
     report = Report(entry, source, np.arange(total) * len(source) // total)
     _count_ignored(report)
-    ticker = _Progress(progress, total)
-    place = 0
-    for inspections in _inspect_all(source, report.checked, workers):
-        for inspection in inspections:
-            report.add(place, inspection)
-            place += 1
-        ticker.show(place, report)
-    ticker.end()
+    on_terminal = progress is not None and progress.isatty()
+    inspections = tqdm(
+        itertools.chain.from_iterable(_inspect_all(source, report.checked, workers)),
+        total=total,
+        unit="image",
+        file=progress,
+        disable=progress is None,
+        leave=False,
+        # In a log: nothing about what is done in ten seconds.
+        delay=0 if on_terminal else 10,
+        mininterval=0.2 if on_terminal else 10,
+    )
+    for place, inspection in enumerate(inspections):
+        report.add(place, inspection)
     return report
 
 
@@ -392,29 +399,3 @@ def _counted(count: int, meaning: str, examples: Iterable[str], *, each_on_a_lin
     more = f" and {count - len(examples):,} more" if count > len(examples) else ""
     indent = "\n" + 15 * " "
     return f"    {count:>9,}  {meaning}{indent}{(indent if each_on_a_line else ', ').join(examples)}{more}"
-
-
-class _Progress:
-    """How far it is and how long it will take: one line that changes on a terminal, else a line every 10 seconds."""
-
-    def __init__(self, file: TextIO | None, total: int) -> None:
-        self._file = file
-        self._total = total
-        self._terminal = file is not None and file.isatty()
-        self._start = self._last = time.monotonic()
-
-    def show(self, done: int, report: Report) -> None:
-        now = time.monotonic()
-        if self._file is None or now - self._last < (0.2 if self._terminal else 10) or done == self._total:
-            return
-        self._last = now
-        left = round((now - self._start) / done * (self._total - done))
-        line = f"{done:,} of {self._total:,} images, {report.stops:,} that would stop a run, "
-        line += f"{left // 60} min {left % 60:02d} s left"
-        self._file.write(f"\r{line}\x1b[K" if self._terminal else line + "\n")
-        self._file.flush()
-
-    def end(self) -> None:
-        if self._terminal:
-            self._file.write("\r\x1b[K")
-            self._file.flush()

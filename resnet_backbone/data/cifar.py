@@ -1,21 +1,19 @@
 """CIFAR-10, in its two forms as published (https://www.cs.toronto.edu/~kriz/cifar.html), all of it in memory.
 
-`cifar-10-batches-py` holds pickles, which are read without calling anything that they name; `cifar-10-batches-bin`
-holds records of one label byte and 3072 pixel bytes. Both have five training batches and one test batch.
+`cifar-10-batches-py` holds pickles, which torchvision reads when their MD5 sums are the published ones;
+`cifar-10-batches-bin` holds records of one label byte and 3072 pixel bytes. Both have five training batches and one
+test batch.
 """
 
 import fcntl
-import io
 import os
-import pickle
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
-from resnet_backbone.data.errors import DatasetError, content, nearest_existing
+from resnet_backbone.data.errors import DatasetError, content, nearest_existing, some
 from resnet_backbone.data.interface import ClassificationSource
 
 CLASS_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -43,29 +41,17 @@ class CifarSource(ClassificationSource):
                 f"holds no CIFAR-10 ({content(path)})" if path.exists() else f"is not there ({nearest_existing(path)})"
             )
             raise DatasetError(f"{path} {found}; expected the files {', '.join(names)}, with or without '.bin'")
-        read, extension = (_read_pickle, "") if python else (_read_records, ".bin")
-        self._files = [os.path.join(self.folder, name + extension) for name in names]
-        planes, labels = zip(*(read(path) for path in self._files))
-        self._sizes = [len(batch) for batch in labels]
-        if len(set(self._sizes)) > 1:
-            raise DatasetError(
-                f"{folder}: the training batches hold {', '.join(map(str, self._sizes))} images, expected the same "
-                "number in each; unpack the archive again"
-            )
-        self.pixels = np.ascontiguousarray(np.concatenate(planes).reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
-        super().__init__(_class_names(self.folder, python), np.concatenate(labels))
-        wrong = np.flatnonzero(self.labels >= len(CLASS_NAMES))
-        if len(wrong):
-            raise DatasetError(
-                f"{self.describe(wrong[0])} has the class {self.labels[wrong[0]]}, expected 0...9: this is not "
-                "CIFAR-10, or it is damaged; unpack the archive again"
-            )
+        self._files = [os.path.join(self.folder, name + ("" if python else ".bin")) for name in names]
+        self.pixels, labels, class_names = (
+            _read_python(self.folder, train) if python else _read_binary(self._files, self.folder)
+        )
+        super().__init__(class_names, labels)
 
     def read(self, index: int) -> bytes:
         return b"P6\n%d %d\n255\n" % (SIDE, SIDE) + self.pixels[index].tobytes()
 
     def describe(self, index: int) -> str:
-        batch, number = divmod(int(index), self._sizes[0])
+        batch, number = divmod(int(index), len(self) // len(self._files))
         return f"{self._files[batch]}:{number}"
 
 
@@ -114,49 +100,68 @@ def download(root: str | Path) -> None:
             shutil.rmtree(scratch)
 
 
-def _class_names(folder: str, python: bool) -> list[str]:
-    """The names in `batches.meta` or `batches.meta.txt`; the known ones where that file is missing."""
-    path = os.path.join(folder, "batches.meta" if python else "batches.meta.txt")
-    if not os.path.exists(path):
-        return list(CLASS_NAMES)
+def _read_python(folder: str, train: bool) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Pixels `(N, 32, 32, 3)` uint8, labels `(N,)` int64 and class names, read by torchvision."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    class Here(CIFAR10):
+        base_folder = ""  # whatever the folder is called
+
     try:
-        if python:
-            names = [name.decode() for name in _load(path)[b"label_names"]]
-        else:
-            names = _bytes(path).decode().split()
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError):
-        names = []
-    if len(names) != len(CLASS_NAMES):
-        raise DatasetError(f"{path} holds {len(names)} class names, expected 10; replace it, or remove it")
-    return names
+        data = Here(folder, train=train)
+    except OSError as error:
+        raise DatasetError(f"{error.filename} cannot be read: {error.strerror}; unpack the archive again") from None
+    except RuntimeError:  # a sum that is not as published
+        files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+        wrong = [name for name, md5 in files if not check_integrity(os.path.join(folder, name), md5)]
+        raise DatasetError(
+            f"{folder}: {some(wrong)} missing or not as published (by the MD5 sum); nothing was read: unpack the "
+            "archive again"
+        ) from None
+    return np.ascontiguousarray(data.data), np.array(data.targets, np.int64), data.classes
 
 
-def _read_records(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels `(n, 3072)` uint8 and labels `(n,)` int64 of one file of the binary form."""
+def _read_binary(files: list[str], folder: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Pixels `(N, 32, 32, 3)` uint8, labels `(N,)` int64 and class names of the binary form."""
+    batches = [_read_records(path) for path in files]
+    sizes = [len(batch) for batch in batches]
+    if len(set(sizes)) > 1:
+        raise DatasetError(
+            f"{folder}: the training batches hold {', '.join(map(str, sizes))} images, expected the same number in "
+            "each; unpack the archive again"
+        )
+    records = np.concatenate(batches)
+    pixels = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+    labels = records[:, 0].astype(np.int64)
+    if len(wrong := np.flatnonzero(labels >= len(CLASS_NAMES))):
+        batch, number = divmod(int(wrong[0]), sizes[0])
+        raise DatasetError(
+            f"{files[batch]}:{number} has the class {labels[wrong[0]]}, expected 0...9: this is not CIFAR-10, or it is "
+            "damaged; unpack the archive again"
+        )
+    return pixels, labels, _class_names(os.path.join(folder, "batches.meta.txt"))
+
+
+def _read_records(path: str) -> np.ndarray:
+    """The records of one file of the binary form, `(n, 1 + 3072)` uint8: a label and the planes of an image."""
     data = np.frombuffer(_bytes(path), np.uint8)
     if not len(data) or len(data) % (1 + _IMAGE_BYTES):
         raise DatasetError(
             f"{path} has {len(data)} bytes, expected a multiple of {1 + _IMAGE_BYTES}, one label and {_IMAGE_BYTES} "
             "pixels for each image; unpack the archive again"
         )
-    records = data.reshape(-1, 1 + _IMAGE_BYTES)
-    return records[:, 1:], records[:, 0].astype(np.int64)
+    return data.reshape(-1, 1 + _IMAGE_BYTES)
 
 
-def _read_pickle(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels `(n, 3072)` uint8 and labels `(n,)` int64 of one file of the Python form."""
-    batch = _load(path)
-    pixels, labels = (batch.get(key) if type(batch) is dict else None for key in (b"data", b"labels"))
-    if not isinstance(pixels, _Array) or type(labels) is not list or set(map(type, labels)) != {int}:
-        raise DatasetError(f"{path} holds no 'data' (an array) with 'labels' (a list); expected a batch of CIFAR-10")
-    if pixels.shape != (len(labels), _IMAGE_BYTES) or len(pixels.data) != len(labels) * _IMAGE_BYTES:
-        raise DatasetError(
-            f"{path} holds an array of shape {str(pixels.shape)[:60]} with {len(pixels.data)} bytes for {len(labels)} "
-            f"labels, expected ({len(labels)}, {_IMAGE_BYTES}); unpack the archive again"
-        )
-    if not all(0 <= label < 2**31 for label in labels):
-        raise DatasetError(f"{path} holds labels outside 0...9; expected a batch of CIFAR-10")
-    return np.frombuffer(pixels.data, np.uint8).reshape(pixels.shape), np.array(labels, np.int64)
+def _class_names(path: str) -> list[str]:
+    """The names in `batches.meta.txt`; the known ones where that file is missing."""
+    if not os.path.exists(path):
+        return list(CLASS_NAMES)
+    names = _bytes(path).decode("latin1").split()
+    if len(names) != len(CLASS_NAMES):
+        raise DatasetError(f"{path} holds {len(names)} class names, expected 10; replace it, or remove it")
+    return names
 
 
 def _bytes(path: str) -> bytes:
@@ -165,72 +170,3 @@ def _bytes(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}; unpack the archive again") from None
-
-
-def _load(path: str) -> Any:
-    file = io.BytesIO(_bytes(path))
-    try:
-        return _Unpickler(file).load()
-    except _Refused as refused:
-        raise DatasetError(
-            f"{path} asks for {str(refused)!r}, which no batch of CIFAR-10 does; nothing in it was executed: replace it"
-        ) from None
-    except Exception as error:  # a damaged pickle may raise anything
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise DatasetError(f"{path} is cut off or damaged ({reason}); unpack the archive again") from None
-
-
-class _Refused(Exception):
-    """A pickle names something that arrays and lists do not need."""
-
-
-class _Array:
-    """Stands in for a NumPy array of bytes in a pickle: what the file says of it, which nobody has believed yet."""
-
-    __slots__ = ("data", "shape")
-
-    def __init__(self) -> None:
-        self.shape, self.data = (), b""
-
-    def __setstate__(self, state: tuple) -> None:
-        _version, shape, dtype, fortran, data = state
-        if type(dtype) is not _Bytes or fortran or type(data) is not bytes or type(shape) is not tuple:
-            raise TypeError("an array of something else than bytes")
-        self.shape, self.data = shape, data
-
-
-class _Bytes:
-    """Stands in for NumPy's dtype uint8 in a pickle."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: tuple) -> None:
-        pass  # byte order and alignment, without meaning for bytes
-
-
-class _Unpickler(pickle._Unpickler):
-    """Reads plain containers and `_Array`s; what a pickle may name is answered with stand-ins, never with NumPy's own.
-
-    Written on `pickle`'s Python form: a number in a file can make the C form reserve any amount of memory.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="bytes")  # Python 2 wrote the files
-
-    def find_class(self, module: str, name: str) -> Any:
-        # NumPy 2 renamed the module.
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
-            return self._array
-        if (module, name) == ("numpy", "ndarray"):
-            return None  # an argument of the function above
-        if (module, name) == ("numpy", "dtype"):
-            return self._dtype
-        raise _Refused(f"{module}.{name}"[:80])
-
-    def _array(self, kind: None, shape: Any, code: Any) -> _Array:
-        return _Array()
-
-    def _dtype(self, code: Any, *rest: Any) -> _Bytes:
-        if code not in (b"u1", "u1"):
-            raise TypeError(f"an array of {code!r:.20}, expected bytes")
-        return _Bytes()

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from resnet_backbone.engine.config import ConfigError, get_key, origin, set_key
 from resnet_backbone.engine.network_config import fill_from_metadata, preprocessing_keys, same_value
 from resnet_backbone.engine.output import LAST
-from resnet_backbone.engine.pretrained import read_with_statements, statements
+from resnet_backbone.engine.pretrained import command_line_overrides, read_with_overrides
 from resnet_backbone.errors import InputError
 from resnet_backbone.networks import FrozenBatchNorm2d
 from resnet_backbone.weights import Checkpoint, CheckpointError, load_state, read_checkpoint
@@ -178,11 +178,11 @@ def fill(network: nn.Module, cfg: CfgNode, *, part: str) -> None:
         return
     if source.checkpoint is not None and source.checkpoint.metadata.kind == "classifier":
         allowed = cfg.MODEL.NETWORK.ALLOW_MISSING
-        coverage = load_state(network, source.checkpoint.model, part=part, source=source.file, may_miss=allowed)
+        report = load_state(network, source.checkpoint.model, part=part, source=source.file, may_miss=allowed)
         got, has = source.counts.get(kind, (0, 0))
-        more = len(coverage.loaded)
-        source.counts[kind] = (got + more, has + more + len(coverage.missing))
-        for name in coverage.loaded:
+        more = len(report.loaded)
+        source.counts[kind] = (got + more, has + more + len(report.missing))
+        for name in report.loaded:
             path, _, local = name.rpartition(".")
             source.taken.append((name, weakref.ref(network.get_submodule(path)), local))
         logger.info("%s from %s", _count(source.counts), source.file)
@@ -212,7 +212,7 @@ def _source(cfg: CfgNode, network: nn.Module, kind: str) -> Source:
     global _open
     if _open is not None and _open.key is None:
         return _open
-    key = (cfg.clone(), statements(cfg), _identity(cfg.MODEL.WEIGHTS))
+    key = (cfg.clone(), command_line_overrides(cfg), _identity(cfg.MODEL.WEIGHTS))
     begins_another_model = _open is not None and kind == "backbone" and kind in _open.counts
     if _open is None or _open.key != key or begins_another_model:
         _let_go()  # before the next file takes its memory
@@ -271,7 +271,7 @@ def _read_file(cfg: CfgNode) -> Checkpoint:
         raise CheckpointError(
             f"MODEL.WEIGHTS is {file}, and nothing is downloaded here. Download it, and give the file's path."
         )
-    return read_with_statements(file, statements(cfg))
+    return read_with_overrides(file, command_line_overrides(cfg))
 
 
 def _identity(file: str) -> tuple[int, ...] | None:
@@ -406,4 +406,3 @@ class _Taken:
 
 def _holds(state: dict[str, torch.Tensor], name: str, tensor: torch.Tensor) -> bool:
     return name in state and torch.equal(state[name].to("cpu", tensor.dtype), tensor.detach().cpu())
-

@@ -9,10 +9,12 @@ from torch import nn
 class MovingAverage:
     """Keep `average ← decay · average + (1 − decay) · weights`, over parameters and batch norm statistics.
 
-    The first update takes the weights as they are, as `torch.optim.swa_utils.AveragedModel` does.
+    The first update takes the weights as they are, as `torch.optim.swa_utils.AveragedModel` does. That class is not
+    used: it averages batch norm's counters too, which truncates them, and on a GPU each of its updates copies a number
+    from the host and waits for it.
 
     Attributes:
-        model: a copy of the network that holds the average.
+        model: a copy of the network that holds the average, ready to be evaluated.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -20,27 +22,20 @@ class MovingAverage:
         self.model = copy.deepcopy(model).requires_grad_(False)
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._counters = [pair for pair in pairs if not pair[0].is_floating_point()]
         self._started = False
 
     @torch.no_grad()
     def update(self) -> None:
         """After a step. A handful of kernels for all tensors together."""
-        averages, weights = (list(tensors) for tensors in zip(*self._floats, strict=True))
-        if self._started:
-            torch._foreach_lerp_(averages, weights, 1 - self.decay)
-        else:
-            torch._foreach_copy_(averages, weights)
-            self._started = True
-
-    def evaluated(self) -> nn.Module:
-        """The averaged network, ready to be used."""
-        for average, value in self._others:  # counters, which have no average
-            average.copy_(value)
-        return self.model
+        averages, weights = map(list, zip(*self._floats, strict=True))
+        torch._foreach_lerp_(averages, weights, 1 - self.decay if self._started else 1.0)
+        if self._counters:
+            torch._foreach_copy_(*map(list, zip(*self._counters, strict=True)))
+        self._started = True
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.evaluated().state_dict()
+        return self.model.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.model.load_state_dict(state)

@@ -8,12 +8,12 @@ from detectron2.config import CfgNode
 
 from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, get_key, origin
 from resnet_backbone.engine.network_config import ARGUMENT_KEYS
-from resnet_backbone.weights import Checkpoint, Unstated, read_weights
+from resnet_backbone.weights import Checkpoint, MissingMetadata, read_weights
 
 logger = logging.getLogger(__name__)
 
 # What a file may leave open, and the key with which a user says it.
-STATEMENTS = {
+OVERRIDE_KEYS = {
     "architecture": "MODEL.NETWORK.NAME",
     "channel_order": "INPUT.FORMAT",
     "pixel_mean": "MODEL.PIXEL_MEAN",
@@ -22,21 +22,21 @@ STATEMENTS = {
 }
 
 
-def statements(cfg: CfgNode) -> dict[str, Any]:
+def command_line_overrides(cfg: CfgNode) -> dict[str, Any]:
     """What the command line says about weights, by the arguments of `read_weights`.
 
-    A configuration file does not count: the recipes state a preprocessing and a stride placement of their own, which
+    A configuration file does not count: the recipes set a preprocessing and a stride placement of their own, which
     were not written with anybody's file in view.
     """
-    stated = {name: get_key(cfg, key) for name, key in STATEMENTS.items() if origin(cfg, key) == COMMAND_LINE}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in stated.items()}
+    overrides = {name: get_key(cfg, key) for name, key in OVERRIDE_KEYS.items() if origin(cfg, key) == COMMAND_LINE}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
 
 
-def read_with_statements(file: str, stated: Mapping[str, Any]) -> Checkpoint:
+def read_with_overrides(file: str, overrides: Mapping[str, Any]) -> Checkpoint:
     """What is in `file`, under our names, whatever library wrote it.
 
     What the file or its format's convention says is in the result's metadata, for `fill_from_metadata` to compare with
-    the configuration. Only what neither says is taken from `stated`.
+    the configuration. Only what neither says is taken from `overrides`.
 
     Raises:
         ConfigError: something about the weights is known by nobody; the keys that would say it are named.
@@ -46,13 +46,13 @@ def read_with_statements(file: str, stated: Mapping[str, Any]) -> Checkpoint:
     while True:
         try:
             conversion = read_weights(file, **needed)
-        except Unstated as error:
-            if silent := [STATEMENTS[name] for name in error.missing if name not in stated]:
+        except MissingMetadata as error:
+            if silent := [OVERRIDE_KEYS[name] for name in error.missing if name not in overrides]:
                 raise ConfigError(
                     f"MODEL.WEIGHTS: {error.fact} Set {', '.join(silent)} on the command line to what the weights were "
                     "trained with, or convert the file with tools/convert_weights.py."
                 ) from error
-            needed |= {name: stated[name] for name in error.missing}
+            needed |= {name: overrides[name] for name in error.missing}
         else:
             for line in conversion.summary().splitlines():
                 logger.info(line)

@@ -109,7 +109,7 @@ def train(
     )
 
     def result() -> nn.Module:
-        return model if average is None else average.evaluated()
+        return model if average is None else average.model
 
     def save(iteration: int) -> None:
         config = flat_config(cfg)

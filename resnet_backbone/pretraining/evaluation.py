@@ -31,7 +31,7 @@ from resnet_backbone.pretraining.multi_crop import (
     log_probabilities,
 )
 from resnet_backbone.pretraining.preprocessing import Normalize, crop_size
-from resnet_backbone.weights import Metadata, Unstated, load_state, read_weights
+from resnet_backbone.weights import Metadata, MissingMetadata, load_state, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ def load_ensemble(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
     for file in cfg.TEST.ENSEMBLE:
         try:
             weights = read_weights(file).checkpoint
-        except Unstated as error:
+        except MissingMetadata as error:
             raise ConfigError(
                 f"TEST.ENSEMBLE: {error.fact} Convert the file with tools/convert_weights.py, which is told the rest."
             ) from error

@@ -18,7 +18,7 @@ from resnet_backbone.engine.network_config import fill_from_metadata
 from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics
 from resnet_backbone.engine.precision import precision_of
-from resnet_backbone.engine.pretrained import read_with_statements, statements
+from resnet_backbone.engine.pretrained import command_line_overrides, read_with_overrides
 from resnet_backbone.networks import FrozenBatchNorm2d
 from resnet_backbone.pretraining.evaluation import build_evaluator, load_ensemble
 from resnet_backbone.pretraining.losses import ClassificationLosses
@@ -165,7 +165,7 @@ def _read_weights(
         if eval_only:
             raise ConfigError("MODEL.WEIGHTS is empty, so --eval-only would test random weights. Name a checkpoint.")
         return None
-    weights = read_with_statements(cfg.MODEL.WEIGHTS, statements(cfg)) if last is None else last
+    weights = read_with_overrides(cfg.MODEL.WEIGHTS, command_line_overrides(cfg)) if last is None else last
     file = cfg.MODEL.WEIGHTS if last is None else f"the last checkpoint in {cfg.OUTPUT_DIR}"
     logger.info("%s: %s", file, weights.metadata.describe())
     if weights.metadata.kind != "classifier":

@@ -1,10 +1,10 @@
 """Checkpoints that say what they are: metadata, safe reading, atomic writing, loading that counts."""
 
-from resnet_backbone.weights.architectures import Unstated
+from resnet_backbone.weights.architectures import MissingMetadata
 from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
 from resnet_backbone.weights.convert import Conversion, convert, read_weights
 from resnet_backbone.weights.files import atomic_write, write_json
-from resnet_backbone.weights.loading import Coverage, Route, collect, load_state
+from resnet_backbone.weights.loading import LoadReport, load_state
 from resnet_backbone.weights.metadata import Metadata
 from resnet_backbone.weights.writers import write_weights
 
@@ -12,12 +12,10 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Conversion",
-    "Coverage",
+    "LoadReport",
     "Metadata",
-    "Route",
-    "Unstated",
+    "MissingMetadata",
     "atomic_write",
-    "collect",
     "convert",
     "load_state",
     "read_checkpoint",

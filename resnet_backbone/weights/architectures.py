@@ -18,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _CLASSIFIERS = ("fc.", "classifier.6.", "classifier.")
 
 
-class Unstated(CheckpointError):
+class MissingMetadata(CheckpointError):
     """Something must be known about weights that neither their file nor its format says.
 
     Attributes:
@@ -68,7 +68,7 @@ def find_architecture(model: Mapping[str, torch.Tensor], *, name: str | None, so
 
     Raises:
         CheckpointError: no network fits, or the one named does not.
-        Unstated: more than one fits.
+        MissingMetadata: more than one fits.
         InputError: there is no network of this name.
     """
     shapes = {n: tuple(t.shape) for n, t in model.items() if not n.endswith("num_batches_tracked")}
@@ -78,7 +78,7 @@ def find_architecture(model: Mapping[str, torch.Tensor], *, name: str | None, so
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
-        raise Unstated(
+        raise MissingMetadata(
             f"{source} fits {' and '.join(map(_describe, fitting))} alike: these networks have the same tensors and "
             "differ in their shortcuts.",
             f"Say which it is with --arch {' or --arch '.join(c.name for c in fitting)}.",

@@ -16,7 +16,7 @@ from resnet_backbone.errors import InputError
 from resnet_backbone.weights.files import atomic_write
 from resnet_backbone.weights.metadata import Metadata
 from resnet_backbone.weights.pickles import Unreadable
-from resnet_backbone.weights.torch_files import load_torch
+from resnet_backbone.weights.torch_files import load_torch, owned
 
 FORMAT = "resnet_backbone"
 VERSION = 1
@@ -89,7 +89,7 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not head.startswith(b"PK"):
         raise CheckpointError(f"{path} is {_guess(head)}. {_EXPECTED}")
     with about(path):
-        payload = load_torch(path)
+        payload = owned(load_torch(path))
     if not is_ours(payload):
         raise CheckpointError(
             f"{path} is a torch file without this project's metadata: nothing in it says the architecture, the channel "

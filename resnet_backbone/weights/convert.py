@@ -15,7 +15,7 @@ from resnet_backbone.networks import accepted_arguments
 from resnet_backbone.weights.architectures import find_architecture, has_bottleneck_blocks
 from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError
 from resnet_backbone.weights.metadata import Metadata
-from resnet_backbone.weights.names import FORMATS, Renamed, recognise, rename, some
+from resnet_backbone.weights.names import FORMATS, KeyMapping, map_keys, recognize, some
 from resnet_backbone.weights.preprocessing import (
     describe,
     preprocessing_of,
@@ -86,12 +86,12 @@ def read_weights(
 ) -> Conversion:
     """Read weights of any format in `names.FORMATS` or of this project, and say what they are.
 
-    What is stated counts where the file itself says nothing, and goes before its format's convention.
+    An override counts where the file itself says nothing, and goes before its format's convention.
 
     Args:
         path: the file.
         architecture: name in the catalogue, where the tensors leave a choice.
-        preprocessing: a name in `preprocessing.PRESETS`, which states the following four at once.
+        preprocessing: a name in `preprocessing.PRESETS`, which sets the following four at once.
         channel_order: "RGB" or "BGR".
         pixel_mean, pixel_std: in that order, in the range 0…255.
         stride_in_1x1: whether a bottleneck's stride is in its first 1×1 convolution.
@@ -101,13 +101,13 @@ def read_weights(
         CheckpointError: the file cannot be read, has tensors that nothing explains, or fits no network.
         InputError: what must be known about the weights is known by nobody, or contradicts the file.
     """
-    stated = {
+    overrides = {
         "channel_order": channel_order,
         "pixel_mean": None if pixel_mean is None else tuple(pixel_mean),
         "pixel_std": None if pixel_std is None else tuple(pixel_std),
         "stride_in_1x1": stride_in_1x1,
     }
-    stated = {name: value for name, value in stated.items() if value is not None}
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     file, source = read_tensors(path), str(path)
     if (own := file.checkpoint) is not None:
         metadata, left_out = own.metadata, {} if own.trainer is None else {"trainer": "the optimizer's state and more"}
@@ -115,17 +115,17 @@ def read_weights(
         metadata, left_out = _metadata_beside(file, source), {}
     if metadata is not None:
         for name, value in preprocessing_of(metadata).items():
-            refuse_contradiction(name, stated.get(name, preset_values(preprocessing).get(name)), value, source)
+            refuse_contradiction(name, overrides.get(name, preset_values(preprocessing).get(name)), value, source)
         refuse_contradiction("--norm-epsilon", norm_epsilon, metadata.norm_epsilon, source)
         refuse_contradiction("--arch", architecture, metadata.architecture, source)
         return _read_own(file, metadata, source, left_out)
-    return _read_foreign(file, source, architecture, preprocessing, stated, norm_epsilon)
+    return _read_foreign(file, source, architecture, preprocessing, overrides, norm_epsilon)
 
 
 def convert(
-    source: str | os.PathLike, target: str | os.PathLike, *, format: str | None = None, **statements: Any
+    source: str | os.PathLike, target: str | os.PathLike, *, format: str | None = None, **overrides: Any
 ) -> tuple[Conversion, str]:
-    """Read `source` as `read_weights(source, **statements)` does and write it to `target` as `write_weights` does.
+    """Read `source` as `read_weights(source, **overrides)` does and write it to `target` as `write_weights` does.
 
     Returns:
         What was found, and what the reader of `target` must be told.
@@ -133,7 +133,7 @@ def convert(
     if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
         raise InputError(f"{target} is the file to read. Give the result another name.")
     output_format(Path(target), format)  # refuses before minutes of reading
-    conversion = read_weights(source, **statements)
+    conversion = read_weights(source, **overrides)
     return conversion, write_weights(target, conversion.checkpoint, format)
 
 
@@ -142,32 +142,32 @@ def _read_foreign(
     source: str,
     architecture: str | None,
     preset: str | None,
-    stated: Mapping[str, Any],
+    overrides: Mapping[str, Any],
     norm_epsilon: float | None,
 ) -> Conversion:
-    """What somebody else wrote, with metadata from its format's convention and from what is stated."""
-    format = recognise(file.tensors)
+    """What somebody else wrote, with metadata from its format's convention and from overrides."""
+    format = recognize(file.tensors)
     if format is None:
         raise CheckpointError(
             f"{source} has tensors with names such as {some(file.tensors)}, which are none of {', '.join(FORMATS)}. "
             "Give weights of a network in list_networks() in one of these formats."
         )
-    renamed = _rename(format, file, source)
-    model, folded = _in_our_layout(format, file, renamed.mapped)
+    keys = _map_keys(format, file, source)
+    model, folded = _in_our_layout(format, file, keys.mapped)
     found = find_architecture(model, name=architecture, source=source)
     has_bottlenecks = has_bottleneck_blocks(model)
-    if "stride_in_1x1" in stated and not has_bottlenecks:
+    if "stride_in_1x1" in overrides and not has_bottlenecks:
         raise InputError(
-            f"--stride-in-1x1 is {stated['stride_in_1x1']}, but {found.name} has no bottlenecks, whose stride it would "
-            "be. Leave the flag out."
+            f"--stride-in-1x1 is {overrides['stride_in_1x1']}, but {found.name} has no bottlenecks, whose stride it "
+            "would be. Leave the flag out."
         )
     known = settle(
         found,
         format=format,
         container=file.container,
         has_bottlenecks=has_bottlenecks,
-        stated=stated,
-        in_file=_stated_in(file, renamed.dropped),
+        overrides=overrides,
+        in_file=_kept_in(file, keys.dropped),
         preset=preset,
         source=source,
     )
@@ -194,7 +194,7 @@ def _read_foreign(
         pixel_std=known.values["pixel_std"],
         norm_statistics=statistics,
         norm_epsilon=None if statistics == "none" else EPSILON,
-        # No format names them. A data set's own names would claim an order that nobody stated.
+        # No format names them. A data set's own names would claim an order that nobody vouches for.
         class_names=tuple(f"class {i}" for i in range(found.num_classes or 0)),
         origin={
             "converted_from": {
@@ -206,7 +206,7 @@ def _read_foreign(
         },
     )
     return Conversion(
-        Checkpoint(model, metadata), source, file.container, format, renamed.mapped, renamed.dropped, known.sources
+        Checkpoint(model, metadata), source, file.container, format, keys.mapped, keys.dropped, known.sources
     )
 
 
@@ -228,29 +228,29 @@ def _read_own(file: TensorFile, metadata: Metadata, source: str, dropped: Mappin
     """What this project wrote, as it is: nothing is computed, so that every bit stays."""
     format, mapped = OWN, {name: name for name in file.tensors}
     if file.container == "pickle":
-        format, mapped = "detectron2", _rename("detectron2", file, source).mapped
+        format, mapped = "detectron2", _map_keys("detectron2", file, source).mapped
     model = {ours: file.tensors[name] for name, ours in mapped.items()}
     said_by = dict.fromkeys(preprocessing_of(metadata), "the file's own metadata")
     return Conversion(Checkpoint(model, metadata), source, file.container, format, mapped, dropped, said_by)
 
 
-def _rename(format: str, file: TensorFile, source: str) -> Renamed:
-    """`names.rename` of all tensors; raises CheckpointError for one that is left over or comes twice."""
-    renamed = rename(format, file.tensors)
-    if renamed.unknown:
+def _map_keys(format: str, file: TensorFile, source: str) -> KeyMapping:
+    """`names.map_keys` of all tensors; raises CheckpointError for one that is left over or comes twice."""
+    keys = map_keys(format, file.tensors)
+    if keys.unknown:
         raise CheckpointError(
-            f"{source} has {len(renamed.unknown)} tensors that {format}'s names do not explain "
-            f"({some(renamed.unknown)}); none is dropped without a reason. Take them out of the file if they are not "
+            f"{source} has {len(keys.unknown)} tensors that {format}'s names do not explain "
+            f"({some(keys.unknown)}); none is dropped without a reason. Take them out of the file if they are not "
             "needed, or give weights of a network in list_networks()."
         )
     seen: dict[str, str] = {}
-    for name, ours in renamed.mapped.items():
+    for name, ours in keys.mapped.items():
         if ours in seen:
             raise CheckpointError(
                 f"{source} has both {seen[ours]} and {name} for the network's {ours}. Take out the one not meant."
             )
         seen[ours] = name
-    return renamed
+    return keys
 
 
 def _in_our_layout(format: str, file: TensorFile, mapped: Mapping[str, str]) -> tuple[dict[str, Tensor], bool]:
@@ -358,7 +358,7 @@ def _norm_statistics(model: Mapping[str, Tensor], *, folded: bool) -> str:
     return "never" if initial else "folded"
 
 
-def _stated_in(file: TensorFile, dropped: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
+def _kept_in(file: TensorFile, dropped: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
     """The pixel mean and deviation that older Detectron2 detectors keep among their tensors."""
     names = [name for name in ("pixel_mean", "pixel_std") if name in dropped and file.tensors[name].numel() == 3]
     # float32 holds 103.53 as 103.52999878; the digits that were written come back.

@@ -1,32 +1,24 @@
-"""Copy tensors from a file into a module, by name, counted."""
+"""Copy tensors from a file into a module, by key, counted.
+
+A key mapping says which prefix of the file's keys stands for which prefix of the module's: {"layer4.": ""} takes
+ResNet's conv5_x from a classifier to a RoI head, {"classifier.0.": "fc6."} VGG's first fully connected layer, and
+`SAME_KEYS` a whole backbone, whose keys stay. The first entry that covers a key counts.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from resnet_backbone.weights.checkpoint import CheckpointError
 
-
-@dataclass(frozen=True)
-class Route:
-    """Names that start with `source` in the file start with `target` in the module, in both directions.
-
-    ResNet's conv5_x goes from the classifier to a RoI head by `Route("layer4.", "")`, VGG's first fully connected layer
-    by `Route("classifier.0.", "fc6.")`, and a whole backbone, whose names stay, by `Route("", "")`.
-    """
-
-    source: str
-    target: str
-
-    def source_name(self, name: str) -> str | None:
-        """The file's name for the module's `name`; None if the route does not cover it."""
-        return self.source + name.removeprefix(self.target) if name.startswith(self.target) else None
+SAME_KEYS: Mapping[str, str] = MappingProxyType({"": ""})
 
 
 @dataclass(frozen=True)
-class Coverage:
+class LoadReport:
     """How much of a module came from a file.
 
     Attributes:
@@ -42,7 +34,7 @@ class Coverage:
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing)
         text = f"{self.part}: {'all ' if not self.missing else ''}{len(self.loaded)} of {total} tensors loaded"
-        return text + (f", {_some(self.missing)} left as initialised, as asked" if self.missing else "")
+        return text + (f", {_some(self.missing)} left as initialized, as asked" if self.missing else "")
 
 
 def load_state(
@@ -51,9 +43,9 @@ def load_state(
     *,
     part: str,
     source: str,
-    routes: Iterable[Route] = (Route("", ""),),
+    key_mapping: Mapping[str, str] = SAME_KEYS,
     may_miss: Iterable[str] = (),
-) -> Coverage:
+) -> LoadReport:
     """Copy `state` into every parameter and buffer of `module`, all or nothing.
 
     `num_batches_tracked` is copied where both sides have it but not counted: it does not take part in any output.
@@ -63,34 +55,34 @@ def load_state(
         state: names to tensors, as in the file.
         part: the module's name in messages.
         source: the file's name in messages.
-        routes: how names of the module map to names of the file; the first that covers a name counts.
+        key_mapping: prefixes of the file's keys to prefixes of the module's.
         may_miss: prefixes of names, as in the file, that it may lack or hold in another shape (a predictor for other
-            classes, say); they stay as initialised.
+            classes, say); they stay as initialized.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape; nothing has been copied then.
     """
-    routes, may_miss = tuple(routes), tuple(may_miss)
+    may_miss = tuple(may_miss)
     found: dict[str, str] = {}
     missing: list[str] = []
     wrong: list[str] = []
     targets = module.state_dict()
     for name, target in targets.items():
-        names = [s for route in routes if (s := route.source_name(name)) is not None]
-        if not names or names[0] not in state:
+        source_key = _source_key(name, key_mapping)
+        if source_key not in state:
             if not name.endswith("num_batches_tracked"):
-                missing.append(names[0] if names else name)
-        elif state[names[0]].shape != target.shape and names[0].startswith(may_miss):
-            missing.append(names[0])
-        elif state[names[0]].shape != target.shape:
-            wrong.append(f"{name} is {_shape(target)} here, {_shape(state[names[0]])} in the file")
+                missing.append(name if source_key is None else source_key)
+        elif state[source_key].shape == target.shape:
+            found[name] = source_key
+        elif source_key.startswith(may_miss):
+            missing.append(source_key)
         else:
-            found[name] = names[0]
+            wrong.append(f"{name} is {_shape(target)} here, {_shape(state[source_key])} in the file")
     if wrong:
         raise CheckpointError(
             f"{part}: {len(wrong)} tensors of {source} have another shape ({_some(wrong)}). "
             "The network was built with another name, width or number of classes than the file's. Build it like the "
-            "file's, or list the prefixes that may stay as initialised in MODEL.NETWORK.ALLOW_MISSING."
+            "file's, or list the prefixes that may stay as initialized in MODEL.NETWORK.ALLOW_MISSING."
         )
     if refused := [name for name in missing if not name.startswith(may_miss)]:
         raise CheckpointError(
@@ -99,23 +91,17 @@ def load_state(
             "MODEL.NETWORK.ALLOW_MISSING."
         )
     with torch.no_grad():
-        for name, source_name in found.items():
-            targets[name].copy_(state[source_name])
-    return Coverage(part, tuple(s for s in found.values() if not s.endswith("num_batches_tracked")), tuple(missing))
+        for name, source_key in found.items():
+            targets[name].copy_(state[source_key])
+    return LoadReport(part, tuple(s for s in found.values() if not s.endswith("num_batches_tracked")), tuple(missing))
 
 
-def collect(module: nn.Module, routes: Iterable[Route] = (Route("", ""),)) -> dict[str, torch.Tensor]:
-    """The module's tensors under the file's names: the inverse of `load_state`.
-
-    The tensors are the module's own, not copies. What no route covers is left out.
-    """
-    routes = tuple(routes)
-    state = {}
-    for name, tensor in module.state_dict().items():
-        names = [s for route in routes if (s := route.source_name(name)) is not None]
-        if names:
-            state[names[0]] = tensor
-    return state
+def _source_key(key: str, key_mapping: Mapping[str, str]) -> str | None:
+    """The file's key for the module's `key`; None if the mapping does not cover it."""
+    for source, target in key_mapping.items():
+        if key.startswith(target):
+            return source + key.removeprefix(target)
+    return None
 
 
 def _counted(found: Mapping[str, str]) -> int:

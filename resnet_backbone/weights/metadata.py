@@ -24,10 +24,10 @@ class Metadata:
         channel_order: "RGB" or "BGR", the order in which the network was fed.
         pixel_mean: subtracted from each channel, in that order, in the range 0…255.
         pixel_std: each channel is divided by it after the subtraction, in the range 0…255.
-        norm_statistics: "none" (no batch normalisation in the network), "never" (never estimated), "running" (averages
+        norm_statistics: "none" (no batch normalization in the network), "never" (never estimated), "running" (averages
             kept in training), "precise" (computed over training images with the weights fixed) or "folded" (taken up
             into scale and shift by whoever wrote the weights, so that mean 0 and variance 1 - epsilon remain).
-        norm_epsilon: epsilon of the batch normalisation; None where there is none.
+        norm_epsilon: epsilon of the batch normalization; None where there is none.
         class_names: in the order of the outputs.
         crop: height and width in pixels of the training images; None for detectors.
         origin: where the weights come from (versions, data set, iterations, seed, accuracy); plain values, for reading.

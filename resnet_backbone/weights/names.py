@@ -35,13 +35,13 @@ _DROPPED = {
 
 
 @dataclass(frozen=True)
-class Renamed:
-    """Every name of a file, in one of three places.
+class KeyMapping:
+    """Every key of a file, in one of three places.
 
     Attributes:
-        mapped: the file's names to ours.
-        dropped: the file's names to the reason why the network has no use for them.
-        unknown: names that the format's rules do not explain.
+        mapped: the file's keys to ours.
+        dropped: the file's keys to the reason why the network has no use for them.
+        unknown: keys that the format's rules do not explain.
     """
 
     mapped: dict[str, str]
@@ -49,10 +49,10 @@ class Renamed:
     unknown: tuple[str, ...]
 
 
-def recognise(names: Iterable[str]) -> str | None:
+def recognize(names: Iterable[str]) -> str | None:
     """The format whose names these are; None if it is none of `FORMATS`.
 
-    timm's ResNets have torchvision's names, and so have our own: they are recognised as "torchvision".
+    timm's ResNets have torchvision's names, and so have our own: they are recognized as "torchvision".
     """
     names = list(names)
     for format, pattern in _SIGNATURES.items():
@@ -61,8 +61,8 @@ def recognise(names: Iterable[str]) -> str | None:
     return None
 
 
-def rename(format: str, names: Iterable[str]) -> Renamed:
-    """Our name for every name of a file in `format`, as far as its rules go."""
+def map_keys(format: str, names: Iterable[str]) -> KeyMapping:
+    """Our key for every key of a file in `format`, as far as its rules go."""
     names = list(names)
     translate = _TRANSLATORS[format](names)
     mapped, dropped, unknown = {}, {}, []
@@ -74,7 +74,7 @@ def rename(format: str, names: Iterable[str]) -> Renamed:
             dropped[name] = reasons[0]
         else:
             unknown.append(name)
-    return Renamed(mapped, dropped, tuple(unknown))
+    return KeyMapping(mapped, dropped, tuple(unknown))
 
 
 def detectron2_name(ours: str) -> str | None:

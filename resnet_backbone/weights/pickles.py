@@ -1,63 +1,43 @@
-"""Pickles of weights, read by a small machine that builds plain containers and descriptions of arrays, nothing else.
+"""Pickles of NumPy arrays, read without calling anything that they name but the few functions below.
 
-Python's own unpickler calls what a file names. This one knows a table of names and refuses all others; it makes no
-copy of what the file holds, so that its memory is bounded by the file's size and `MOST_OPERATIONS`.
+NumPy's own types are not among them: with the state of a dtype a file could make NumPy take numbers for addresses.
 """
 
 import math
+import pickle
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import numpy as np
 
 MOST_OPERATIONS = 1_000_000  # ResNet-1202 with its optimizer's state takes a third of it
 NUMBERS = {f"{kind}{size}" for kind in "fiu" for size in (2, 4, 8)} | {"i1", "u1", "b1"}
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_CONTAINERS = {"EMPTY_DICT": dict, "EMPTY_LIST": list}
-_VALUES = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_PLACES = ("BINPUT", "LONG_BINPUT", "MEMOIZE")
-_RECALLS = ("BINGET", "LONG_BINGET")
-
 
 class Unreadable(Exception):
     """A file cannot be used as weights; the message goes on after the file's name and says what to do."""
 
 
-class Global(NamedTuple):
-    """A function or class that a pickle names. Nothing is imported for it."""
+class Array:
+    """Stands in for a NumPy array. Its data may be text, which stands for bytes of the same numbers, in latin1."""
 
-    name: str
+    def __init__(self) -> None:
+        self.dtype, self.shape, self.fortran, self.data = NumberType("u1"), (0,), False, b""
 
-
-@dataclass
-class NumberType:
-    """A NumPy dtype in a pickle, such as `f4` with byte order `<`."""
-
-    code: str
-    order: str = "<"
+    def __setstate__(self, state: tuple) -> None:
+        _version, self.shape, self.dtype, self.fortran, self.data = state
+        if type(self.dtype) is not NumberType or type(self.data) not in (bytes, bytearray, str):
+            raise TypeError("an array without dtype or data")
+        if type(self.shape) is not tuple or not all(type(n) is int and n >= 0 for n in self.shape):
+            raise TypeError("an array without a shape")
+        if math.prod(self.shape) * self.dtype.numpy.itemsize != len(self.data):
+            raise ValueError(f"an array of shape {str(self.shape)[:60]} with {len(self.data):,} bytes")
 
     @property
-    def numpy(self) -> np.dtype:
-        return np.dtype(self.order + self.code)
-
-
-@dataclass
-class Array:
-    """A NumPy array in a pickle. Its bytes stay as the file's object: text stands for bytes of the same numbers."""
-
-    dtype: NumberType | None = None
-    shape: tuple[int, ...] = ()
-    fortran: bool = False
-    data: bytes | bytearray | str | None = None
+    def nbytes(self) -> int:
+        return len(self.data)
 
     def numpy(self) -> np.ndarray:
         """The array itself, in the machine's byte order; read-only where no conversion was needed."""
@@ -66,181 +46,107 @@ class Array:
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def read_pickle(
-    file: BinaryIO,
-    functions: Mapping[str, Callable | None],
-    persistent: Callable[[Any], Any] | None = None,
-) -> Any:
-    """Read one pickle from `file`, leaving it after the pickle's end.
+class NumberType:
+    """Stands in for a NumPy dtype, such as `f4` with byte order `<`."""
 
-    Args:
-        file: in memory or mapped: asked for more than it has, it must give what it has without allocating the rest.
-        functions: what the pickle may name, as "module name"; None for what it may name but not call.
-        persistent: gets what the pickle refers to outside itself (torch's storages).
+    def __init__(self, code: str, *_: Any) -> None:
+        if code not in NUMBERS:
+            raise TypeError(f"an array of {code!r:.40}, expected numbers")
+        self.numpy = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", ">", "|", "=") or state[2:5] != (None, None, None):
+            raise TypeError("a dtype with fields")
+        self.numpy = self.numpy.newbyteorder("<" if state[1] in "|=" else state[1])
+
+
+def read_arrays(file: BinaryIO) -> Any:
+    """Read a pickle of NumPy arrays, written by Python 2 or 3; arrays come as `Array`, NumPy's numbers as Python's.
 
     Raises:
         Unreadable: the pickle is damaged, too long, or asks for something else.
     """
-    return _Machine(functions, persistent).run(file)
+    check_pickle(file)
+    if left := len(file.read()):
+        raise Unreadable(f"is a pickle with {left:,} bytes after its end, expected none. Copy or download it again.")
+    file.seek(0)
+    try:
+        return _Unpickler(file, encoding="latin1").load()
+    except Unreadable:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise damaged(error) from error
 
 
-def read_arrays(file: BinaryIO) -> Any:
-    """Read a pickle of NumPy arrays, written by Python 2 or 3; arrays come as `Array`, NumPy's numbers as Python's."""
-    return read_pickle(file, _NUMPY)
+def check_pickle(file: BinaryIO) -> None:
+    """Go through one pickle without executing it, and leave `file`, in memory or mapped, behind it.
+
+    `pickletools` compares all lengths with the file. Numbers of places are compared with the number of operations,
+    since Python's unpickler reserves memory for all places below the highest.
+    """
+    try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if number >= MOST_OPERATIONS:
+                raise Unreadable(
+                    f"is a pickle of more than {MOST_OPERATIONS:,} operations, which weights do not need. "
+                    "Save a file with the tensors alone."
+                )
+            if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and argument > MOST_OPERATIONS:
+                raise ValueError(f"place {argument:,}")
+            if opcode.name == "GLOBAL" and argument.endswith(" bytearray"):  # torch lets files make one of any length
+                raise refused(argument.replace(" ", "."))
+    except (ValueError, IndexError, UnicodeDecodeError) as error:
+        raise damaged(error) from error
 
 
-class _Machine:
-    def __init__(self, functions: Mapping[str, Callable | None], persistent: Callable[[Any], Any] | None) -> None:
-        self.functions = {"collections OrderedDict": self.ordered_dict, **functions}
-        self.persistent = persistent
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        self.operations = 0
-
-    def run(self, file: BinaryIO) -> Any:
-        try:
-            for opcode, argument, _ in pickletools.genops(file):
-                self.count(1)
-                self.step(opcode.name, argument)
-            return self.stack.pop()
-        except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:100] or type(error).__name__
-            raise Unreadable(f"is cut off or damaged (in its pickle: {reason}). Copy or download it again.") from error
-
-    def count(self, operations: int) -> None:
-        self.operations += operations
-        if self.operations > MOST_OPERATIONS:
-            raise Unreadable(
-                f"is a pickle of more than {MOST_OPERATIONS:,} operations, which weights do not need. "
-                "Save a file with the tensors alone."
-            )
-
-    def step(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        if name in _VALUES:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _CONTAINERS:
-            stack.append(_CONTAINERS[name]())
-        elif name in _PLACES:
-            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = stack[-1]
-        elif name in _RECALLS:
-            stack.append(self.memo[argument])
-        elif name == "MARK":
-            self.marks.append(len(stack))
-        elif name in _TUPLES:
-            stack.append(tuple(self.pop(len(stack) - _TUPLES[name])))
-        elif name == "TUPLE":
-            stack.append(tuple(self.pop(self.marks.pop())))
-        elif name in ("SETITEM", "SETITEMS"):
-            items = self.pop(self.marks.pop() if name == "SETITEMS" else len(stack) - 2)
-            self.set_items(items[::2], items[1::2])
-        elif name in ("APPEND", "APPENDS"):
-            items = self.pop(self.marks.pop() if name == "APPENDS" else len(stack) - 1)
-            if type(stack[-1]) is not list:
-                raise TypeError("items for something that is no list")
-            stack[-1].extend(items)
-        elif name in ("GLOBAL", "STACK_GLOBAL"):
-            self.name(argument if name == "GLOBAL" else " ".join(self.pop(len(stack) - 2)))
-        elif name == "REDUCE":
-            function, arguments = self.pop(len(stack) - 2)
-            stack.append(self.call(function, arguments))
-        elif name == "BUILD":
-            state = stack.pop()
-            _build(stack[-1], state)
-        elif name == "BINPERSID" and self.persistent is not None:
-            stack.append(self.persistent(stack.pop()))
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise Unreadable(
-                f"is a pickle with the instruction {name}, which weights do not need; nothing in it was executed. "
-                "Save a file with the tensors alone."
-            )
-
-    def pop(self, start: int) -> list[Any]:
-        """Take what lies on the stack from `start` on."""
-        if not 0 <= start <= len(self.stack):
-            raise IndexError("too few values on the stack")
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    def name(self, name: str) -> None:
-        if name not in self.functions:
-            raise Unreadable(
-                f"is a pickle that asks for {name.replace(' ', '.', 1)[:80]!r}, which weights do not need; nothing in "
-                "it was executed. If you trust whoever made it, load it with Python and save its tensors alone."
-            )
-        self.stack.append(Global(name))
-
-    def call(self, function: Any, arguments: Any) -> Any:
-        if not isinstance(function, Global) or self.functions[function.name] is None or type(arguments) is not tuple:
-            raise TypeError("a call of something that is no function")
-        return self.functions[function.name](*arguments)
-
-    def set_items(self, keys: list[Any], values: list[Any]) -> None:
-        target = self.stack[-1]
-        # The hash of a nested tuple may take for ever, so keys are simple.
-        if type(target) not in (dict, OrderedDict) or not all(key is None or type(key) in (str, int) for key in keys):
-            raise TypeError("an entry whose name is neither text nor a whole number")
-        target.update(zip(keys, values, strict=True))
-
-    def ordered_dict(self, items: list[Any] | tuple = ()) -> OrderedDict:
-        """Python 3 fills it afterwards, Python 2 gives a list of [name, value]."""
-        self.count(len(items))  # the same list may be given again and again
-        self.stack.append(OrderedDict())
-        pairs = [(key, value) for key, value in items]
-        self.set_items([key for key, _ in pairs], [value for _, value in pairs])
-        return self.stack.pop()
+def refused(name: str) -> Unreadable:
+    """For a file that asks for a function or class."""
+    return Unreadable(
+        f"is a pickle that asks for {name[:80]!r}, which weights do not need; nothing in it was executed. If you trust "
+        "whoever made it, load it with Python and save its tensors alone."
+    )
 
 
-def _build(target: Any, state: Any) -> None:
-    """Give an object its state."""
-    if type(target) is OrderedDict:
-        return  # what torch notes about versions of modules
-    if type(target) is Array:
-        _version, target.shape, target.dtype, target.fortran, target.data = state
-        _check_array(target)
-    elif type(target) is NumberType:
-        if state[1] not in ("<", ">", "|", "=") or state[2:5] != (None, None, None):
-            raise TypeError("a dtype with fields")
-        target.order = "<" if state[1] in "|=" else state[1]
-    else:
-        raise TypeError(f"a state for a {type(target).__name__}")
+def damaged(error: Exception) -> Unreadable:
+    reason = " ".join(str(error).split())[:100] or type(error).__name__
+    return Unreadable(f"is cut off or damaged (in its pickle: {reason}). Copy or download it again.")
 
 
-def _number_type(code: str, align: Any = False, copy: Any = True) -> NumberType:
-    if code not in NUMBERS:
-        kind = "Python objects" if type(code) is str and code.startswith("O") else f"dtype {code!r:.40}"
-        raise Unreadable(
-            f"is a pickle with an array of {kind}, expected numbers; nothing in it was executed. "
-            "Save a file with the tensors alone."
-        )
-    return NumberType(code)
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # NumPy 2 renamed its modules
+        if full == "numpy.ndarray":
+            return None  # an argument of _reconstruct
+        if full == "collections.OrderedDict":
+            return OrderedDict
+        if full not in _FUNCTIONS:
+            raise refused(f"{module}.{name}")
+        return _Function(_FUNCTIONS[full])
 
 
-def _reconstruct(kind: Any, shape: Any, code: Any) -> Array:
-    if kind != Global("numpy ndarray"):
-        raise TypeError("an array that is no numpy.ndarray")
-    return Array()
+class _Function:
+    """A function that a pickle can call but not change: it may set attributes of everything that it gets."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("a state for a function")
+
+
+def _reconstruct(kind: None, shape: Any, code: Any) -> Array:
+    return Array()  # of any shape: its state follows
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
-    array = Array(dtype, shape, order == "F", data)
-    _check_array(array)
+    array = Array()
+    array.__setstate__((1, shape, dtype, order == "F", data))
     return array
-
-
-def _check_array(array: Array) -> None:
-    """The shape must describe exactly the bytes that are there, so that no array is larger than its file."""
-    if type(array.dtype) is not NumberType or type(array.data) not in (bytes, bytearray, str):
-        raise TypeError("an array without dtype or data")
-    shape = array.shape
-    if type(shape) is not tuple or not all(type(n) is int and n >= 0 for n in shape):
-        raise TypeError("an array without a shape")
-    if math.prod(shape) * array.dtype.numpy.itemsize != len(array.data):
-        raise ValueError(f"an array of shape {str(shape)[:60]} with {len(array.data):,} bytes")
 
 
 def _scalar(dtype: Any, data: Any) -> float | int | bool:
@@ -259,11 +165,12 @@ def _no_bytes() -> str:
     return ""
 
 
-# NumPy 2 renamed its modules; files carry the name of the version that wrote them.
-_NUMPY = {"numpy ndarray": None, "numpy dtype": _number_type, "_codecs encode": _encode, "__builtin__ bytes": _no_bytes}
-for _core in ("numpy.core", "numpy._core"):
-    _NUMPY |= {
-        f"{_core}.multiarray _reconstruct": _reconstruct,
-        f"{_core}.multiarray scalar": _scalar,
-        f"{_core}.numeric _frombuffer": _from_buffer,
-    }
+_FUNCTIONS: dict[str, Callable] = {
+    "numpy.dtype": NumberType,
+    "numpy.core.multiarray._reconstruct": _reconstruct,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _from_buffer,
+    "_codecs.encode": _encode,
+    "__builtin__.bytes": _no_bytes,
+    "builtins.bytes": _no_bytes,
+}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resnet_backbone.errors import InputError
-from resnet_backbone.weights.architectures import Architecture, Unstated
+from resnet_backbone.weights.architectures import Architecture, MissingMetadata
 from resnet_backbone.weights.metadata import Metadata
 
 IMAGENET = {
@@ -82,7 +82,7 @@ def settle(
     format: str,
     container: str,
     has_bottlenecks: bool,
-    stated: Mapping[str, Any],
+    overrides: Mapping[str, Any],
     in_file: Mapping[str, Any],
     preset: str | None,
     source: str,
@@ -94,7 +94,7 @@ def settle(
         format: of `names.FORMATS`.
         container: of `readers.TensorFile`.
         has_bottlenecks: whether the place of the stride matters.
-        stated: what the user said of each, which goes before the preset and before the format's convention.
+        overrides: what the user says of each, which goes before the preset and before the format's convention.
         in_file: what the file itself says, which must not be contradicted.
         preset: a name in `PRESETS` or None.
         source: the file's name in messages.
@@ -104,10 +104,10 @@ def settle(
     """
     in_preset = preset_values(preset)
     for name, value in in_file.items():
-        refuse_contradiction(name, stated.get(name, in_preset.get(name)), value, source)
+        refuse_contradiction(name, overrides.get(name, in_preset.get(name)), value, source)
     known = Preprocessing()
     known.add(in_file, "the file")
-    known.add(stated, "stated")
+    known.add(overrides, "override")
     known.add(in_preset, f"--preprocessing {preset}")
     # torchvision hands out .pth only; of timm's resnet34, which also comes as .safetensors, one was trained with 0.5.
     two_origins = (format, container, architecture.name) == ("torchvision", "safetensors", "resnet34")
@@ -118,9 +118,9 @@ def settle(
     if missing := [name for name in wanted if name not in known.values]:
         reason = "of which timm hands out weights with two preprocessings" if two_origins else "which does not say it"
         presets = " or ".join(f"--preprocessing {name} ({describe(values)})" for name, values in PRESETS.items())
-        raise Unstated(
+        raise MissingMetadata(
             f"{source} holds {architecture.name} in {format}'s names, {reason}: {', '.join(missing)} must be known.",
-            f"State what it was trained with by {' '.join(FLAGS[name] for name in missing)}, or all at once by "
+            f"Say what it was trained with by {' '.join(FLAGS[name] for name in missing)}, or all at once by "
             f"{presets}.",
             missing,
         )
@@ -134,21 +134,24 @@ def preprocessing_of(metadata: Metadata) -> dict[str, Any]:
 
 
 def preset_values(name: str | None) -> Mapping[str, Any]:
-    """What a name in `PRESETS` states; nothing for None."""
+    """What a name in `PRESETS` sets; nothing for None."""
     if name is not None and name not in PRESETS:
         raise InputError(f"--preprocessing is {name}, expected one of {', '.join(PRESETS)}.")
     return {} if name is None else PRESETS[name]
 
 
-def refuse_contradiction(name: str, stated: Any, found: Any, source: str) -> None:
-    """Raise InputError if the user states something else than the file."""
-    if stated is None:
+def refuse_contradiction(name: str, override: Any, found: Any, source: str) -> None:
+    """Raise InputError if the user says something else than the file."""
+    if override is None:
         return
-    is_list = isinstance(found, (tuple, list))
-    same = all(abs(a - b) < 1e-3 for a, b in zip(stated, found, strict=True)) if is_list else stated == found
+    if isinstance(found, (tuple, list)):
+        same = all(abs(a - b) < 1e-3 for a, b in zip(override, found, strict=True))
+    else:
+        same = override == found
     if not same:
         raise InputError(
-            f"{FLAGS.get(name, name)} is {_text(stated)}, but {source} itself says {_text(found)}. Leave the flag out."
+            f"{FLAGS.get(name, name)} is {_text(override)}, but {source} itself says {_text(found)}. "
+            "Leave the flag out."
         )
 
 

@@ -172,7 +172,7 @@ def test_the_configuration_is_compared_once(own_script, monkeypatch):
 @pytest.fixture
 def alive(monkeypatch):
     """The function that counts the tensors of files read since that still take memory."""
-    read, references = weights.read_with_statements, []
+    read, references = weights.read_with_overrides, []
 
     def remembering(*args):
         checkpoint = read(*args)
@@ -183,7 +183,7 @@ def alive(monkeypatch):
         gc.collect()
         return sum(reference() is not None for reference in references)
 
-    monkeypatch.setattr(weights, "read_with_statements", remembering)
+    monkeypatch.setattr(weights, "read_with_overrides", remembering)
     return count
 
 

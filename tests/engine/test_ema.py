@@ -32,7 +32,7 @@ def test_as_torchs(decay):
     ours = MovingAverage(model, decay)
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     steps(model, 6, ours.update, lambda: theirs.update_parameters(model))
-    assert_close(ours.evaluated(), theirs.module.state_dict())
+    assert_close(ours.model, theirs.module.state_dict())
     assert torch.equal(ours.model[0].weight, model[0].weight) == (decay == 0.0)
 
 
@@ -62,7 +62,7 @@ def test_counters_are_the_models():
     model = build_model()
     average = MovingAverage(model, 0.9)
     steps(model, 3, average.update)
-    assert average.evaluated()[1].num_batches_tracked == 3 == model[1].num_batches_tracked
+    assert average.model[1].num_batches_tracked == 3 == model[1].num_batches_tracked
     assert average.state_dict()["1.num_batches_tracked"] == 3
 
 
@@ -87,7 +87,7 @@ def test_the_trainer_updates_it_after_each_step():
     after_step = trainer.after_step
     trainer.after_step = lambda: (theirs.update_parameters(model), after_step())
     trainer.train(0, 6)
-    assert_close(average.evaluated(), theirs.module.state_dict())
+    assert_close(average.model, theirs.module.state_dict())
     assert trainer.state_dict()["average"].keys() == model.state_dict().keys()
 
 

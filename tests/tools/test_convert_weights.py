@@ -74,7 +74,7 @@ def test_statements(main, resnet18, tmp_path, capsys):
     words = [resnet18[1], tmp_path / "out.pth", "--channel-order", "BGR", "--pixel-mean", "1", "2", "3.5"]
     words += ["--pixel-std", "4", "5", "6", "--norm-epsilon", "1e-3", "--arch", "resnet18"]
     assert main(list(map(str, words))) == 0
-    assert "BGR, mean [1, 2, 3.5], std [4, 5, 6] (stated)" in capsys.readouterr().out
+    assert "BGR, mean [1, 2, 3.5], std [4, 5, 6] (override)" in capsys.readouterr().out
     metadata = read_checkpoint(tmp_path / "out.pth").metadata
     assert (metadata.channel_order, metadata.pixel_mean, metadata.pixel_std) == ("BGR", (1, 2, 3.5), (4, 5, 6))
     assert metadata.origin["converted_from"]["norm_epsilon"] == 1e-3

@@ -32,10 +32,10 @@ def made_by_script() -> bool:
     return importlib.metadata.distribution("detectron2").read_text("MENDS.txt") is not None
 
 
-mended_only = pytest.mark.skipif(not made_by_script(), reason="this Detectron2 was not made by install_detectron2.py")
+patched_only = pytest.mark.skipif(not made_by_script(), reason="this Detectron2 was not made by install_detectron2.py")
 
 
-# --- Mends ---
+# --- Patches ---
 
 
 @pytest.fixture
@@ -44,32 +44,32 @@ def tree(tmp_path):
     return tmp_path
 
 
-def test_a_mend_replaces_every_occurrence(installer, tree):
-    installer.apply_mends(tree, [installer.Mend("a.py", "np.int", "int", 2, "removed")])
+def test_a_patch_replaces_every_occurrence(installer, tree):
+    installer.apply_patches(tree, [installer.Patch("a.py", "np.int", "int", 2, "removed")])
     assert (tree / "a.py").read_text() == "one\ntwo = int\nthree\nfour = int\n"
 
 
 def test_a_text_that_is_absent_stops_and_names_the_file(installer, tree):
     before = (tree / "a.py").read_bytes()
     with pytest.raises(installer.InstallError, match=r"a\.py: expected 'np\.float' 1 time\(s\), found it 0 time"):
-        installer.apply_mends(tree, [installer.Mend("a.py", "np.float", "float", 1, "removed")])
+        installer.apply_patches(tree, [installer.Patch("a.py", "np.float", "float", 1, "removed")])
     assert (tree / "a.py").read_bytes() == before
 
 
 def test_a_text_found_too_often_stops_and_names_the_lines(installer, tree):
     with pytest.raises(installer.InstallError, match=r"a\.py: .* found it 2 time\(s\) \(lines 2, 4\)"):
-        installer.apply_mends(tree, [installer.Mend("a.py", "np.int", "int", 1, "removed")])
+        installer.apply_patches(tree, [installer.Patch("a.py", "np.int", "int", 1, "removed")])
 
 
 def test_a_file_that_is_absent_stops(installer, tree):
     with pytest.raises(installer.InstallError, match=r"b/c\.py is not in the source tree"):
-        installer.apply_mends(tree, [installer.Mend("b/c.py", "np.int", "int", 1, "removed")])
+        installer.apply_patches(tree, [installer.Patch("b/c.py", "np.int", "int", 1, "removed")])
 
 
-def test_mends_in_one_file_do_not_undo_each_other(installer):
+def test_patches_in_one_file_do_not_undo_each_other(installer):
     """Each row's new text must not hold the old text of a later row of the same file, or the counts would be off."""
-    for i, first in enumerate(installer.MENDS):
-        for second in installer.MENDS[i + 1 :]:
+    for i, first in enumerate(installer.PATCHES):
+        for second in installer.PATCHES[i + 1 :]:
             if first.file == second.file:
                 assert second.old not in first.new, (first.file, second.old)
 
@@ -111,10 +111,10 @@ def test_missing_build_tools_are_named_with_the_command(installer, monkeypatch):
 
 
 @pytest.mark.slow  # needs the network
-@mended_only
+@patched_only
 def test_the_sdist_gives_the_installed_wheel(installer, tmp_path):
     root = installer.unpack(installer.download_sdist(tmp_path), tmp_path)
-    installer.apply_mends(root)
+    installer.apply_patches(root)
     wheel = installer.build_wheel(root, tmp_path)
     installed = importlib.metadata.distribution("detectron2")
     with zipfile.ZipFile(wheel) as archive:
@@ -243,7 +243,7 @@ NOT_IMPORTABLE = {
 }
 
 
-@mended_only
+@patched_only
 def test_every_module_imports_but_those_known():
     import detectron2
 
@@ -264,7 +264,7 @@ def test_every_module_imports_but_those_known():
             assert any(part in failed[name] for part in pattern.split("|")), (name, failed[name])
 
 
-@mended_only
+@patched_only
 def test_asking_for_compiled_operators_says_what_to_do():
     with pytest.raises(ImportError):  # code that asks whether they are there must get an ImportError
         importlib.import_module("detectron2._C")
@@ -278,7 +278,7 @@ def test_asking_for_compiled_operators_says_what_to_do():
         pairwise_iou_rotated(RotatedBoxes(boxes), RotatedBoxes(boxes))
 
 
-@mended_only
+@patched_only
 @pytest.mark.parametrize("groups, deformable_groups, stride, dilation", [(1, 1, 1, 1), (2, 1, 2, 1), (1, 4, 1, 2)])
 def test_deformable_convolution_on_the_cpu(groups, deformable_groups, stride, dilation):
     from detectron2.layers import DeformConv, ModulatedDeformConv
@@ -318,9 +318,9 @@ def test_deformable_convolution_on_the_cpu(groups, deformable_groups, stride, di
     assert offset.grad.abs().sum() > 0 and plain.weight.grad.abs().sum() > 0
 
 
-@mended_only
+@patched_only
 def test_torch_schedulers_are_saved_by_the_hook():
-    """Before the mend the state was empty: `_LRScheduler` is a subclass of `LRScheduler` in torch 2."""
+    """Before the patch the state was empty: `_LRScheduler` is a subclass of `LRScheduler` in torch 2."""
     from detectron2.engine.hooks import LRScheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -328,7 +328,7 @@ def test_torch_schedulers_are_saved_by_the_hook():
     assert LRScheduler(optimizer, scheduler).state_dict() == scheduler.state_dict()
 
 
-@mended_only
+@patched_only
 def test_semantic_segmentation_is_evaluated(tmp_path):
     """Seven of the removed NumPy names stand in this evaluator; two pixels of six are wrong here."""
     import numpy as np
@@ -356,7 +356,7 @@ def test_semantic_segmentation_is_evaluated(tmp_path):
     assert result["mIoU"] == pytest.approx(100 * 2 / 4)
 
 
-@mended_only
+@patched_only
 def test_instances_are_counted_per_class():
     """The exception that hid this table's failure is still around its call, so call it directly."""
     from detectron2.data.build import print_instances_class_histogram

@@ -60,6 +60,24 @@ def test_round_trip_is_bit_exact(file, checkpoint):
     assert read.trainer["optimizer"]["param_groups"] == [{"lr": 0.1}]
 
 
+def test_what_is_read_does_not_depend_on_the_file_any_more(file, checkpoint):
+    read = read_checkpoint(file)
+    file.write_bytes(bytes(100))
+    buffer = read.trainer["optimizer"]["state"][0]["momentum_buffer"]
+    assert torch.equal(buffer, checkpoint.model["weight"]) and torch.equal(read.model["weight"], buffer)
+
+
+def test_the_memory_format_of_the_optimizers_state_stays(tmp_path, metadata):
+    buffer = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    write_checkpoint(tmp_path / "x", Checkpoint({}, metadata(), 0, {"buffer": buffer}))
+    assert read_checkpoint(tmp_path / "x").trainer["buffer"].stride() == buffer.stride()
+
+
+def test_a_tensor_of_more_than_its_data(tmp_path, metadata):
+    write_checkpoint(tmp_path / "x", Checkpoint({}, metadata(), 0, {"buffer": torch.zeros(1).expand(10**6, 10**6)}))
+    assert "a tensor of 4,000,000,000,000 bytes has fewer in the file" in refusal(tmp_path / "x")
+
+
 def test_a_file_for_use_has_no_training_state(tmp_path, checkpoint):
     write_checkpoint(tmp_path / "final.pth", Checkpoint(checkpoint.model, checkpoint.metadata))
     read = read_checkpoint(tmp_path / "final.pth")

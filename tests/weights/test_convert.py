@@ -59,7 +59,7 @@ def test_the_users_word_goes_before_the_convention(resnet50):
     metadata = read_weights(resnet50[1], channel_order="BGR", pixel_std=(1, 2, 3.5)).checkpoint.metadata
     assert (metadata.channel_order, metadata.pixel_std) == ("BGR", (1, 2, 3.5))
     assert metadata.pixel_mean == (123.675, 116.28, 103.53)
-    assert metadata.origin["converted_from"]["preprocessing"]["channel_order"] == "stated"
+    assert metadata.origin["converted_from"]["preprocessing"]["channel_order"] == "override"
     assert "stride_in_1x1=True" in read_weights(resnet50[1], stride_in_1x1=True).checkpoint.metadata.describe()
 
 

@@ -77,8 +77,8 @@ def test_detectron2s_backbone(tmp_path, depth, stride_in_1x1, container):
         path = tmp_path / "R.pth"
     with pytest.raises(InputError, match=r"in detectron2's names, which does not say it.*--preprocessing msra"):
         read_weights(path)
-    statements = dict(channel_order="RGB", pixel_mean=(1, 2, 3), pixel_std=(4, 5, 6))
-    conversion = read_weights(path, **statements, stride_in_1x1=stride_in_1x1 if depth > 18 else None)
+    overrides = dict(channel_order="RGB", pixel_mean=(1, 2, 3), pixel_std=(4, 5, 6))
+    conversion = read_weights(path, **overrides, stride_in_1x1=stride_in_1x1 if depth > 18 else None)
     assert (conversion.format, conversion.container) == ("detectron2", container)
     assert conversion.checkpoint.metadata.architecture == f"resnet{depth}"
     assert conversion.checkpoint.metadata.norm_statistics == "running"

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from resnet_backbone.networks import build_network
-from resnet_backbone.weights import CheckpointError, Coverage, Route, collect, load_state
+from resnet_backbone.weights import CheckpointError, LoadReport, load_state
 
 C4 = ("stem", "res2", "res3", "res4")
 
@@ -32,16 +32,14 @@ def test_a_classifier_divides_into_c4_backbone_and_res5(resnet50):
     backbone = part_of("resnet50", C4, width=0.125)
     res5 = part_of("resnet50", ("res5",), width=0.125).layer4
     first = load_state(backbone, state, part="backbone", source="f.pth")
-    second = load_state(res5, state, part="roi_heads.res5", source="f.pth", routes=[Route("layer4.", "")])
+    second = load_state(res5, state, part="roi_heads.res5", source="f.pth", key_mapping={"layer4.": ""})
     assert len(first.loaded) == 215 and len(second.loaded) == 50
     assert str(first) == "backbone: all 215 of 215 tensors loaded"
     assert str(second) == "roi_heads.res5: all 50 of 50 tensors loaded"
     assert not set(first.loaded) & set(second.loaded)
     assert counted(state) == 215 + 50 + 2
-    assert set(state) - {"fc.weight", "fc.bias"} == {
-        *collect(backbone),
-        *collect(res5, [Route("layer4.", "")]),
-    }
+    in_head = {f"layer4.{key}" for key in res5.state_dict()}
+    assert set(state) - {"fc.weight", "fc.bias"} == {*backbone.state_dict()} | in_head
     for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     for name, tensor in res5.state_dict().items():
@@ -53,9 +51,9 @@ def test_vggs_fully_connected_layers():
     state = build_network("vgg16", 5, width=0.0625).state_dict()
     head = nn.ModuleDict({"fc6": nn.Linear(*state["classifier.0.weight"].shape[::-1])})
     head["fc7"] = nn.Linear(*state["classifier.3.weight"].shape[::-1])
-    routes = [Route("classifier.0.", "fc6."), Route("classifier.3.", "fc7.")]
-    coverage = load_state(head, state, part="box_head", source="vgg.pth", routes=routes)
-    assert sorted(coverage.loaded) == [
+    mapping = {"classifier.0.": "fc6.", "classifier.3.": "fc7."}
+    report = load_state(head, state, part="box_head", source="vgg.pth", key_mapping=mapping)
+    assert sorted(report.loaded) == [
         "classifier.0.bias",
         "classifier.0.weight",
         "classifier.3.bias",
@@ -65,20 +63,12 @@ def test_vggs_fully_connected_layers():
     assert torch.equal(head["fc7"].bias, state["classifier.3.bias"])
 
 
-def test_collect_inverts_load_state(resnet50):
-    res5 = part_of("resnet50", ("res5",), width=0.125).layer4
-    routes = [Route("layer4.", "")]
-    load_state(res5, resnet50.state_dict(), part="res5", source="f", routes=routes)
-    collected = collect(res5, routes)
-    expected = {name: t for name, t in resnet50.state_dict().items() if name.startswith("layer4.")}
-    assert list(collected) == list(expected)
-    assert all(torch.equal(collected[name], expected[name]) for name in expected)
-
-
-def test_the_first_route_that_covers_a_name_counts_and_the_others_are_left_out():
-    head = nn.ModuleDict({"fc6": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
-    routes = [Route("a.bias", "fc6.bias"), Route("b.", "fc6.")]
-    assert set(collect(head, routes)) == {"a.bias", "b.weight"}
+def test_the_first_entry_that_covers_a_key_counts():
+    head = nn.ModuleDict({"fc6": nn.Linear(2, 2)})
+    state = {"a.bias": torch.ones(2), "b.bias": torch.zeros(2), "b.weight": torch.ones(2, 2)}
+    mapping = {"a.bias": "fc6.bias", "b.": "fc6."}
+    report = load_state(head, state, part="head", source="f", key_mapping=mapping)
+    assert set(report.loaded) == {"a.bias", "b.weight"} and head["fc6"].bias.sum() == 2
 
 
 def test_nothing_is_copied_when_one_tensor_is_missing(resnet50):
@@ -103,14 +93,14 @@ def test_wrong_shapes_are_named_and_nothing_is_copied(resnet50):
     assert all(torch.equal(before[name], tensor) for name, tensor in wider.state_dict().items())
 
 
-def test_what_may_be_missing_is_left_as_initialised(resnet50):
+def test_what_may_be_missing_is_left_as_initialized(resnet50):
     torch.manual_seed(1)
     target = build_network("resnet50", 7, width=0.125)
     before = snapshot(target)
     state = {name: tensor for name, tensor in resnet50.state_dict().items() if not name.startswith("fc.")}
-    coverage = load_state(target, state, part="network", source="f", may_miss=("fc.",))
-    assert coverage.missing == ("fc.weight", "fc.bias") and len(coverage.loaded) == 265
-    assert str(coverage) == "network: 265 of 267 tensors loaded, fc.weight, fc.bias left as initialised, as asked"
+    report = load_state(target, state, part="network", source="f", may_miss=("fc.",))
+    assert report.missing == ("fc.weight", "fc.bias") and len(report.loaded) == 265
+    assert str(report) == "network: 265 of 267 tensors loaded, fc.weight, fc.bias left as initialized, as asked"
     assert torch.equal(target.fc.weight, before["fc.weight"])
     assert torch.equal(target.conv1.weight, state["conv1.weight"])
     with pytest.raises(CheckpointError, match="1 of 267"):
@@ -124,15 +114,15 @@ def test_what_may_be_missing_may_have_another_shape(resnet50):
     before = snapshot(target)
     with pytest.raises(CheckpointError, match="number of classes"):
         load_state(target, resnet50.state_dict(), part="network", source="f")
-    coverage = load_state(target, resnet50.state_dict(), part="network", source="f", may_miss=("fc.",))
-    assert coverage.missing == ("fc.weight", "fc.bias")
+    report = load_state(target, resnet50.state_dict(), part="network", source="f", may_miss=("fc.",))
+    assert report.missing == ("fc.weight", "fc.bias")
     assert torch.equal(target.fc.weight, before["fc.weight"])
     assert torch.equal(target.conv1.weight, resnet50.state_dict()["conv1.weight"])
 
 
-def test_names_that_no_route_covers_are_missing():
+def test_keys_that_no_entry_covers_are_missing():
     with pytest.raises(CheckpointError, match=r"2 of 2 tensors are not in f \(weight, bias\)"):
-        load_state(nn.Linear(2, 2), {"weight": torch.zeros(2, 2)}, part="x", source="f", routes=[Route("a.", "b.")])
+        load_state(nn.Linear(2, 2), {"weight": torch.zeros(2, 2)}, part="x", source="f", key_mapping={"a.": "b."})
 
 
 def test_batch_counters_need_not_be_there():
@@ -150,9 +140,9 @@ def test_the_targets_type_stays():
     assert layer.weight.dtype == torch.float32 and layer.weight.requires_grad
 
 
-def test_coverage_of_many_missing_names_is_short():
-    text = str(Coverage("part", ("a",), tuple(f"layer.{i}" for i in range(50))))
+def test_a_report_of_many_missing_keys_is_short():
+    text = str(LoadReport("part", ("a",), tuple(f"layer.{i}" for i in range(50))))
     assert (
         text
-        == "part: 1 of 51 tensors loaded, layer.0, layer.1, layer.2, layer.3 and 46 more left as initialised, as asked"
+        == "part: 1 of 51 tensors loaded, layer.0, layer.1, layer.2, layer.3 and 46 more left as initialized, as asked"
     )

@@ -10,7 +10,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
 
 from resnet_backbone.networks import build_network
-from resnet_backbone.weights.names import FORMATS, detectron2_name, recognise, rename
+from resnet_backbone.weights.names import FORMATS, detectron2_name, map_keys, recognize
 
 
 def on_meta(build, *arguments, **named) -> list[str]:
@@ -30,9 +30,9 @@ def detectron2_names(depth: int) -> list[str]:
 
 def ours(format: str, names: list[str]) -> list[str]:
     """Our names, which must exist for all."""
-    renamed = rename(format, names)
-    assert not renamed.dropped and not renamed.unknown and list(renamed.mapped) == names
-    return list(renamed.mapped.values())
+    keys = map_keys(format, names)
+    assert not keys.dropped and not keys.unknown and list(keys.mapped) == names
+    return list(keys.mapped.values())
 
 
 def counted(names) -> set[str]:
@@ -59,8 +59,8 @@ def counted(names) -> set[str]:
         (on_meta(timm.create_model, "vit_tiny_patch16_224"), None),
     ],
 )
-def test_recognise(names, format):
-    assert recognise(names) == format
+def test_recognize(names, format):
+    assert recognize(names) == format
     assert format is None or format in FORMATS
 
 
@@ -71,7 +71,7 @@ def test_detectron2s_own_names_both_ways(depth):
     assert set(ours("detectron2", theirs)) == expected
     assert {detectron2_name(name) for name in expected} == set(theirs)
     for name in expected:
-        assert rename("detectron2", [detectron2_name(name)]).mapped == {detectron2_name(name): name}
+        assert map_keys("detectron2", [detectron2_name(name)]).mapped == {detectron2_name(name): name}
 
 
 def test_a_detectors_backbone_is_taken_out():
@@ -80,10 +80,10 @@ def test_a_detectors_backbone_is_taken_out():
         "backbone.fpn_lateral2.weight",
         "roi_heads.box_head.fc1.bias",
     ]
-    renamed = rename("detectron2", [*fpn, "proposal_generator.rpn_head.conv.weight"])
-    assert renamed.mapped == {fpn[0]: "layer1.0.downsample.1.bias"}
-    assert list(renamed.dropped) == [*fpn[1:], "proposal_generator.rpn_head.conv.weight"]
-    assert set(renamed.dropped.values()) == {"belongs to the detector's heads, not to the backbone"}
+    keys = map_keys("detectron2", [*fpn, "proposal_generator.rpn_head.conv.weight"])
+    assert keys.mapped == {fpn[0]: "layer1.0.downsample.1.bias"}
+    assert list(keys.dropped) == [*fpn[1:], "proposal_generator.rpn_head.conv.weight"]
+    assert set(keys.dropped.values()) == {"belongs to the detector's heads, not to the backbone"}
     assert ours("detectron2", ["backbone.res4.5.conv3.weight", "roi_heads.res5.0.conv1.norm.running_var"]) == [
         "layer3.5.conv3.weight",
         "layer4.0.bn1.running_var",
@@ -93,12 +93,12 @@ def test_a_detectors_backbone_is_taken_out():
 def test_what_the_rules_do_not_explain_is_unknown():
     names = ["stem.conv1.weight", "stem.conv2.weights.0", "res4.0.conv2_offset.weight", "backbone.extra.weight"]
     names.append("roi_heads.res5.0.conv2_offset.weight")
-    renamed = rename("detectron2", names)
-    assert renamed.unknown == tuple(names[1:]) and not renamed.dropped
-    assert rename("caffe2", ["conv1_gn_s", "res2_0_branch2d_w"]).unknown == ("conv1_gn_s", "res2_0_branch2d_w")
-    assert rename("keras", ["conv1_conv/gamma:0", "conv2_block1_preact_bn/gamma:0"]).mapped == {}
-    assert rename("caffe", ["bn_conv1/3", "res2a_branch2a/scale"]).mapped == {}
-    assert rename("timm", ["stem.conv.weight", "stages.0.blocks.0.se.weight"]).unknown == (
+    keys = map_keys("detectron2", names)
+    assert keys.unknown == tuple(names[1:]) and not keys.dropped
+    assert map_keys("caffe2", ["conv1_gn_s", "res2_0_branch2d_w"]).unknown == ("conv1_gn_s", "res2_0_branch2d_w")
+    assert map_keys("keras", ["conv1_conv/gamma:0", "conv2_block1_preact_bn/gamma:0"]).mapped == {}
+    assert map_keys("caffe", ["bn_conv1/3", "res2a_branch2a/scale"]).mapped == {}
+    assert map_keys("timm", ["stem.conv.weight", "stages.0.blocks.0.se.weight"]).unknown == (
         "stages.0.blocks.0.se.weight",
     )
     for name in ("layer1.0.conv1.bias.more", "features.0.weight", "layer1.norm.weight", "layer5.0.conv1.weight"):
@@ -122,10 +122,10 @@ def test_caffe2_as_detectron2_reads_it(depths):
 
 
 def test_caffe2s_optimizer_and_heads_are_dropped():
-    renamed = rename("caffe2", ["conv1_w", "conv1_w_momentum", "conv_rpn_w", "cls_score_b", "fpn_inner_res2_2_sum_w"])
-    assert renamed.mapped == {"conv1_w": "conv1.weight"}
-    assert renamed.dropped["conv1_w_momentum"] == "optimizer state"
-    assert len(renamed.dropped) == 4 and not renamed.unknown
+    keys = map_keys("caffe2", ["conv1_w", "conv1_w_momentum", "conv_rpn_w", "cls_score_b", "fpn_inner_res2_2_sum_w"])
+    assert keys.mapped == {"conv1_w": "conv1.weight"}
+    assert keys.dropped["conv1_w_momentum"] == "optimizer state"
+    assert len(keys.dropped) == 4 and not keys.unknown
     assert ours("caffe2", ["fc1000_w", "fc1000_b", "conv1_b"]) == ["fc.weight", "fc.bias", "conv1.bias"]
 
 
@@ -185,5 +185,5 @@ def test_keras_and_caffes_vgg(name, format, layer, entries, last):
     layers = [layer.format(b, c) for b, depth in enumerate(plan, 1) for c in range(1, depth + 1)]
     names = [place + entry for place in (*layers, *last) for entry in entries]
     shuffled = sorted(names, key=lambda n: re.sub(r"\d", "", n[::-1]))  # a file's order says nothing
-    mapped = rename(format, shuffled).mapped
+    mapped = map_keys(format, shuffled).mapped
     assert [mapped[n] for n in names] == on_meta(torchvision.models.get_model, name)

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from resnet_backbone.weights.pickles import Array, Unreadable, read_arrays
+from resnet_backbone.weights.pickles import Array, Unreadable, check_pickle, read_arrays
 
 
 def read(content: bytes):
@@ -70,7 +70,10 @@ def test_an_array_that_does_not_fit_its_data():
 
 def test_pickles_one_after_the_other():
     file = io.BytesIO(pickle.dumps(1, 2) + pickle.dumps([2], 2))
-    assert read_arrays(file) == 1 and read_arrays(file) == [2]
+    for _ in range(2):
+        check_pickle(file)
+    assert file.read() == b""
+    assert "a pickle with 9 bytes after its end" in refusal(file.getvalue())
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -95,15 +98,15 @@ def test_damage_ends_in_a_sentence(protocol):
     ("instructions", "words"),
     [
         (b"cos\nsystem\n(S'true'\ntR", "'os.system'"),
-        (b"(S'true'\nios\nsystem\n", "instruction STRING"),
-        (b"(ios\nsystem\n", "instruction INST"),
-        (b"(cnumpy\nndarray\no", "instruction OBJ"),
-        (b"cnumpy\nndarray\n)\x81", "instruction NEWOBJ"),
-        (b"\x82\x01", "instruction EXT1"),
-        (b"U\x02osQ", "instruction BINPERSID"),
+        (b"(S'true'\nios\nsystem\n", "'os.system'"),
+        (b"(ios\nsystem\n", "'os.system'"),
+        (b"(cnumpy\nndarray\no", "damaged"),
+        (b"cnumpy\nndarray\n)\x81", "damaged"),
+        (b"\x82\x01", "damaged"),
+        (b"U\x02osQ", "damaged"),
         (b"X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93", "'os.system'"),
-        (b"cnumpy.core.multiarray\nscalar\n}b", "a state for a Global"),
-        (b"cnumpy\nndarray\n(M\xff\xffM\xff\xfft\x85R", "no function"),
+        (b"cnumpy.core.multiarray\nscalar\n}b", "a state for a function"),
+        (b"cnumpy\nndarray\n(M\xff\xffM\xff\xfft\x85R", "damaged"),
     ],
 )
 def test_instructions_that_weights_do_not_need(instructions, words):

@@ -14,7 +14,7 @@ TORCHVISION = [name for name in list_networks() if name in torchvision.models.li
 
 
 def settled(format, name, *, width=1.0, container="torch", has_bottlenecks=True, **others):
-    values = dict(stated={}, in_file={}, preset=None, source="file") | others
+    values = dict(overrides={}, in_file={}, preset=None, source="file") | others
     architecture = Architecture(name, {"width": width}, 1000)
     return settle(architecture, format=format, container=container, has_bottlenecks=has_bottlenecks, **values)
 
@@ -110,10 +110,10 @@ def test_networks_that_nobody_hands_out_have_no_convention(name, width):
 
 
 def test_who_goes_before_whom():
-    known = settled("caffe2", "resnet50", preset="torchvision", stated={"channel_order": "BGR"})
+    known = settled("caffe2", "resnet50", preset="torchvision", overrides={"channel_order": "BGR"})
     assert known.values == {**PRESETS["torchvision"], "channel_order": "BGR"}
     assert known.sources == {
-        "channel_order": "stated",
+        "channel_order": "override",
         **dict.fromkeys(("pixel_mean", "pixel_std", "stride_in_1x1"), "--preprocessing torchvision"),
     }
 
@@ -123,7 +123,7 @@ def test_what_the_file_says_is_not_contradicted():
     assert settled("detectron2", "resnet50", preset="msra", in_file=in_file).sources["pixel_mean"] == "the file"
     for named in (
         {"preset": "torchvision"},
-        {"preset": "msra", "stated": {"pixel_mean": (102.9801, 115.9465, 122.7717)}},
+        {"preset": "msra", "overrides": {"pixel_mean": (102.9801, 115.9465, 122.7717)}},
     ):
         assert "itself says [103.53, 116.28, 123.675]" in refusal("detectron2", "resnet50", in_file=in_file, **named)
     with pytest.raises(InputError, match=r"--channel-order is BGR, but file itself says RGB"):

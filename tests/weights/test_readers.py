@@ -288,11 +288,14 @@ def test_a_wrong_npy_header(tmp_path):
     file = io.BytesIO()
     np.save(file, np.ones((2, 3), np.float32))
     content = file.getvalue()
-    assert "does not fit the 24 bytes" in refused(content.replace(b"(2, 3)", b"(2, 4)"))
-    assert "does not fit the 24 bytes" in refused(content.replace(b"(2, 3)", b"(-2,-3)").replace(b"  \n", b" \n"))
-    assert "does not fit the 24 bytes" in refused(content.replace(b"<f4", b"<f8"))
-    assert "does not fit the 20 bytes" in refused(content[:-4])
-    assert "header of its array 'w' is not NumPy's" in refused(content.replace(b"'shape'", b"'shade'"))
-    assert "header of its array 'w' is not NumPy's" in refused(b"\x93NUMPX" + content[6:])
-    assert "header of its array 'w' is not NumPy's" in refused(content.replace(b"NUMPY\x01", b"NUMPY\x02"))
-    assert "header of its array 'w' is not NumPy's" in refused(content[:40])
+    for changed in (
+        content.replace(b"(2, 3)", b"(2, 4)"),
+        content.replace(b"(2, 3)", b"(-2,-3)").replace(b"  \n", b" \n"),
+        content.replace(b"<f4", b"<f8"),
+        content[:-4],
+        content.replace(b"'shape'", b"'shade'"),
+        b"\x93NUMPX" + content[6:],
+        content.replace(b"NUMPY\x01", b"NUMPY\x02"),
+        content[:40],
+    ):
+        assert "is cut off, damaged, or holds more than tensors" in refused(changed)
