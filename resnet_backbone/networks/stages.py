@@ -43,7 +43,7 @@ class StagedNetwork(nn.Module):
         self.feature_info: dict[str, FeatureInfo] = {}
 
     def stage_modules(self, name: str) -> list[nn.Module]:
-        """Return the modules that hold the parameters and statistics of the stage `name`."""
+        """Return modules of the stage `name`: at least those that hold its parameters and statistics, as they run."""
         if name not in self.stage_names:
             raise InputError(f"no stage {name!r} was built, expected one of {', '.join(self.stage_names)}")
         return self._stage_modules(name)

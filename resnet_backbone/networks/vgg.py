@@ -9,8 +9,9 @@ from resnet_backbone.errors import InputError
 from resnet_backbone.networks.norms import norm_factory
 from resnet_backbone.networks.stages import FeatureInfo, StagedNetwork, scale_channels
 
-# Table 1: channels of the five blocks of 3×3 convolutions, and of the two hidden fully connected layers.
-CONV_CHANNELS = {"conv1": 64, "conv2": 128, "conv3": 256, "conv4": 512, "conv5": 512}
+# Table 1: channels of the five blocks of 3×3 convolutions, and of the two hidden fully connected layers. The pooling in
+# front of a block belongs to it, so pool5 is a block without convolutions.
+BLOCK_CHANNELS = {"conv1": 64, "conv2": 128, "conv3": 256, "conv4": 512, "conv5": 512, "pool5": 512}
 FC_CHANNELS = 4096
 # fc6 sees this many pixels, in the classifier (224 / 32) and as a detector's RoI features alike.
 FC_RESOLUTION = 7
@@ -49,17 +50,19 @@ class VGG(StagedNetwork):
         norm: str | None = "BN",
         stages: Sequence[str] | None = None,
     ) -> None:
-        super().__init__((*CONV_CHANNELS, *(("pool5",) if pool5 else ()), "fc6", "fc7"), stages)
+        depths = dict(zip(BLOCK_CHANNELS, (*plan, 0), strict=True))
+        if not pool5:
+            del depths["pool5"]
+        super().__init__((*depths, "fc6", "fc7"), stages)
         norm_layer = None if norm is None else norm_factory(norm)
 
         self.features = nn.Sequential()
         # Each stage's layers are numbered as in the whole network, also where only some stages are built.
         self.layer_numbers = {"fc6": range(3), "fc7": range(3, 6)}
         number, channels, stride = 0, 3, 1
-        for name, depth in zip(CONV_CHANNELS, plan, strict=True):
-            # The pooling between two blocks belongs to the later one: a stage's output is taken before it.
+        for name, depth in depths.items():
             pool_first = name != "conv1"
-            in_channels, channels = channels, scale_channels(CONV_CHANNELS[name], width)
+            in_channels, channels = channels, scale_channels(BLOCK_CHANNELS[name], width)
             stride *= 2 if pool_first else 1
             numbers = range(number, number + pool_first + depth * (2 if norm_layer is None else 3))
             number = numbers.stop
@@ -69,10 +72,6 @@ class VGG(StagedNetwork):
                     self.features.add_module(str(i), layer)
                 self.layer_numbers[name] = numbers
                 self.feature_info[name] = FeatureInfo(channels, stride)
-        if "pool5" in self.stage_names:
-            self.features.add_module(str(number), nn.MaxPool2d(kernel_size=2, stride=2))
-            self.layer_numbers["pool5"] = range(number, number + 1)
-            self.feature_info["pool5"] = FeatureInfo(channels, stride * 2)
 
         if "fc6" in self.stage_names:
             self.avgpool = nn.AdaptiveAvgPool2d(FC_RESOLUTION)
@@ -108,7 +107,7 @@ class VGG(StagedNetwork):
         """Apply one stage; fc6 takes feature maps `(N, C, H, W)`, brought to 7×7, or vectors `(N, 49 C)`."""
         if name == "fc6" and x.dim() == 4:
             x = self.avgpool(x).flatten(1)
-        for layer in self._stage_layers(name):
+        for layer in self._stage_modules(name):
             x = layer(x)
         return x
 
@@ -141,13 +140,9 @@ class VGG(StagedNetwork):
                 x = layer(x)
         return x
 
-    def _stage_layers(self, name: str) -> list[nn.Module]:
-        """Return the layers of a stage in the order in which they run."""
+    def _stage_modules(self, name: str) -> list[nn.Module]:
         layers = self.classifier if name in ("fc6", "fc7") else self.features
         return [getattr(layers, str(number)) for number in self.layer_numbers[name]]
-
-    def _stage_modules(self, name: str) -> list[nn.Module]:
-        return [layer for layer in self._stage_layers(name) if layer.state_dict()]
 
     def _initialize(self) -> None:
         """Draw the initial weights: He et al. (arXiv 1502.01852, equation 10) for all layers that a ReLU follows.
