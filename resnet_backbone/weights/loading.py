@@ -1,20 +1,16 @@
-"""Copy tensors from a file into a module, by key, counted.
+"""Copy tensors from a file into a module, by name, counted.
 
-A key mapping says which prefix of the file's keys stands for which prefix of the module's: {"layer4.": ""} takes
-ResNet's conv5_x from a classifier to a RoI head, {"classifier.0.": "fc6."} VGG's first fully connected layer, and
-`SAME_KEYS` a whole backbone, whose keys stay. The first entry that covers a key counts.
+A run of a network's stages has the names of the whole network, so the same file fills a classifier, a backbone, and
+the part of a RoI head.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from resnet_backbone.weights.checkpoint import CheckpointError
-
-SAME_KEYS: Mapping[str, str] = MappingProxyType({"": ""})
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,6 @@ def load_state(
     *,
     part: str,
     source: str,
-    key_mapping: Mapping[str, str] = SAME_KEYS,
     may_miss: Iterable[str] = (),
 ) -> LoadReport:
     """Copy `state` into every parameter and buffer of `module`, all or nothing.
@@ -55,29 +50,28 @@ def load_state(
         state: names to tensors, as in the file.
         part: the module's name in messages.
         source: the file's name in messages.
-        key_mapping: prefixes of the file's keys to prefixes of the module's.
-        may_miss: prefixes of names, as in the file, that it may lack or hold in another shape (a predictor for other
+        may_miss: prefixes of names that the file may lack or hold in another shape (a predictor for other
             classes, say); they stay as initialized.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape; nothing has been copied then.
     """
     may_miss = tuple(may_miss)
-    found: dict[str, str] = {}
+    found: list[str] = []
     missing: list[str] = []
     wrong: list[str] = []
     targets = module.state_dict()
     for name, target in targets.items():
-        source_key = _source_key(name, key_mapping)
-        if source_key not in state:
+        if name not in state:
             if not name.endswith("num_batches_tracked"):
-                missing.append(name if source_key is None else source_key)
-        elif state[source_key].shape == target.shape:
-            found[name] = source_key
-        elif source_key.startswith(may_miss):
-            missing.append(source_key)
+                missing.append(name)
+        elif state[name].shape == target.shape:
+            found.append(name)
+        elif name.startswith(may_miss):
+            missing.append(name)
         else:
-            wrong.append(f"{name} is {_shape(target)} here, {_shape(state[source_key])} in the file")
+            wrong.append(f"{name} is {_shape(target)} here, {_shape(state[name])} in the file")
+    loaded = tuple(name for name in found if not name.endswith("num_batches_tracked"))
     if wrong:
         raise CheckpointError(
             f"{part}: {len(wrong)} tensors of {source} have another shape ({_some(wrong)}). "
@@ -86,26 +80,14 @@ def load_state(
         )
     if refused := [name for name in missing if not name.startswith(may_miss)]:
         raise CheckpointError(
-            f"{part}: {len(refused)} of {len(missing) + _counted(found)} tensors are not in {source} "
+            f"{part}: {len(refused)} of {len(missing) + len(loaded)} tensors are not in {source} "
             f"({_some(refused)}). Give weights of the same network, or list the prefixes that may be missing in "
             "MODEL.NETWORK.ALLOW_MISSING."
         )
     with torch.no_grad():
-        for name, source_key in found.items():
-            targets[name].copy_(state[source_key])
-    return LoadReport(part, tuple(s for s in found.values() if not s.endswith("num_batches_tracked")), tuple(missing))
-
-
-def _source_key(key: str, key_mapping: Mapping[str, str]) -> str | None:
-    """The file's key for the module's `key`; None if the mapping does not cover it."""
-    for source, target in key_mapping.items():
-        if key.startswith(target):
-            return source + key.removeprefix(target)
-    return None
-
-
-def _counted(found: Mapping[str, str]) -> int:
-    return sum(not name.endswith("num_batches_tracked") for name in found)
+        for name in found:
+            targets[name].copy_(state[name])
+    return LoadReport(part, loaded, tuple(missing))
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -194,6 +194,7 @@ class Run:
                 batches=batches,
                 losses=compute,
                 evaluate=evaluate,
+                metadata=metadata,
                 best_metric="bbox/AP",
                 image_names=lambda i: [f"image {index}" for _, index in BatchSampler(37, 4, seed=cfg.SEED).batch(i)],
             )
