@@ -13,8 +13,8 @@ from torch import nn
 
 from resnet_backbone import build_network, detection, pretraining
 from resnet_backbone.data.transforms import EvalTransform, TrainTransform
-from resnet_backbone.detection import datasets
-from resnet_backbone.detection.loader import TrainBatches
+from resnet_backbone.detection.data import datasets
+from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.engine.config import load_config, origin
 from resnet_backbone.engine.describe import flat_config
 from resnet_backbone.engine.network_config import fill_from_metadata

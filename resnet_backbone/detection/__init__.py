@@ -4,14 +4,15 @@ A script of your own needs two lines: import `add_network_config` from here, and
 """
 
 from resnet_backbone import engine  # isort: skip  (first: it says how to install a missing Detectron2)
-from resnet_backbone.detection.backbone import (
+from resnet_backbone.detection.config import add_network_config, get_config
+from resnet_backbone.detection.modeling import (
     NetworkBackbone,
+    NetworkRes5ROIHeads,
+    VGGBoxHead,
     build_network_backbone,
     build_network_fpn_backbone,
     build_network_retinanet_fpn_backbone,
 )
-from resnet_backbone.detection.config import add_network_config, get_config
-from resnet_backbone.detection.roi_heads import NetworkRes5ROIHeads, VGGBoxHead
 from resnet_backbone.detection.task import run
 
 __all__ = [

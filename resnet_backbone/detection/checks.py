@@ -13,7 +13,7 @@ from detectron2.modeling import (
     ROI_HEADS_REGISTRY,
 )
 
-from resnet_backbone.detection import datasets
+from resnet_backbone.detection.data import datasets
 from resnet_backbone.engine.config import ConfigError, get_key, origin
 from resnet_backbone.weights import Checkpoint
 

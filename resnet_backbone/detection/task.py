@@ -14,11 +14,11 @@ from detectron2.modeling import (
 from detectron2.modeling.backbone import FPN
 from torch import nn
 
-from resnet_backbone.detection.backbone import NetworkBackbone
 from resnet_backbone.detection.checks import check_classifiers_keys, check_datasets, check_evaluable, check_names
-from resnet_backbone.detection.evaluation import evaluate, try_two_images
-from resnet_backbone.detection.loader import TrainBatches
-from resnet_backbone.detection.precision import keep_boxes_in_float32
+from resnet_backbone.detection.data.loader import TrainBatches
+from resnet_backbone.detection.evaluation.evaluate import evaluate, try_two_images
+from resnet_backbone.detection.modeling.backbone import NetworkBackbone
+from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.detection.weights import is_frozen_norm, is_own, load_whole, offered, read, stock_arguments
 from resnet_backbone.engine import run as engine_run
 from resnet_backbone.engine.config import ConfigError

@@ -19,7 +19,8 @@ from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.modeling import build_backbone, build_model
 
 from resnet_backbone import detection
-from resnet_backbone.detection import add_network_config, datasets, weights
+from resnet_backbone.detection import add_network_config, weights
+from resnet_backbone.detection.data import datasets
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.network_config import fill_from_metadata
 from resnet_backbone.weights import CheckpointError, convert, read_checkpoint, write_checkpoint
@@ -396,7 +397,7 @@ cfg.DATALOADER.NUM_WORKERS = 0
 cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 2, 1, ()
 cfg.OUTPUT_DIR = FOLDER
 import os; os.makedirs(FOLDER)
-from resnet_backbone.detection import datasets; datasets.register(SCENES)
+from resnet_backbone.detection.data import datasets; datasets.register(SCENES)
 """
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.photographs import photograph
 from resnet_backbone.detection.config import get_config
-from resnet_backbone.detection.precision import keep_boxes_in_float32
+from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.engine.config import CfgNode, load_config
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights.names import detectron2_name

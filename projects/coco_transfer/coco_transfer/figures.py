@@ -11,7 +11,7 @@ import matplotlib
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from coco_transfer.plan import Plan
-from resnet_backbone.detection import datasets
+from resnet_backbone.detection.data import datasets
 from resnet_backbone.weights import atomic_write
 
 matplotlib.use("Agg")

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 
 from resnet_backbone import detection, pretraining
 from resnet_backbone.data.generated import write_classification, write_detection
-from resnet_backbone.detection import datasets
+from resnet_backbone.detection.data import datasets
 from resnet_backbone.engine.config import load_config, set_key
 from resnet_backbone.engine.output import FINAL
 from resnet_backbone.errors import InputError

@@ -6,9 +6,9 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from resnet_backbone.detection import datasets
-from resnet_backbone.detection.loader import TrainBatches
-from resnet_backbone.detection.precision import keep_boxes_in_float32
+from resnet_backbone.detection.data import datasets
+from resnet_backbone.detection.data.loader import TrainBatches
+from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 
 
 @pytest.mark.parametrize(("dtype", "left"), [(torch.bfloat16, 601.0), (torch.float16, 3001.0)])

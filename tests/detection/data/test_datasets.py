@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 
 from resnet_backbone.data.drawing import CLASS_NAMES
-from resnet_backbone.detection import datasets
+from resnet_backbone.detection.data import datasets
 from resnet_backbone.engine.config import ConfigError
 
 

@@ -11,8 +11,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from resnet_backbone.data.errors import DatasetError
-from resnet_backbone.detection import datasets
-from resnet_backbone.detection.loader import TrainBatches
+from resnet_backbone.detection.data import datasets
+from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.engine.config import ConfigError
 
 
@@ -105,7 +105,7 @@ def test_augmentation_is_detectron2s_mapper(detection_config, mixed, tmp_path):
 
 
 def test_two_processes_share_each_batch(make, monkeypatch):
-    from resnet_backbone.detection import loader
+    from resnet_backbone.detection.data import loader
 
     whole = take(make(), 3, 2)
     monkeypatch.setattr(loader.comm, "get_world_size", lambda: 2)

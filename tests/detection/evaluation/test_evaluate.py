@@ -10,8 +10,9 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 from torch import nn
 
-from resnet_backbone.detection import datasets
-from resnet_backbone.detection.evaluation import build_evaluator, evaluate, try_two_images
+from resnet_backbone.detection.data import datasets
+from resnet_backbone.detection.evaluation.evaluate import evaluate, try_two_images
+from resnet_backbone.detection.evaluation.registry import build_evaluator
 from resnet_backbone.engine.config import ConfigError
 
 

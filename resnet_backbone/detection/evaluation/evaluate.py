@@ -1,4 +1,4 @@
-"""Evaluation of detectors by the type of the data set."""
+"""The loop over DATASETS.TEST, and the same on two images."""
 
 import contextlib
 import io
@@ -11,41 +11,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.data.build import get_detection_dataset_dicts
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-    inference_on_dataset,
-)
+from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
 from resnet_backbone.data.workers import Loader
-from resnet_backbone.detection.loader import ReadableImages
-from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.detection.data.loader import ReadableImages
+from resnet_backbone.detection.evaluation.registry import build_evaluator
 
 logger = logging.getLogger(__name__)
-
-
-def build_evaluator(name: str, folder: Path | None) -> DatasetEvaluator:
-    """The evaluator that belongs to the data set's type.
-
-    Args:
-        name: of a registered data set.
-        folder: for the detections as JSON; None keeps them in memory.
-    """
-    output_dir = None if folder is None else str(folder)
-    kind = MetadataCatalog.get(name).get("evaluator_type", "coco")  # a user's own data set may state none
-    if kind == "coco":
-        return COCOEvaluator(name, output_dir=output_dir, use_fast_impl=False)
-    if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(name)
-    if kind == "lvis":
-        return LVISEvaluator(name, output_dir=output_dir)
-    raise ConfigError(
-        f"DATASETS.TEST {name} is evaluated as {kind!r}, which tools/train_net.py does not have; it has coco, "
-        "pascal_voc and lvis. Set DATASETS.TEST to a data set of these types."
-    )
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Detectors evaluated on DATASETS.TEST, each data set by its type."""

@@ -1,0 +1,10 @@
+"""The networks as Detectron2's backbones and heads, registered by name."""
+
+from resnet_backbone.detection.modeling.backbone import (
+    NetworkBackbone,
+    build_network_backbone,
+    build_network_fpn_backbone,
+    build_network_retinanet_fpn_backbone,
+)
+from resnet_backbone.detection.modeling.res5_heads import NetworkRes5ROIHeads
+from resnet_backbone.detection.modeling.vgg_head import VGGBoxHead
