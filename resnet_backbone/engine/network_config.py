@@ -8,18 +8,11 @@ from detectron2.config import CfgNode, get_cfg
 
 from resnet_backbone.engine.config import ConfigError, get_key, origin, set_key
 from resnet_backbone.engine.keys import add_engine_config
+from resnet_backbone.networks import ARGUMENTS
 from resnet_backbone.weights import Metadata
 
 # The constructor arguments of networks that the configuration decides, and the keys that decide them.
-ARGUMENT_KEYS = {
-    "width": "MODEL.NETWORK.WIDTH",
-    "shortcut": "MODEL.NETWORK.SHORTCUT",
-    "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
-    "norm": "MODEL.RESNETS.NORM",
-    "zero_init_last_norm": "MODEL.NETWORK.ZERO_INIT_LAST_NORM",
-    "res5_dilation": "MODEL.RESNETS.RES5_DILATION",
-    "pool5": "MODEL.NETWORK.POOL5",
-}
+ARGUMENT_KEYS = {name: argument.key for name, argument in ARGUMENTS.items() if argument.key is not None}
 
 
 def arguments_from_config(cfg: CfgNode, accepted: Sequence[str]) -> dict[str, Any]:
@@ -78,10 +71,26 @@ def preprocessing_keys(metadata: Metadata) -> dict[str, Any]:
         "MODEL.NETWORK.NAME": metadata.architecture,
         "MODEL.NETWORK.WIDTH": metadata.arguments.get("width", 1.0),
     }
-    for argument in ("stride_in_1x1", "shortcut"):
-        if argument in metadata.arguments:
-            keys[ARGUMENT_KEYS[argument]] = metadata.arguments[argument]
+    for name, value in metadata.arguments.items():
+        if name not in ARGUMENTS:
+            raise ConfigError(
+                f"the weights are of a {metadata.architecture} with {name}={value}, which this version does not know. "
+                "Use the version that wrote them, or a newer one."
+            )
+        argument = ARGUMENTS[name]
+        # Batch norm computes the same whether it is frozen, shared over processes, or neither, once it is trained.
+        if argument.decides == "training" or name == "norm" or (argument.adjustable and metadata.kind == "classifier"):
+            continue
+        keys[argument.key] = value
     return keys
+
+
+def fill_adjustable(cfg: CfgNode, metadata: Metadata, file: str) -> None:
+    """Take from a classifier's weights what they also serve with other values, wherever the user said nothing."""
+    for name, value in metadata.arguments.items():
+        key = ARGUMENTS[name].key
+        if ARGUMENTS[name].adjustable and name != "norm" and origin(cfg, key) is None:
+            set_key(cfg, key, value, f"metadata of {file}")
 
 
 def same_value(one: Any, other: Any) -> bool:

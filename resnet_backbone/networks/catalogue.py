@@ -20,22 +20,27 @@ class Argument(NamedTuple):
         decides: "tensors" if a tensor's presence or shape shows the value, so that weights tell it; "computation" if it
             decides what is computed from the same tensors, so that weights cannot tell it; "training" if it has no
             effect on what trained weights compute.
+        key: of the configuration that sets it; None if it has none.
+        adjustable: whether a classifier's weights serve another value too: without pool5 they take smaller crops, and a
+            detector may dilate res5. A detector's weights serve the value that they were trained with.
     """
 
     default: Any
     decides: Literal["tensors", "computation", "training"]
+    key: str | None = None
+    adjustable: bool = False
 
 
 ARGUMENTS: dict[str, Argument] = {
     "num_classes": Argument(1000, "tensors"),
-    "width": Argument(1.0, "tensors"),
-    "shortcut": Argument("B", "tensors"),
-    "stride_in_1x1": Argument(False, "computation"),
-    # Shows as far as it matters: SyncBN has BN's tensors and computes the same.
-    "norm": Argument("BN", "tensors"),
-    "zero_init_last_norm": Argument(False, "training"),
-    "res5_dilation": Argument(1, "computation"),
-    "pool5": Argument(True, "computation"),
+    "width": Argument(1.0, "tensors", "MODEL.NETWORK.WIDTH"),
+    "shortcut": Argument("B", "tensors", "MODEL.NETWORK.SHORTCUT"),
+    "stride_in_1x1": Argument(False, "computation", "MODEL.RESNETS.STRIDE_IN_1X1"),
+    # Shows as far as it matters: SyncBN has BN's tensors and computes the same. Detectors freeze it.
+    "norm": Argument("BN", "tensors", "MODEL.RESNETS.NORM", adjustable=True),
+    "zero_init_last_norm": Argument(False, "training", "MODEL.NETWORK.ZERO_INIT_LAST_NORM"),
+    "res5_dilation": Argument(1, "computation", "MODEL.RESNETS.RES5_DILATION", adjustable=True),
+    "pool5": Argument(True, "computation", "MODEL.NETWORK.POOL5", adjustable=True),
     "dropout": Argument(0.5, "training"),
     "stages": Argument(None, "tensors"),
 }
@@ -110,6 +115,10 @@ CATALOGUE: dict[str, Row] = {
     # Zagoruyko, Komodakis 2016, Table 5: ten times the channels, without dropout.
     "cifar_wide_resnet28_10": _cifar(PreActBasicBlock, (4, 4, 4), channels=160, **_PREACT),
 }
+
+
+# By name the default of each argument that shows in no tensor and decides what is computed from them.
+HIDDEN_ARGUMENTS = {name: argument.default for name, argument in ARGUMENTS.items() if argument.decides == "computation"}
 
 
 def list_networks() -> list[str]:

@@ -13,8 +13,8 @@ from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.data.subset import hold_out
 from resnet_backbone.engine import run as engine_run
-from resnet_backbone.engine.config import ConfigError, origin, set_key
-from resnet_backbone.engine.network_config import fill_from_metadata
+from resnet_backbone.engine.config import ConfigError, origin
+from resnet_backbone.engine.network_config import fill_adjustable, fill_from_metadata
 from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics
 from resnet_backbone.engine.precision import precision_of
@@ -174,9 +174,7 @@ def _read_weights(
             "tools/pretrain.py."
         )
     fill_from_metadata(cfg, weights.metadata, file)
-    if "pool5" in weights.metadata.arguments and origin(cfg, "MODEL.NETWORK.POOL5") is None:
-        # Who sets it may: the same weights serve larger crops with the pooling and smaller ones without.
-        set_key(cfg, "MODEL.NETWORK.POOL5", weights.metadata.arguments["pool5"], f"metadata of {file}")
+    fill_adjustable(cfg, weights.metadata, file)
     theirs, ours = list(weights.metadata.class_names), list(test_source.class_names)
     if "converted_from" in weights.metadata.origin and len(theirs) == len(ours):
         logger.info("%s does not name its classes; they are taken for those of DATASETS.TEST, in their order", file)

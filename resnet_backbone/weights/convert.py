@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet_backbone.errors import InputError
-from resnet_backbone.networks import accepted_arguments
+from resnet_backbone.networks import HIDDEN_ARGUMENTS, accepted_arguments
 from resnet_backbone.weights.architectures import find_architecture, has_bottleneck_blocks
 from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError
 from resnet_backbone.weights.metadata import Metadata
@@ -173,7 +173,7 @@ def _read_foreign(
     )
     # What a network has besides, without any effect on the tensors, is as everybody builds it.
     accepted = accepted_arguments(found.name)
-    arguments = {name: value for name, value in (("stride_in_1x1", False), ("pool5", True)) if name in accepted}
+    arguments = {name: value for name, value in HIDDEN_ARGUMENTS.items() if name in accepted}
     if has_bottlenecks:
         arguments["stride_in_1x1"] = known.values["stride_in_1x1"]
     statistics = _norm_statistics(model, folded=folded)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_backbone.networks import VGG, build_network
+from resnet_backbone.networks.catalogue import find_row
 from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError
 from resnet_backbone.weights.files import atomic_write
 from resnet_backbone.weights.loading import load_state
@@ -57,7 +58,8 @@ def write_onnx(path: str | os.PathLike, checkpoint: Checkpoint) -> float:
         ) from error
     network = _build(checkpoint, path)
     model = FromPixels(network, checkpoint.metadata).eval()
-    height, width = checkpoint.metadata.crop or (224, 224)
+    size = find_row(checkpoint.metadata.architecture).image_size
+    height, width = checkpoint.metadata.crop or (size, size)
     sizes = {0: "n"} if isinstance(network, VGG) else {0: "n", 2: "h", 3: "w"}
     example = torch.rand(2, 3, height, width) * 255
     with warnings.catch_warnings():

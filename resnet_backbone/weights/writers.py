@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resnet_backbone.errors import InputError
+from resnet_backbone.networks import HIDDEN_ARGUMENTS
 from resnet_backbone.weights.architectures import has_bottleneck_blocks
 from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError, write_checkpoint
 from resnet_backbone.weights.files import atomic_write
@@ -70,9 +71,8 @@ def _write_safetensors(path: Path, checkpoint: Checkpoint) -> str:
 def _write_torchvision(path: Path, checkpoint: Checkpoint) -> str:
     metadata = checkpoint.metadata
     _refuse_detector(metadata, "torchvision's format")
-    # These show in no tensor: torchvision would load the file without a word and compute something else.
-    others = {"stride_in_1x1": False, "res5_dilation": 1, "pool5": True}
-    for name, theirs in others.items():
+    # torchvision, whose networks have the defaults, would load the file without a word and compute something else.
+    for name, theirs in HIDDEN_ARGUMENTS.items():
         ours = metadata.arguments.get(name, theirs)
         if ours != theirs and (name != "stride_in_1x1" or has_bottleneck_blocks(checkpoint.model)):
             raise InputError(

@@ -1,10 +1,19 @@
 """What weights say about a configuration, and a configuration about a network."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, load_config, origin, set_key
-from resnet_backbone.engine.network_config import arguments_from_config, fill_from_metadata, same_value
+from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, get_key, load_config, origin, set_key
+from resnet_backbone.engine.network_config import (
+    ARGUMENT_KEYS,
+    arguments_from_config,
+    fill_adjustable,
+    fill_from_metadata,
+    same_value,
+)
+from resnet_backbone.networks import ARGUMENTS
 from resnet_backbone.weights import Metadata
 from tests.engine.tiny import refusal
 
@@ -86,3 +95,44 @@ def test_a_key_that_the_network_has_no_choice_in_stops(cfg, key, value, argument
         ConfigError, match=rf"{key} is {value} \(test\), but resnet101 leaves no choice there\. Leave it"
     ):
         arguments_from_config(cfg, ("width", "norm"))
+
+
+class TestArguments:
+    """Each argument of the catalogue that decides what is computed is compared, or left to the user for a reason."""
+
+    @pytest.mark.parametrize("kind", ["classifier", "detector"])
+    def test_a_dilated_last_stage(self, cfg, metadata, kind):
+        """Of a detector it must agree; a detector may dilate the stage of a classifier."""
+        metadata = replace(metadata, kind=kind, arguments={**metadata.arguments, "res5_dilation": 2})
+        fill_from_metadata(cfg.clone(), metadata, "f.pth")
+        set_key(cfg, "MODEL.RESNETS.RES5_DILATION", 1, "a.yaml")
+        if kind == "classifier":
+            fill_from_metadata(cfg, metadata, "f.pth")
+            assert cfg.MODEL.RESNETS.RES5_DILATION == 1
+        else:
+            message = refusal(fill_from_metadata, cfg, metadata, "f.pth")
+            assert "MODEL.RESNETS.RES5_DILATION is 1 (a.yaml), but the weights in f.pth were trained with 2" in message
+
+    def test_a_detectors_dilation_is_taken_over(self, cfg, metadata):
+        fill_from_metadata(cfg, replace(metadata, kind="detector", arguments={"res5_dilation": 2}), "f.pth")
+        assert cfg.MODEL.RESNETS.RES5_DILATION == 2
+        assert origin(cfg, "MODEL.RESNETS.RES5_DILATION") == "metadata of f.pth"
+
+    def test_what_a_classifier_also_serves_is_taken_where_nobody_said_anything(self, cfg, metadata):
+        metadata = replace(metadata, arguments={"pool5": False, "res5_dilation": 2, "norm": "GN", "width": 0.25})
+        set_key(cfg, "MODEL.RESNETS.RES5_DILATION", 1, "a.yaml")
+        fill_adjustable(cfg, metadata, "f.pth")
+        assert cfg.MODEL.NETWORK.POOL5 is False and cfg.MODEL.RESNETS.RES5_DILATION == 1
+        assert origin(cfg, "MODEL.RESNETS.NORM") is None and origin(cfg, "MODEL.NETWORK.WIDTH") is None
+
+    def test_an_argument_of_another_version(self, cfg, metadata):
+        metadata = replace(metadata, arguments={"blurred": True})
+        assert "resnet50 with blurred=True, which this version does not know" in refusal(
+            fill_from_metadata, cfg, metadata, "f.pth"
+        )
+
+    def test_every_key_is_one_of_the_configuration(self, cfg):
+        assert {name: get_key(cfg, key) for name, key in ARGUMENT_KEYS.items()}.keys() == ARGUMENT_KEYS.keys()
+        for name, key in ARGUMENT_KEYS.items():
+            if name not in ("stride_in_1x1", "norm"):  # of which Detectron2 has another default
+                assert get_key(cfg, key) == ARGUMENTS[name].default, name

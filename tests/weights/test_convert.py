@@ -36,7 +36,7 @@ def test_torchvisions_file_by_the_formats_convention(resnet50):
     conversion = read_weights(path)
     metadata = conversion.checkpoint.metadata
     assert (conversion.format, conversion.container, metadata.architecture) == ("torchvision", "torch", "resnet50")
-    assert metadata.arguments == {"width": 1.0, "shortcut": "B", "stride_in_1x1": False}
+    assert metadata.arguments == {"width": 1.0, "shortcut": "B", "stride_in_1x1": False, "res5_dilation": 1}
     assert (metadata.channel_order, metadata.pixel_mean) == ("RGB", (123.675, 116.28, 103.53))
     assert (metadata.norm_statistics, metadata.norm_epsilon, metadata.crop) == ("running", 1e-5, None)
     assert metadata.class_names == tuple(f"class {i}" for i in range(12))

@@ -257,7 +257,7 @@ def test_caffe2_files_of_published_size_need_no_flag_and_come_back(tmp_path):
     conversion, _ = convert(save_pickle(tmp_path / "R-50.pkl", grown), tmp_path / "ours.pkl")
     metadata = conversion.checkpoint.metadata
     assert (metadata.channel_order, metadata.pixel_mean) == ("BGR", (103.53, 116.28, 123.675))
-    assert metadata.arguments == {"width": 1.0, "shortcut": "B", "stride_in_1x1": True}
+    assert metadata.arguments == {"width": 1.0, "shortcut": "B", "stride_in_1x1": True, "res5_dilation": 1}
     again = read_weights(tmp_path / "ours.pkl").checkpoint
     assert again.metadata.norm_statistics == "folded"
     assert_same_bits(again.model, conversion.checkpoint.model)
