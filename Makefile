@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS = $$(sed -nE 's/^((setuptools|wheel)==[^ ]+).*/\1/p' requirements.txt)
 # For example: make test ARGS="tests/networks -k vgg"
 ARGS ?=
+# One process for each core, each with one thread. The tests of a file stay together, because they share what is slow.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -ra --durations=15
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint bench gpu clean distclean
@@ -26,10 +28,10 @@ demo: $(STAMP)  ## the whole comparison on generated data; report in output/demo
 	$(BIN)/python projects/coco_transfer/run.py --scale demo --output output/demo $(ARGS)
 
 test: $(STAMP)  ## all tests but those marked slow
-	$(BIN)/python -m pytest -m "not slow" -ra --durations=15 $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest -ra --durations=15 $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check $(or $(ARGS),.)

@@ -53,6 +53,6 @@ setup(
     ],
     extras_require={
         "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
-        "test": ["pytest>=8.2", "pytest-timeout>=2.3", "timm>=1.0.11"],
+        "test": ["pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "timm>=1.0.11"],
     },
 )

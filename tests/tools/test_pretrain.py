@@ -172,7 +172,8 @@ class TestFlags:
         with pytest.raises(SystemExit, match="0"):
             main(["--list-networks"])
         lines = capsys.readouterr().out.splitlines()
-        names = [line.split()[0].rstrip(",") for line in lines[3:]]
+        names = [line.split()[0].rstrip(",") for line in lines if not line.startswith("--")]
+        names = names[names.index("resnet18") :]  # below the header
         assert list(dict.fromkeys(names)) == list_networks()
         row = next(line for line in lines if line.startswith("resnet50 "))
         assert "25,557,032" in row and "4.09e9" in row  # torchvision's documentation of ResNet50_Weights

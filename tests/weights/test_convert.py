@@ -48,7 +48,7 @@ def test_torchvisions_file_by_the_formats_convention(resnet50):
     summary = conversion.summary()
     for words in (
         "resnet50-0676ba61.pth: torch file with torchvision's names",
-        "resnet50(shortcut=B, stride_in_1x1=False, width=1.0), 12 classes",
+        "resnet50(res5_dilation=1, shortcut=B, stride_in_1x1=False, width=1.0), 12 classes",
         "320 mapped, 0 dropped",
         "RGB, mean [123.675, 116.28, 103.53], std [58.395, 57.12, 57.375], stride in the 3×3 (by convention of torch",
     ):

@@ -22,7 +22,7 @@ from benchmarks.detectors import DetectionWork, Pair, build_pair, difference_of_
 from benchmarks.pretrain import Conduct
 from resnet_backbone.detection import NetworkBackbone, VGGBoxHead
 from resnet_backbone.errors import InputError, Interrupted
-from resnet_backbone.weights.names import rename
+from resnet_backbone.weights.names import map_keys
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"
@@ -47,7 +47,7 @@ def pair_of(name: str, **changes) -> Pair:
 
 def our_name(theirs: str) -> str:
     """Our detector's name for a tensor of stock's: that of the converter for Detectron2's files, put in its place."""
-    mapped = rename("detectron2", [theirs]).mapped.get(theirs)
+    mapped = map_keys("detectron2", [theirs]).mapped.get(theirs)
     if mapped is None:
         return theirs
     if mapped.startswith("layer4.") and theirs.startswith("roi_heads."):
@@ -153,9 +153,9 @@ def command(load_script, tmp_path_factory):
         pairs.append(build(*arguments, **named))
         return pairs[-1]
 
-    def training(cfg, *, folder, **arguments):
+    def training(cfg, *arguments, folder, resume_from):
         try:
-            return train(cfg, folder=folder, **arguments)
+            return train(cfg, *arguments, folder=folder, resume_from=resume_from)
         finally:
             runs.append(SimpleNamespace(cfg=cfg, files={path.name for path in folder.iterdir()}, folder=folder))
 

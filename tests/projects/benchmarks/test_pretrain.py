@@ -47,8 +47,10 @@ def watched():
                 assert module.training
 
     handle = register_module_forward_pre_hook(note)
-    yield given
-    handle.remove()
+    try:
+        yield given
+    finally:
+        handle.remove()
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,9 @@ def measured():
     """Comparisons of resnet18 and cifar_resnet20, what the networks were given, the runs and the files they wrote."""
     runs, real = [], network.train
 
-    def train(cfg, *, folder, optimizer, **arguments):
+    def train(cfg, task, model, optimizer, *, folder, resume_from):
         try:
-            return real(cfg, folder=folder, optimizer=optimizer, **arguments)
+            return real(cfg, task, model, optimizer, folder=folder, resume_from=resume_from)
         finally:
             files = {path.name for path in folder.iterdir()}
             runs.append(SimpleNamespace(cfg=cfg, optimizer=optimizer, files=files, folder=folder))
