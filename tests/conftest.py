@@ -117,7 +117,7 @@ def detection_config(scenes):
 
 @pytest.fixture(scope="session")
 def classifier(pretrain_config, tmp_path_factory):
-    """The function `(name, KEY, VALUE, …)` that gives a checkpoint: initialised, its BN statistics estimated."""
+    """The function `(name, KEY, VALUE, …)` that gives a checkpoint: initialized, its BN statistics estimated."""
     from resnet_backbone import pretraining
 
     made: dict[tuple, Path] = {}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw signal and gradient by depth for plain and residual networks, at initialisation and after a short training."""
+"""Draw signal and gradient by depth for plain and residual networks, at initialization and after a short training."""
 
 import argparse
 import json

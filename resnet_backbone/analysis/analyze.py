@@ -255,7 +255,7 @@ def _side(value: int | tuple[int, int]) -> int:
 
 
 def _units(path: Sequence[_Call], block_of: dict[nn.Module, Block]) -> Iterator[Unit]:
-    """Describe the calls of a stage's main path, equal neighbours together."""
+    """Describe the calls of a stage's main path, equal neighbors together."""
     described = [
         # A block's own stride is left to the table's output sizes, as in the paper; else the first block would differ.
         tuple(_describe(call, inside_block=isinstance(owner, Block)) for call in calls)

@@ -117,7 +117,7 @@ def describe_frozen(model: nn.Module) -> str:
     frozen = [name for name, stage in stages.items() if _is_frozen(stage)]
     return (
         f"frozen: {'stages ' + ', '.join(frozen) if frozen else 'no stage'}; {still} of {len(parameters)} parameter "
-        f"tensors; {norms} batch normalisations with fixed statistics, scale and bias"
+        f"tensors; {norms} batch normalizations with fixed statistics, scale and bias"
     )
 
 

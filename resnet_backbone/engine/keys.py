@@ -44,5 +44,5 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.MODEL.NETWORK.POOL5 = True
     # Prefixes of parameter names that may be missing in MODEL.WEIGHTS.
     cfg.MODEL.NETWORK.ALLOW_MISSING = ()
-    # Frozen batch normalisation on weights whose statistics were never estimated stops the run unless this is True.
+    # Frozen batch normalization on weights whose statistics were never estimated stops the run unless this is True.
     cfg.MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN = False

@@ -1,4 +1,4 @@
-"""Batch normalisation statistics over training images, with the weights fixed ("precise BN").
+"""Batch normalization statistics over training images, with the weights fixed ("precise BN").
 
 The ResNet paper recomputes them on the training set after pretraining and fixes them in detection (appendix A).
 """
@@ -17,15 +17,15 @@ from resnet_backbone.engine.precision import autocast
 def estimate_norm_statistics(
     model: nn.Module, batches: Iterable[torch.Tensor], iterations: int, *, precision: str = "fp32"
 ) -> int:
-    """Replace the running averages of every batch normalisation by the statistics over `iterations` batches.
+    """Replace the running averages of every batch normalization by the statistics over `iterations` batches.
 
     The mean is that of all values of all batches and processes, the variance that around it (divided by their number,
-    not by one less); each batch is normalised by its own statistics on the way (Wu, Johnson, arXiv 2105.07576,
+    not by one less); each batch is normalized by its own statistics on the way (Wu, Johnson, arXiv 2105.07576,
     section 3 and appendix).
 
     Args:
         model: in the mode in which it is trained afterwards; its training mode is restored.
-        batches: normalised images `(N, 3, H, W)` on the model's device, at least `iterations` of them.
+        batches: normalized images `(N, 3, H, W)` on the model's device, at least `iterations` of them.
         precision: of the forward passes, as in training. The statistics are in float32 always.
 
     Returns:

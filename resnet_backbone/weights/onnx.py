@@ -38,7 +38,7 @@ def write_onnx(path: str | os.PathLike, checkpoint: Checkpoint) -> float:
     """Write the classifier as ONNX, atomically, after onnxruntime has given torch's logits on random images.
 
     Input `images`: RGB, float32, 0…255, `(N, 3, H, W)` with any N, and any H and W but for VGG, whose fc6 fixes them
-    to the training crop. Output `logits`: `(N, num_classes)`. Colour order, mean and deviation are part of the graph;
+    to the training crop. Output `logits`: `(N, num_classes)`. Color order, mean and deviation are part of the graph;
     the metadata is in the file's properties under `resnet_backbone`.
 
     Returns:

@@ -74,7 +74,7 @@ def test_draws_follow_torchvision():
     reference = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()])
     transform = PaddedCropTransform()
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    image[0, 15, 15] = image[1, 15, 16] = 255  # two neighbours, a red and a green one
+    image[0, 15, 15] = image[1, 15, 16] = 255  # two neighbors, a red and a green one
 
     def outcome(result: torch.Tensor) -> int:
         row, column = divmod(int(result[0].argmax()), 32)

@@ -55,13 +55,13 @@ def test_always_the_same_draw():
 
 
 def test_the_draw_is_random():
-    """No part of the data set and no neighbourhood is preferred."""
+    """No part of the data set and no neighborhood is preferred."""
     held_out = members(hold_out(cifar_like(), 5000)[1])
     blocks = np.bincount(np.array(held_out) // 1000, minlength=50)
     # Chi-square with 49 degrees of freedom lies in 20...95 with probability 0.9999; its variance here is a tenth less.
     assert 15 < ((blocks - 100) ** 2 / 100).sum() < 95
-    neighbours = len(set(held_out) & {index + 1 for index in held_out})
-    assert 400 < neighbours < 600  # 500 with a standard deviation of about 21
+    neighbors = len(set(held_out) & {index + 1 for index in held_out})
+    assert 400 < neighbors < 600  # 500 with a standard deviation of about 21
 
 
 @pytest.mark.parametrize(

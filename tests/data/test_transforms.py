@@ -56,7 +56,7 @@ def reference_train(image: np.ndarray, short_side: tuple[int, int], crop: tuple[
 
 @pytest.mark.parametrize("size", [(150, 200), (200, 150), (120, 90), (64, 64), (700, 900)])
 def test_crop_before_resize_equals_resize_before_crop(size):
-    """The window moves by up to half a source pixel; at its border, the neighbours outside are missing."""
+    """The window moves by up to half a source pixel; at its border, the neighbors outside are missing."""
     image = ramp(*size)
     for position in range(20):
         got = (

@@ -167,7 +167,7 @@ def test_describe_frozen_of_other_models(detection_config, tmp_path):
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
     text = describe_frozen(build_model(cfg))
-    assert text.startswith("frozen: stages stem, res2;") and "20 batch normalisations" in text
+    assert text.startswith("frozen: stages stem, res2;") and "20 batch normalizations" in text
     cfg = detection_config("faster_rcnn_VGG16.yaml", tmp_path, "MODEL.NETWORK.WIDTH", 0.125)
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["pool5"]
     text = describe_frozen(build_model(cfg))

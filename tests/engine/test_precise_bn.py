@@ -29,14 +29,14 @@ def batches(sizes) -> list[torch.Tensor]:
 
 
 def by_hand(net: nn.Module, images: list[torch.Tensor]):
-    """Mean and variance (over n, not n - 1) of all values before each norm; each batch is normalised by itself."""
+    """Mean and variance (over n, not n - 1) of all values before each norm; each batch is normalized by itself."""
     net = copy.deepcopy(net).double()
     first = [net[0](x.double()) for x in images]
     second = []
     for x in first:
         mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, unbiased=False)
-        normalised = (x - mean) / (variance + net[1].eps).sqrt()
-        second.append(net[3](torch.relu(normalised * net[1].weight[:, None, None] + net[1].bias[:, None, None])))
+        normalized = (x - mean) / (variance + net[1].eps).sqrt()
+        second.append(net[3](torch.relu(normalized * net[1].weight[:, None, None] + net[1].bias[:, None, None])))
     result = []
     for values in (first, second):
         flat = torch.cat([x.transpose(0, 1).flatten(1) for x in values], dim=1)

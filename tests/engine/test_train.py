@@ -63,18 +63,18 @@ def assert_same_files(one, other) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_killed_at_any_moment_and_resumed(cfg, tmp_path, precision):
     """A kill leaves the files as they are at that moment, so one run gives them for each step and each evaluation."""
-    behaviour, folder, left = everything(cfg, precision), tmp_path / "whole", tmp_path / "left"
+    behavior, folder, left = everything(cfg, precision), tmp_path / "whole", tmp_path / "left"
     whole = Run(
         cfg,
         folder,
         during_step=lambda i: shutil.copytree(folder, left / f"step {i:02}"),
         during_evaluation=lambda i: shutil.copytree(folder, left / f"evaluation {i:02}"),
-        **behaviour,
+        **behavior,
     )
     moments = sorted(left.iterdir())
     assert len(moments) == 20 + 3
     for moment in moments:
-        resumed = Run(cfg, moment, resume=True, **behaviour)
+        resumed = Run(cfg, moment, resume=True, **behavior)
         assert_same(whole, resumed)
         assert_same_files(moment, folder)
         start = int(moment.name.split()[1]) // 4 * 4
@@ -97,14 +97,14 @@ def test_killed_at_any_moment_and_resumed(cfg, tmp_path, precision):
 )
 def test_each_part_of_the_state_matters_here(cfg, tmp_path, part, iterations):
     """The test above would notice if one of them were not restored."""
-    behaviour = everything(cfg, "fp16")
-    Run(cfg, tmp_path / "whole", **behaviour)
-    Run(cfg, tmp_path / "parts", stop_at=iterations, **behaviour)
+    behavior = everything(cfg, "fp16")
+    Run(cfg, tmp_path / "whole", **behavior)
+    Run(cfg, tmp_path / "parts", stop_at=iterations, **behavior)
     path = tmp_path / "parts" / f"model_{iterations - 1:07}.pth"
     payload = torch.load(path, weights_only=True)
     del payload["trainer"][part]
     torch.save(payload, path)
-    Run(cfg, tmp_path / "parts", resume=True, **behaviour)
+    Run(cfg, tmp_path / "parts", resume=True, **behavior)
     with pytest.raises(AssertionError):
         assert_same_files(tmp_path / "parts", tmp_path / "whole")
 

@@ -131,7 +131,7 @@ class Reads(TorchDispatchMode):
 
 
 class Run:
-    """One run of a tiny convolutional network with batch normalisation and dropout, on batches by the sampler.
+    """One run of a tiny convolutional network with batch normalization and dropout, on batches by the sampler.
 
     Args:
         stop_at: the iteration before which it is broken off, as a kill would.

@@ -21,7 +21,7 @@ def test_torchvision_has_these():
 
 
 def give_random_weights(net, randomize):
-    """Weights of a plausible size without the library's slow initialisation, biases and statistics that matter."""
+    """Weights of a plausible size without the library's slow initialization, biases and statistics that matter."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for module in net.modules():

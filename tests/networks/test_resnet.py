@@ -213,7 +213,7 @@ def test_option_c_projects_in_every_block_of_the_network():
     assert sum(name.endswith("downsample.0") for name, _ in net.named_modules()) == 16
 
 
-def test_zero_initialised_last_norms_make_every_block_the_identity_at_first():
+def test_zero_initialized_last_norms_make_every_block_the_identity_at_first():
     for name, last in (("resnet18", "bn2"), ("resnet50", "bn3")):
         net = build_network(name, width=0.125, zero_init_last_norm=True)
         zero = {key for key, module in net.named_modules() if getattr(module, "weight", None) is not None}

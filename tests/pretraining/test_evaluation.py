@@ -216,7 +216,7 @@ class TestEvaluator:
 
     @pytest.mark.parametrize("name", ["resnet18", "vgg16"])
     def test_scales(self, config, seven, name):
-        # Shorter sides at which nothing is interpolated between grey levels: 36, and with VGG its fourfold.
+        # Shorter sides at which nothing is interpolated between gray levels: 36, and with VGG its fourfold.
         arguments = {"pool5": False} if name == "vgg16" else {}
         scales = (144,) if name == "vgg16" else (36,)
         cfg = config("TEST.SCALES", scales, "TEST.IMS_PER_BATCH", 5)
@@ -229,7 +229,7 @@ class TestEvaluator:
             for image in images:
                 view = fed(reference.resize(image, scales[0]))
                 expected.append(torch.stack([self.scores(model, v).softmax(0) for v in (view, view.flip(-1))]).mean(0))
-        # Pillow's resizing is within one grey level of ours.
+        # Pillow's resizing is within one gray level of ours.
         assert found == pytest.approx(accuracy(expected, labels), rel=1e-4 if name == "resnet18" else 0.02)
 
     @staticmethod
@@ -315,7 +315,7 @@ class TestLoadEnsemble:
 
     @pytest.mark.parametrize("order", ["RGB", "BGR"])
     def test_each_member_is_fed_as_its_file_says(self, config, save, seven, order):
-        # Another architecture, another order, another normalisation; a third like the first.
+        # Another architecture, another order, another normalization; a third like the first.
         other = network("preact_resnet50", seed=1)
         third = network(seed=2, stride_in_1x1=False)
         files = (

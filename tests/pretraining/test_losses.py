@@ -41,7 +41,7 @@ def small() -> tuple[ClassificationLosses, nn.Module, tuple[torch.Tensor, torch.
 
 
 def test_compiled_as_one_from_the_pixels_to_the_loss(compiled):
-    """Eager, normalisation alone takes four passes over the images."""
+    """Eager, normalization alone takes four passes over the images."""
     losses, model, batch = small()
     expected = losses(model, batch)[0]["loss_cls"]
     losses.compile()

@@ -20,13 +20,13 @@ PROJECT = Path(__file__).parents[2] / "projects" / "cifar10"
 def test_mean_and_deviation_are_those_of_the_papers_five_runs(project):
     """Five made-up runs as Table 6 has them for 110 layers: the best 6.43, 6.61 on average, deviation with n − 1."""
     values = [6.43, 6.50, 6.61, 6.68, 6.83]
-    summary = project["results"].summarise(values)
+    summary = project["results"].summarize(values)
     assert (summary.count, summary.least) == (5, 6.43)
     assert summary.mean == pytest.approx(6.61)
     assert summary.deviation == pytest.approx(np.std(values, ddof=1))
     assert round(summary.deviation, 2) == 0.16
-    assert project["results"].summarise([5.0]).deviation is None
-    assert project["results"].summarise([5.0, None]) is None
+    assert project["results"].summarize([5.0]).deviation is None
+    assert project["results"].summarize([5.0, None]) is None
 
 
 def test_curves_are_read_by_finished_iterations_and_the_later_reading_counts(project, tmp_path):

@@ -27,7 +27,7 @@ def batch():
     return torch.randn(16, 3, 16, 16, generator=generator), torch.arange(16) % 8
 
 
-def test_a_normalised_and_rectified_signal_has_rms_of_one_over_root_two(measure, batch):
+def test_a_normalized_and_rectified_signal_has_rms_of_one_over_root_two(measure, batch):
     # Batch norm's output has mean square 1, of which ReLU keeps the positive half, whatever the depth.
     torch.manual_seed(1)
     profile = measure.propagate(build_network("cifar_plain20", 8), *batch)
@@ -73,7 +73,7 @@ def test_the_command(run, measure, tmp_path, monkeypatch):
     small = dataclasses.replace(
         measure.EXPERIMENT,
         families=(family,),
-        initialisations=2,
+        initializations=2,
         measured_images=8,
         training_images=16,
         iterations=3,

@@ -31,7 +31,7 @@ def randomized(net: nn.Module) -> nn.Module:
 
 
 def made(build, *arguments, **named) -> nn.Module:
-    """A library's network with random weights, without its slow initialisation."""
+    """A library's network with random weights, without its slow initialization."""
     with torch.device("meta"):
         net = build(*arguments, **named)
     return randomized(net.to_empty(device="cpu"))

@@ -62,8 +62,8 @@ def test_missing_and_unknown_entries_are_named(metadata):
     plain = metadata().to_dict()
     with pytest.raises(InputError, match=r"lacks architecture, pixel_std\."):
         Metadata.from_dict({k: v for k, v in plain.items() if k not in ("architecture", "pixel_std")})
-    with pytest.raises(InputError, match=r"does not know: colour\."):
-        Metadata.from_dict({**plain, "colour": "RGB"})
+    with pytest.raises(InputError, match=r"does not know: color\."):
+        Metadata.from_dict({**plain, "color": "RGB"})
     with pytest.raises(InputError, match="is NoneType"):
         Metadata.from_dict(None)
 

@@ -32,7 +32,7 @@ MEANING = {
     SHARD: "as the first, from a tar shard instead of a folder",
     DEVICE: "decoded and augmented by the GPU (DATALOADER.PIPELINE device), workers only read files",
     PRESET: "torchvision's reference: ImageFolder, RandomResizedCrop, flip, PILToTensor, DataLoader",
-    PAPER: "the paper's augmentation: shorter side drawn and resized, RandomCrop, flip, PCA colour shift in NumPy",
+    PAPER: "the paper's augmentation: shorter side drawn and resized, RandomCrop, flip, PCA color shift in NumPy",
     FROM_FILES: "the whole training, from JPEGs on",
     IN_MEMORY: "the same on one batch that lies in memory: its ratio is the share of that speed that is reached",
 }

@@ -13,7 +13,7 @@ from resnet_backbone.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg")
 QUALITY = 90
-AMPLITUDE = 8.0  # grey levels of the finest noise; gives 3.2 bits a pixel at this quality
+AMPLITUDE = 8.0  # gray levels of the finest noise; gives 3.2 bits a pixel at this quality
 
 
 def photograph(height: int, width: int, seed: int) -> np.ndarray:
@@ -27,8 +27,8 @@ def photograph(height: int, width: int, seed: int) -> np.ndarray:
     scale = 1
     while scale < min(height, width):
         shape = (height // scale + 2, width // scale + 2)
-        gray, colour = (rng.standard_normal((*shape, channels), np.float32) for channels in (1, 3))
-        noise = gray + 0.3 * colour
+        gray, color = (rng.standard_normal((*shape, channels), np.float32) for channels in (1, 3))
+        noise = gray + 0.3 * color
         image += AMPLITUDE * scale**0.2 * cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
         scale *= 2
     return image.clip(0, 255).astype(np.uint8)

@@ -52,7 +52,7 @@ class PlainLoop:
         self._steps = 0
 
     def __call__(self, images: torch.Tensor, target: torch.Tensor, iterations: int) -> None:
-        """Train on images `(N, 3, H, W)` float32, normalised, and labels `(N,)` so many times."""
+        """Train on images `(N, 3, H, W)` float32, normalized, and labels `(N,)` so many times."""
         # train.py sets it for the process; here the sides must not change each other's settings.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
             for _ in range(iterations):
@@ -94,11 +94,11 @@ def preset_transform(crop: int) -> Callable[[Image.Image], torch.Tensor]:
 class PaperTransform:
     """The ResNet paper's augmentation (section 3.4) as it is usually put together; gives `(3, crop, crop)` uint8.
 
-    torchvision resizes the shorter side, crops and flips; the PCA colour shift is added in NumPy.
+    torchvision resizes the shorter side, crops and flips; the PCA color shift is added in NumPy.
 
     Args:
         short_side: smallest and largest length of the resized image's shorter side.
-        pca_std: of the colour shift's weights.
+        pca_std: of the color shift's weights.
         values, vectors: of the components, as in `data/transforms.py`.
     """
 

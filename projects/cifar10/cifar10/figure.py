@@ -1,4 +1,4 @@
-"""The paper's Figure 6: error over iterations, plain and residual networks side by side, a colour a depth."""
+"""The paper's Figure 6: error over iterations, plain and residual networks side by side, a color a depth."""
 
 from pathlib import Path
 from typing import Any

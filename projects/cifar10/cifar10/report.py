@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from cifar10.figure import draw
 from cifar10.plan import PLAIN, RESIDUAL, by_family, parameters
-from cifar10.results import Summary, read_records, summarise
+from cifar10.results import Summary, read_records, summarize
 from resnet_backbone.weights import atomic_write
 
 # He et al. 2015, Table 6: test error in per cent; of ResNet-110 the mean over five runs, whose best is 6.43.
@@ -97,7 +97,7 @@ def differences(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
     if "JPEG" in first["title"]:
         lines.insert(
             0,
-            "The images are JPEG copies (quality 75, halved colour resolution) of CIFAR-10, which cost points of test "
+            "The images are JPEG copies (quality 75, halved color resolution) of CIFAR-10, which cost points of test "
             "error; the paper's are the original pixels.",
         )
     elif not first["title"].startswith("CIFAR-10"):
@@ -183,7 +183,7 @@ def _by_settings(each: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[
 
 
 def _error(runs: dict[str, list[dict[str, Any]]], network: str, key: str) -> Summary | None:
-    return summarise([run[key] for run in runs.get(network, ())])
+    return summarize([run[key] for run in runs.get(network, ())])
 
 
 def _plus_minus(summary: Summary | None) -> str:

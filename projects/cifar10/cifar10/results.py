@@ -114,7 +114,7 @@ def last_epoch(curve: Curve, iterations: int, epoch: float) -> float | None:
 
 
 def thin(curve: Curve) -> Curve:
-    """At most LONGEST_CURVE points: each the mean of as many neighbours, at the last one's iteration."""
+    """At most LONGEST_CURVE points: each the mean of as many neighbors, at the last one's iteration."""
     size = math.ceil(len(curve) / LONGEST_CURVE)
     parts = (curve[start : start + size] for start in range(0, len(curve), size or 1))
     return [(part[-1][0], round(statistics.fmean(error for _, error in part), 2)) for part in parts]
@@ -152,7 +152,7 @@ def read_records(output: Path) -> dict[str, list[dict[str, Any]]]:
     return {network: sorted(runs, key=lambda record: record["seed"]) for network, runs in found.items()}
 
 
-def summarise(values: list[float | None]) -> Summary | None:
+def summarize(values: list[float | None]) -> Summary | None:
     """Over the seeds; None where a run lacks the quantity."""
     if not values or None in values:
         return None

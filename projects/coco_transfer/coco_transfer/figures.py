@@ -23,7 +23,7 @@ TRUTH = "#ffffff"
 
 
 def draw_curves(plan: Plan, path: Path) -> None:
-    """Pretraining error and detection loss over iterations, a colour a network, controls dashed."""
+    """Pretraining error and detection loss over iterations, a color a network, controls dashed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
     for number, net in enumerate(plan.nets):
         _curve(left, plan.folder(net, "pretrain"), "top1_error", label=net, color=f"C{number}")

@@ -62,7 +62,7 @@ def write_report(results: dict[str, Any], path: Path) -> str:
         _what_it_is(results),
         table,
         "Top-1 accuracy of the pretrained classifier, box AP of the detector, all in per cent. A control is the same "
-        "detector and schedule on the network's initial weights (He initialisation, batch norm statistics estimated on "
+        "detector and schedule on the network's initial weights (He initialization, batch norm statistics estimated on "
         "training images and fixed, no stage frozen). Seconds: pretraining + detection, evaluation included. The "
         "paper's column is COCO val (Table 8) and comparable only at full scale.",
         *_sentences(networks),

@@ -1,4 +1,4 @@
-"""The picture: gradient and signal over depth, plain beside residual, at initialisation and after training."""
+"""The picture: gradient and signal over depth, plain beside residual, at initialization and after training."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ AXES = {
 
 
 def draw(results: dict[str, dict], experiment: Experiment, path: Path) -> None:
-    """Two rows for each family (gradient, signal), two columns (initialisation, trained); plain networks dashed."""
+    """Two rows for each family (gradient, signal), two columns (initialization, trained); plain networks dashed."""
     figure = plt.figure(figsize=(10, 6 * len(experiment.families)), constrained_layout=True)
-    times = {"initial": "at initialisation", "trained": f"after {experiment.iterations} iterations"}
+    times = {"initial": "at initialization", "trained": f"after {experiment.iterations} iterations"}
     parts = figure.subfigures(len(experiment.families), 1, squeeze=False)[:, 0]
     for part, family in zip(parts, experiment.families, strict=True):
         grid = part.subplots(2, 2, sharey="row")
@@ -51,7 +51,7 @@ def draw(results: dict[str, dict], experiment: Experiment, path: Path) -> None:
 
 
 def _curve(axes: plt.Axes, result: dict, key: str, time: str, **style: str) -> None:
-    """A network's line; at initialisation the median of all seeds, in the band between the least and the greatest."""
+    """A network's line; at initialization the median of all seeds, in the band between the least and the greatest."""
     values = result[time][key] if time == "trained" else result[time][key]["median"]
     places = range(len(values) - 1, -1, -1) if key == "gradient" else range(1, len(values) + 1)
     if time == "initial":

@@ -1,4 +1,4 @@
-"""The experiment: signal and gradient at every block's output, over seeds at initialisation, and after training."""
+"""The experiment: signal and gradient at every block's output, over seeds at initialization, and after training."""
 
 import statistics
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Experiment:
 
     families: tuple[Family, ...]
     seed: int = 1
-    initialisations: int = 5
+    initializations: int = 5
     measured_images: int = 64
     training_images: int = 1024
     iterations: int = 300
@@ -124,7 +124,7 @@ def measure(experiment: Experiment, report: Callable[[str], None]) -> dict[str, 
         for name in (*family.plain, *family.residual):
             profiles = []
             # The last one is that of the experiment's own seed, and goes on into training.
-            for seed in reversed(range(experiment.seed, experiment.seed + experiment.initialisations)):
+            for seed in reversed(range(experiment.seed, experiment.seed + experiment.initializations)):
                 torch.manual_seed(seed)
                 net = build_network(name, len(CLASS_NAMES), width=family.width)
                 profiles.append(propagate(net, *measured))

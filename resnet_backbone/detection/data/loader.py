@@ -40,7 +40,7 @@ class PositionDataset(Dataset):
     """
 
     def __init__(self, dicts: list[dict[str, Any]], mapper: DatasetMapper, *, seed: int):
-        self._dicts = DatasetFromList(dicts)  # serialised: workers share the memory
+        self._dicts = DatasetFromList(dicts)  # serialized: workers share the memory
         self._mapper = ReadableImages(mapper)
         self._seed = seed
 

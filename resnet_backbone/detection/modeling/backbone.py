@@ -31,7 +31,7 @@ class NetworkBackbone(Backbone):
         self._out_features = list(out_features)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features by name, each `(N, C, H / stride, W / stride)`, of normalised images `(N, 3, H, W)`."""
+        """Features by name, each `(N, C, H / stride, W / stride)`, of normalized images `(N, 3, H, W)`."""
         return self.network.forward_features(images, self._out_features)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -42,7 +42,7 @@ class NetworkBackbone(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NetworkBackbone:
-    """The network MODEL.NETWORK.NAME up to the last of MODEL.RESNETS.OUT_FEATURES, initialised from MODEL.WEIGHTS."""
+    """The network MODEL.NETWORK.NAME up to the last of MODEL.RESNETS.OUT_FEATURES, initialized from MODEL.WEIGHTS."""
     out_features = cfg.MODEL.RESNETS.OUT_FEATURES
     network = build_part(cfg, out_features=out_features)
     fill(network, cfg, part="backbone")

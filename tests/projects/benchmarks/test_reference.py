@@ -101,7 +101,7 @@ def test_the_shorter_side_is_drawn_from_the_whole_range(monkeypatch):
     assert sizes == {24, 25, 26, 27}
 
 
-def test_the_colour_shift_follows_the_components(monkeypatch):
+def test_the_color_shift_follows_the_components(monkeypatch):
     monkeypatch.setattr(np.random, "normal", lambda mean, std, count: np.array([std, 0.0, -std]))
     gray = Image.new("RGB", (24, 24), (100, 254, 1))
     # AlexNet paper, section 4.1: [p1 p2 p3][α1 λ1, α2 λ2, α3 λ3]ᵀ is added to each pixel.
