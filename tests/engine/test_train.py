@@ -1,6 +1,7 @@
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -338,6 +339,19 @@ class TestResumeOfSomethingElse:
         save_training_checkpoint(tmp_path, Checkpoint(model.state_dict(), metadata(0), 3))
         with pytest.raises(CheckpointError, match="no optimizer state"):
             Run(cfg, tmp_path, resume=True)
+
+
+def test_a_run_of_an_earlier_version_goes_on_to_the_same_bits(cfg, tmp_path):
+    """The file was written after 4 of 10 iterations by commit e53298c, whose loop had other modules."""
+    cfg.SOLVER.EMA_DECAY = 0.9
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = "norm", 0.5
+    folder = tmp_path / "run"
+    shutil.copytree(Path(__file__).with_name("written_before"), folder)
+    (folder / "last_checkpoint").write_text("model_0000003.pth")
+    resumed = Run(cfg, folder, resume=True)
+    assert [line["iteration"] for line in metrics(folder)] == [4, 9]
+    assert_same(Run(cfg, tmp_path / "whole"), resumed)
 
 
 class TestSeed:
