@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import (
-    build_model,
-)
+from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN
 from torch import nn
 
@@ -26,10 +24,7 @@ from resnet_backbone.engine.network_config import arguments_from_config
 from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.output import versions
 from resnet_backbone.networks import accepted_arguments
-from resnet_backbone.weights import (
-    Checkpoint,
-    Metadata,
-)
+from resnet_backbone.weights import Checkpoint, Metadata
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +90,7 @@ class Detection:
         return _describe(self._cfg, self._norms, self._pretrained_by, iterations, results)
 
     def finish(self, model: nn.Module) -> None:
-        """Nothing."""
+        """A detector is finished with its last iteration."""
 
     def headline(self, results: dict[str, Any]) -> dict[str, float]:
         boxes = results.get("bbox", {})
