@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.describe import describe_config
-from resnet_backbone.engine.processes import EXIT_CTRL_C, Place, given_place, leave, run_given, spawn
+from resnet_backbone.engine.processes import EXIT_CTRL_C, RankInfo, given_rank_info, leave, run_given, spawn
 from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
 
 
@@ -75,7 +75,7 @@ def run_tool(
             url=arguments.dist_url,
             **({"resume": arguments.resume, "eval_only": arguments.eval_only} if named is None else named),
         )
-        if (given := given_place()) is not None and given.world_size > 1:
+        if (given := given_rank_info()) is not None and given.world_size > 1:
             leave(code)
         return code
     except InputError as error:
@@ -117,7 +117,7 @@ def launch(
             f"--num-gpus {processes} --num-machines {machines} --machine-rank {machine_rank}: expected at least 1 "
             "process and 1 machine, and a rank from 0 up to, not including, the number of machines."
         )
-    given = given_place()
+    given = given_rank_info()
     if given is not None:
         _check_same(given, processes, machines, machine_rank, url)
         processes, machines = given.local_size, given.world_size // given.local_size
@@ -139,11 +139,11 @@ def launch(
     if on_gpu and torch.cuda.device_count() < processes:
         raise ConfigError(f"--num-gpus is {processes}, but this machine shows {torch.cuda.device_count()} GPUs.")
     first = machine_rank * processes
-    places = [Place(first + number, machines * processes, number, processes, url) for number in range(processes)]
-    return spawn(places, call, on_gpu=on_gpu)
+    infos = [RankInfo(first + number, machines * processes, number, processes, url) for number in range(processes)]
+    return spawn(infos, call, on_gpu=on_gpu)
 
 
-def _check_same(given: Place, processes: int, machines: int, machine_rank: int, url: str) -> None:
+def _check_same(given: RankInfo, processes: int, machines: int, machine_rank: int, url: str) -> None:
     """Flags may repeat what the environment says; a default is taken for nothing said."""
     expected = {
         "--num-gpus": (processes, 1, given.local_size),

@@ -1,6 +1,7 @@
 """Processes that train together: how they begin, and how all of them end when one does.
 
-They are started here (`spawn`), or by torchrun or a queue, which tell each its place (`given_place`, `run_given`).
+They are started here (`spawn`), or by torchrun or a scheduler, which tell each its ranks (`given_rank_info`,
+`run_given`).
 """
 
 import contextlib
@@ -29,7 +30,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 5.0  # seconds that the others have to notice by themselves that one is gone
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """One process among those that train together.
 
     Attributes:
@@ -52,8 +53,8 @@ class Ending(NamedTuple):
     text: str = ""
 
 
-def given_place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place that torchrun, or a script that sets the same variables, gave to this process; None without one.
+def given_rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo | None:
+    """The ranks that torchrun, or a script that sets the same variables, gave to this process; None without any.
 
     Raises:
         ConfigError: variables are missing or contradict each other.
@@ -77,29 +78,29 @@ def given_place(environment: Mapping[str, str] = os.environ) -> Place | None:
             f"the environment has {found}; expected the same number of processes on each machine, counted from 0, one "
             "machine after the other."
         )
-    return Place(rank, world_size, local_rank, local_size, "env://")
+    return RankInfo(rank, world_size, local_rank, local_size, "env://")
 
 
-def run_given(place: Place, call: Callable[[], object], *, on_gpu: bool) -> None:
+def run_given(info: RankInfo, call: Callable[[], object], *, on_gpu: bool) -> None:
     """Call `call` in a process that something else started, with the process group that it belongs to.
 
     If it fails, the process says why and ends at once: the others may wait for it in a collective operation, and
     whoever started them ends them when one is gone.
     """
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // place.local_size)))
-    ending = _work(place, call, on_gpu)
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // info.local_size)))
+    ending = _work(info, call, on_gpu)
     if not ending.code:
         return
     if ending.code == EXIT_BAD_INPUT:
         if _is_first_to_say():
             print(f"error: {ending.text}", file=sys.stderr)
-    elif ending.code != EXIT_INTERRUPTED or place.rank == 0:
+    elif ending.code != EXIT_INTERRUPTED or info.rank == 0:
         print(ending.text, file=sys.stderr)
     leave(ending.code)
 
 
-def spawn(places: Sequence[Place], call: Callable[[], object], *, on_gpu: bool) -> int:
-    """Call `call` in a new process for each of this machine's places, with the process group that it belongs to.
+def spawn(infos: Sequence[RankInfo], call: Callable[[], object], *, on_gpu: bool) -> int:
+    """Call `call` in a new process for each of this machine's ranks, with the process group that it belongs to.
 
     A process that fails ends the others. SIGTERM, SIGUSR1 and Ctrl-C are passed on, and what the processes then do is
     waited for; a second Ctrl-C ends them at once.
@@ -114,7 +115,7 @@ def spawn(places: Sequence[Place], call: Callable[[], object], *, on_gpu: bool) 
     endings = torch.multiprocessing.get_context("spawn").SimpleQueue()
     with _ignored(signal.SIGINT):  # which they inherit: in the middle of their imports, Ctrl-C prints stack traces
         context = torch.multiprocessing.spawn(
-            _process, args=(places, call, on_gpu, endings), nprocs=len(places), join=False
+            _process, args=(infos, call, on_gpu, endings), nprocs=len(infos), join=False
         )
     processes, said = context.processes, []
 
@@ -174,20 +175,20 @@ def _judge(codes: Sequence[int | None], said: Sequence[Ending], received: Sequen
     return code if code > 0 else 128 - code
 
 
-def _process(number: int, places: Sequence[Place], call: Callable[[], object], on_gpu: bool, endings) -> None:
+def _process(number: int, infos: Sequence[RankInfo], call: Callable[[], object], on_gpu: bool, endings) -> None:
     """What a spawned process does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_num_threads(max(1, torch.get_num_threads() // len(places)))
-    ending = _work(places[number], call, on_gpu)
+    torch.set_num_threads(max(1, torch.get_num_threads() // len(infos)))
+    ending = _work(infos[number], call, on_gpu)
     if ending.code:
         endings.put(ending)
         leave(ending.code)
 
 
-def _work(place: Place, call: Callable[[], object], on_gpu: bool) -> Ending:
+def _work(info: RankInfo, call: Callable[[], object], on_gpu: bool) -> Ending:
     """Join the other processes, call, and part from them."""
     try:
-        _join(place, on_gpu)
+        _join(info, on_gpu)
         call()
         dist.destroy_process_group()
     except InputError as error:
@@ -200,36 +201,39 @@ def _work(place: Place, call: Callable[[], object], on_gpu: bool) -> Ending:
         return Ending(EXIT_CTRL_C, "interrupted")
     except Exception as error:
         get_error_handler().record_exception(error)  # for torchrun, which shows it in its summary
-        return Ending(1, f"process {place.rank} of {place.world_size}:\n{traceback.format_exc()}")
+        return Ending(1, f"process {info.rank} of {info.world_size}:\n{traceback.format_exc()}")
     return Ending(0)
 
 
-def _join(place: Place, on_gpu: bool) -> None:
+def _join(info: RankInfo, on_gpu: bool) -> None:
     """Take this process's GPU, enter the group of all processes, and tell Detectron2 those of this machine."""
     if on_gpu:
-        if (seen := torch.cuda.device_count()) <= place.local_rank:
+        if (seen := torch.cuda.device_count()) <= info.local_rank:
             raise ConfigError(
-                f"process {place.local_rank} of {place.local_size} on this machine sees {seen} GPUs, and takes the one "
+                f"process {info.local_rank} of {info.local_size} on this machine sees {seen} GPUs, and takes the one "
                 "of its own number. Start fewer processes, or let each see all GPUs of its machine."
             )
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(info.local_rank)
     try:
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", init_method=place.url, world_size=place.world_size, rank=place.rank
+            "nccl" if on_gpu else "gloo",
+            init_method=info.url,
+            world_size=info.world_size,
+            rank=info.rank,
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where = place.url
+        where = info.url
         if where == "env://":
             where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{place.world_size} processes did not find each other at {where} ({reason}). Give the address of the "
+            f"{info.world_size} processes did not find each other at {where} ({reason}). Give the address of the "
             "first machine and a free port that the others can reach, and start the command on every machine."
         ) from error
-    for first in range(0, place.world_size, place.local_size):  # every process must take part in making every group
-        ranks = list(range(first, first + place.local_size))
+    for first in range(0, info.world_size, info.local_size):  # every process must take part in making every group
+        ranks = list(range(first, first + info.local_size))
         group = dist.new_group(ranks)
-        if place.rank in ranks:
+        if info.rank in ranks:
             comm._LOCAL_PROCESS_GROUP = group  # Detectron2 0.6 offers no other way to set it
 
 

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(EventWriter):
-    """One line of progress: time left, losses, images per second, the share of time spent waiting for data.
+    """One line of progress: the time left (eta), losses, images per second, the share of time spent waiting for data.
 
     Written once for each reading of the metrics. The time left counts evaluations and checkpoints in.
     """
@@ -37,8 +37,8 @@ class Progress(EventWriter):
         losses = [f"{name} {latest[name]:.3f}" for name in read if "loss" in name]
         others = [f"{name} {latest[name]:.3g}" for name in ("top1_error", "lr") if name in latest]
         rate = f"{latest['images_per_second']:.4g} images/s, waiting for data {latest['data_share']:.0%}"
-        left = datetime.timedelta(seconds=round(seconds * (self.max_iter - done)))
-        logger.info("  ".join([f"{done}/{self.max_iter}", f"left {left}", *losses, *others, rate]))
+        eta = datetime.timedelta(seconds=round(seconds * (self.max_iter - done)))
+        logger.info("  ".join([f"{done}/{self.max_iter}", f"eta {eta}", *losses, *others, rate]))
 
 
 class WeightsAndBiases(EventWriter):

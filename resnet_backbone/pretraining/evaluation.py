@@ -305,5 +305,5 @@ def _with_progress(batches: Iterable[tuple], images: int) -> Iterator[tuple]:
         now = time.monotonic()
         if comm.is_main_process() and now - last >= PROGRESS_SECONDS and done < images:
             last = now
-            left = datetime.timedelta(seconds=round((now - start) / done * (images - done)))
-            logger.info("evaluation: %d of %d images of this process, left %s", done, images, left)
+            eta = datetime.timedelta(seconds=round((now - start) / done * (images - done)))
+            logger.info("evaluation: %d of %d images of this process, eta %s", done, images, eta)

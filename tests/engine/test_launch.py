@@ -95,9 +95,7 @@ class TestUnderTorchrun:
 
     def test_flags_that_agree(self, cfg, monkeypatch):
         called = []
-        monkeypatch.setattr(
-            launch, "run_given", lambda place, call, on_gpu: called.append((place.rank, call(), on_gpu))
-        )
+        monkeypatch.setattr(launch, "run_given", lambda info, call, on_gpu: called.append((info.rank, call(), on_gpu)))
         for flags in ({}, {"processes": 4}, {"processes": 4, "machines": 2, "machine_rank": 1}):
             assert launch.launch(lambda cfg, word: word, cfg, word="ran", **flags) == 0
         assert called == 3 * [(5, "ran", False)]

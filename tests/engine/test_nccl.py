@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from resnet_backbone.engine.processes import Place, spawn
+from resnet_backbone.engine.processes import RankInfo, spawn
 from tests.engine import on_gpus
 
 
@@ -17,8 +17,8 @@ def test_gradients_and_batch_norm_are_those_of_the_whole_batch(tmp_path, process
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    places = [Place(rank, processes, rank, processes, url) for rank in range(processes)]
-    assert spawn(places, functools.partial(on_gpus.step, tmp_path), on_gpu=True) == 0
+    infos = [RankInfo(rank, processes, rank, processes, url) for rank in range(processes)]
+    assert spawn(infos, functools.partial(on_gpus.step, tmp_path), on_gpu=True) == 0
 
     model = on_gpus.build()
     loss = model(on_gpus.images()).square().mean()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from resnet_backbone.engine import processes
 from resnet_backbone.engine.config import ConfigError
-from resnet_backbone.engine.processes import Ending, Place, given_place
+from resnet_backbone.engine.processes import Ending, RankInfo, given_rank_info
 from resnet_backbone.errors import InputError, Interrupted
 from tests.engine.tiny import VARIABLES
 
@@ -231,10 +231,10 @@ class TestAQueuesProcesses:
 
 class TestGivenPlace:
     def test_the_variables(self):
-        assert given_place(VARIABLES) == Place(5, 8, 1, 4, "env://")
-        assert given_place({}) is None
+        assert given_rank_info(VARIABLES) == RankInfo(5, 8, 1, 4, "env://")
+        assert given_rank_info({}) is None
         # As some clusters set them for every command, without having started as many processes.
-        assert given_place({"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}) is None
+        assert given_rank_info({"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}) is None
 
     @pytest.mark.parametrize(
         ("changes", "expected"),
@@ -251,7 +251,7 @@ class TestGivenPlace:
     )
     def test_impossible_ones(self, changes, expected):
         with pytest.raises(ConfigError, match=expected):
-            given_place({**VARIABLES, **changes})
+            given_rank_info({**VARIABLES, **changes})
 
 
 class TestJoin:
@@ -260,12 +260,12 @@ class TestJoin:
             raise dist.DistNetworkError("the client socket has timed out\nmore")
 
         monkeypatch.setattr(dist, "init_process_group", fail)
-        ending = processes._work(Place(1, 2, 1, 2, "tcp://node1:1"), lambda: None, False)
+        ending = processes._work(RankInfo(1, 2, 1, 2, "tcp://node1:1"), lambda: None, False)
         assert ending.code == 2 and ending.text.startswith("2 processes did not find each other at tcp://node1:1 (the")
 
     def test_a_process_without_its_gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        ending = processes._work(Place(1, 2, 1, 2, "env://"), lambda: None, True)
+        ending = processes._work(RankInfo(1, 2, 1, 2, "env://"), lambda: None, True)
         assert ending.code == 2 and "process 1 of 2 on this machine sees 1 GPUs" in ending.text
 
 

@@ -213,7 +213,7 @@ def test_the_schedule_is_printed_before_the_first_iteration(cfg, tmp_path, caplo
     Run(cfg, tmp_path / "run")
     messages = [record.getMessage() for record in caplog.records]
     assert "SOLVER.BASE_LR" in messages[0] and "37 training images" in messages[0]
-    assert any(message.startswith("5/10  left 0:00:0") for message in messages)
+    assert any(message.startswith("5/10  eta 0:00:0") for message in messages)
 
 
 def test_impossible_metadata_is_found_before_the_first_iteration(cfg, tmp_path, monkeypatch):

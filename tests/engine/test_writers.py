@@ -39,7 +39,7 @@ class TestProgress:
             storage.put_scalars(AP=20.0, lr=0.001, smoothing_hint=False)
             progress.write()  # an evaluation has lines of its own
         (line,) = [record.getMessage() for record in caplog.records]
-        assert line.startswith("30/100  left 0:03:30  ")
+        assert line.startswith("30/100  eta 0:03:30  ")
         for part in ("loss_cls 1.235", "total_loss 2.500", "top1_error 75", "lr 0.001", "755.2 images/s"):
             assert part in line
         assert line.endswith("waiting for data 12%") and "loss_scale" not in line and "test_loss" not in line
@@ -59,7 +59,7 @@ class TestProgress:
         ).train(0, 10)
         lines = [r.getMessage() for r in caplog.records if "images/s" in r.getMessage()]
         assert [line.split()[0] for line in lines] == ["4/10", "8/10", "10/10"]
-        assert all(re.search(r"left 0:00:00  loss_x 1\.000  total_loss 1\.000  lr \S+  \S+ images/s", x) for x in lines)
+        assert all(re.search(r"eta 0:00:00  loss_x 1\.000  total_loss 1\.000  lr \S+  \S+ images/s", x) for x in lines)
 
 
 class FakeClient(types.ModuleType):

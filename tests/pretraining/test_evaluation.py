@@ -384,7 +384,7 @@ def test_progress_is_logged_about_every_ten_seconds(monkeypatch, caplog):
         evaluate_classifier([Member(model, lambda x: x)], batches, images=20)
     # A batch of 2 takes 4 seconds: after 12 seconds 6 are done, and 14 are left at 2 seconds each.
     assert [record.getMessage() for record in caplog.records] == [
-        "evaluation: 6 of 20 images of this process, left 0:00:28",
-        "evaluation: 12 of 20 images of this process, left 0:00:16",
-        "evaluation: 18 of 20 images of this process, left 0:00:04",
+        "evaluation: 6 of 20 images of this process, eta 0:00:28",
+        "evaluation: 12 of 20 images of this process, eta 0:00:16",
+        "evaluation: 18 of 20 images of this process, eta 0:00:04",
     ]

@@ -202,7 +202,7 @@ def test_the_status_is_read_from_the_stages_folders(project, finished, tmp_path)
     assert describe(plan, "vgg16") == "control, detection, evaluating"
     entry = {"iteration": 0, "images_per_second": 0.25}
     (folder / "metrics.json").write_text(json.dumps(entry) + "\n" + json.dumps(entry)[:9])
-    assert describe(plan, "vgg16") == "control, detection, 1 of 3, 0.25 images/s, 0:00:16 left"
+    assert describe(plan, "vgg16") == "control, detection, 1 of 3, 0.25 images/s, eta 0:00:16"
 
 
 def test_a_key_with_a_networks_name_is_for_that_network_and_outweighs_the_shared_one(run, tmp_path):

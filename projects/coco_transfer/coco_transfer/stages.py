@@ -114,8 +114,8 @@ def describe_progress(plan: Plan, net: str) -> str:
     done, total, rate = reading["iteration"] + 1, solver["MAX_ITER"], reading["images_per_second"]
     if done >= total:
         return f"{_words(*step)}, evaluating"
-    left = datetime.timedelta(seconds=round((total - done) * solver["IMS_PER_BATCH"] / rate))
-    return f"{_words(*step)}, {done} of {total}, {rate:.4g} images/s, {left} left"
+    eta = datetime.timedelta(seconds=round((total - done) * solver["IMS_PER_BATCH"] / rate))
+    return f"{_words(*step)}, {done} of {total}, {rate:.4g} images/s, eta {eta}"
 
 
 def _next_stage(plan: Plan, net: str) -> tuple[str, bool] | None:
