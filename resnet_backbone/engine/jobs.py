@@ -1,4 +1,4 @@
-"""Jobs that need nothing of each other, one after the other or side by side, until a signal asks to leave."""
+"""Independent jobs, one after the other or side by side, until a signal asks to leave."""
 
 import contextlib
 import logging
@@ -22,11 +22,11 @@ AGAIN_SECONDS = 5.0  # after which a process that has not left is asked again
 
 
 class Job(NamedTuple):
-    """Something to do, as training a network.
+    """Something to do, such as training a network.
 
     Attributes:
-        title: what log lines and errors call it.
-        call: does it. For a process of its own it must be picklable.
+        title: its name in log lines and errors.
+        call: does it. To run in a process of its own, it must be picklable.
         status: says in a few words how far it is; called while it runs in another process.
     """
 
@@ -46,12 +46,12 @@ class _Left(BaseException):
 
 
 def run_jobs(jobs: Sequence[Job], *, at_a_time: int, logger: logging.Logger) -> list[Job]:
-    """Do all jobs, so many at a time; return those that stopped, after the others are done.
+    """Run all jobs, `at_a_time` of them at once; return those that failed, after the others are done.
 
-    One at a time, they run in this process. Several at a time, each runs in a process of its own, with its share of the
-    cores or on the GPU of its turn, silent but for errors; this process tells how far they are.
+    With one at a time, they run in this process. With several, each runs in a process of its own, with its share of the
+    cores or on its GPU, and prints nothing but errors; this process reports how far they are.
 
-    A job stops by an InputError, whose sentence is printed; in a process of its own by anything else, too.
+    A job fails with an InputError, whose sentence is printed; in a process of its own, with any other error too.
 
     Raises:
         Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, when the jobs under way have left. Training loops save first.

@@ -5,23 +5,23 @@ from detectron2.config import CfgNode
 
 def add_engine_config(cfg: CfgNode) -> None:
     """Add what Detectron2 has no key for and both training tools read."""
-    # Mixed precision is switched on by Detectron2's SOLVER.AMP.ENABLED; this names the type: bf16, fp16 or fp32.
+    # Detectron2's SOLVER.AMP.ENABLED switches mixed precision on; this is its type: bf16, fp16 or fp32.
     cfg.SOLVER.AMP.PRECISION = "bf16"
-    # Parts that a batch is computed in, one after the other, before a step. A part's batch norm sees that part alone.
+    # Micro-batches per step, computed one after the other. Batch norm sees one micro-batch at a time.
     cfg.SOLVER.ACCUMULATE = 1
-    # Decay, an iteration, of the moving average of the weights, which is evaluated and saved; 0: none.
+    # Decay per iteration of the moving average of the weights, which is then evaluated and saved; 0: no average.
     cfg.SOLVER.EMA_DECAY = 0.0
-    # Compile the network with torch.compile; on a GPU, record the whole step as one CUDA graph.
+    # Compile the step with torch.compile (of a detector, the backbone); on a GPU, record the step as one CUDA graph.
     cfg.SOLVER.COMPILE = False
     cfg.SOLVER.CUDA_GRAPH = False
-    # Checkpoints of CHECKPOINT_PERIOD to keep, the newest; 0: all. The best (model_best.pth) is kept besides.
+    # Keep the newest N checkpoints; 0: all. The best one (model_best.pth) is kept in any case.
     cfg.SOLVER.CHECKPOINT_KEEP = 0
-    # WarmupPlateauLR: evaluations without an improvement of more than the threshold (in the metric's unit) before the
-    # learning rate is multiplied by GAMMA.
+    # WarmupPlateauLR: multiply the learning rate by GAMMA after more than PATIENCE evaluations in a row that improved
+    # the metric by less than THRESHOLD (in the metric's unit).
     cfg.SOLVER.PLATEAU_PATIENCE = 3
     cfg.SOLVER.PLATEAU_THRESHOLD = 0.1
-    # Above 0: a constant warm-up that ends when the training error (in per cent, averaged over LOG_PERIOD iterations)
-    # is below it, instead of after WARMUP_ITERS (ResNet paper, section 4.2: 80).
+    # Above 0: a constant warm-up that ends when the training error (in percent, averaged over LOG_PERIOD iterations)
+    # falls below it, instead of after WARMUP_ITERS (ResNet paper, section 4.2: 80).
     cfg.SOLVER.WARMUP_UNTIL_ERROR = 0.0
     # Report to this project of Weights & Biases too, which must be installed.
     cfg.WANDB_PROJECT = ""
