@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print what networks are made of and what they cost, stage by stage, beside the ResNet paper's numbers."""
+"""Print each network's structure and cost, stage by stage, next to the ResNet paper's numbers."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def network_options(given: argparse.Namespace, name: str) -> dict[str, Any]:
-    """The given arguments as the network takes them: a stride placement means nothing to one without bottlenecks."""
+    """Select the arguments that apply: stride placement means nothing to a network without bottlenecks."""
     options = {} if given.width is None else {"width": given.width}
     if given.stride_in_1x1 and "stride_in_1x1" in accepted_arguments(name):
         options["stride_in_1x1"] = True

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time training, loading and detecting beside the usual alternative, in turns, in one process."""
+"""Time training, loading and detection against the usual alternatives, in turns, in one process."""
 
 import argparse
 import functools
@@ -66,7 +66,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def _command(
     commands: Any, name: str, what: str, meaning: Mapping[str, str], run: Callable[..., dict[str, Any]]
 ) -> argparse.ArgumentParser:
-    """A subcommand with the options that all have."""
+    """Add a subcommand with the shared options."""
     sides = "\n".join(f"  {side}: {text}" for side, text in meaning.items())
     parser = commands.add_parser(
         name,

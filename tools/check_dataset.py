@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look at every image of a classification data set before a run does: what would stop it, and what is worth knowing."""
+"""Check every image of a classification dataset before a run: what would stop it, and what is worth knowing."""
 
 import argparse
 import json

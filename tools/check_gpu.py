@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run on a GPU what only a GPU can show: the tests marked gpu and the benchmarks' tables; write a report."""
+"""Run everything that needs a GPU, the tests marked gpu and the benchmark tables, and write a report."""
 
 import argparse
 import sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert weights between our checkpoints and other libraries' formats, with every tensor accounted for."""
+"""Convert weights between our checkpoints and other libraries' formats, accounting for every tensor."""
 
 import argparse
 import sys

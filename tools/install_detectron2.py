@@ -6,15 +6,15 @@
 Detectron2 is not published under its own name on the package index, and release 0.6 does not import with today's
 NumPy, Pillow, setuptools and torch. This script
 
-1. leaves a Detectron2 that can already be imported as it is: your own build with compiled operators stays in use;
-2. fetches the sdist ``pb1-detectron2==0.6``, whose Python files are those of the 0.6 release, and checks its SHA-256;
-3. patches the lines that no longer work (the table `PATCHES`, each with its reason; a line not found stops the script);
+1. leaves an importable Detectron2 alone, so your own build with compiled operators stays in use;
+2. fetches the sdist ``pb1-detectron2==0.6``, which has the 0.6 release's Python files, and checks its SHA-256;
+3. patches the lines that no longer work (see `PATCHES` for each and its reason; a missing line stops the script);
 4. builds a pure-Python wheel named ``detectron2`` and installs it with pip, so that ``pip list``, ``pip check`` and
    ``pip uninstall detectron2`` work.
 
-The wheel holds no compiled operators. RoIAlign, NMS and deformable convolution come from torchvision; rotated boxes
-and Detectron2's own ``COCOeval_opt`` are not available and say so. Only the standard library is used; torch, setuptools
-and wheel must be installed first, because pip runs the sdist's setup.py for its metadata.
+The wheel has no compiled operators. RoIAlign, NMS and deformable convolution come from torchvision; rotated boxes and
+Detectron2's own ``COCOeval_opt`` are unavailable and say so. The script uses only the standard library; install torch,
+setuptools and wheel first, because pip runs the sdist's setup.py for its metadata.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from typing import NamedTuple
 
 SDIST = "pb1-detectron2==0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
-# The sdist is fetched with this pip: 26.3 refuses its metadata, because the optional extra "all" names a URL.
+# Fetch the sdist with this pip: 26.3 rejects its metadata because the optional extra "all" names a URL.
 PIP = "pip==25.3"
 PIP_SHA256 = "9655943313a94722b7774661c21049070f6bbb0a1516bf02f7c8d5d9201514cd"
 VERSION = "0.6"
 DIST_INFO = f"detectron2-{VERSION}.dist-info"
-PATCHES_FILE = "MENDS.txt"  # not renamed: by it, wheels that were made earlier are recognized
+PATCHES_FILE = "MENDS.txt"  # do not rename: it identifies wheels built earlier
 
-# As in Detectron2's setup.py, without what only caffe2 used (future, pydot), the formatter that only LazyConfig.to_py
-# calls (black==21.4b2) and iopath's upper bound (0.1.10 was tested). torch, torchvision and OpenCV are not required,
-# as upstream: the user chooses their builds.
+# As in Detectron2's setup.py, minus what only caffe2 used (future, pydot), the formatter only LazyConfig.to_py calls
+# (black==21.4b2) and iopath's upper bound (0.1.10 was tested). As upstream, torch, torchvision and OpenCV are not
+# required: users choose their own builds.
 REQUIRES = (
     "numpy",
     "PyYAML",
@@ -61,8 +61,8 @@ REQUIRES = (
     "hydra-core>=1.1",
 )
 
-# Installed under detectron2.projects, as Detectron2's setup.py does. Its top-level package `tools` is left out: the
-# name is too general to claim in site-packages.
+# Installed under detectron2.projects, as in Detectron2's setup.py. Its top-level package `tools` is omitted: the name
+# is too generic to claim in site-packages.
 PROJECTS = {
     "projects/PointRend/point_rend": "detectron2/projects/point_rend",
     "projects/DeepLab/deeplab": "detectron2/projects/deeplab",
@@ -71,7 +71,7 @@ PROJECTS = {
 
 
 class Patch(NamedTuple):
-    """Replace `old` by `new` in `file`, where `old` must occur exactly `count` times."""
+    """Replace `old` with `new` in `file`, where `old` must occur exactly `count` times."""
 
     file: str
     old: str
@@ -88,7 +88,7 @@ ARRAY = "NumPy 2 warns about np.array(tensor): torch's __array__ takes no copy a
 
 # fmt: off
 PATCHES = (
-    # What stops an import.
+    # Breaks an import.
     Patch("detectron2/data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", 1,
           "Pillow 10 removed Image.LINEAR, another name of BILINEAR"),
     *(Patch(f"detectron2/layers/{name}.py", "from detectron2 import _C", "from detectron2._no_ops import _C", 1, NO_C)
@@ -111,7 +111,7 @@ PATCHES = (
           '        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
           'os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", config_path)', 1, NO_PKG_RESOURCES),
 
-    # What fails, or silently does nothing, when it is used.
+    # Fails or silently does nothing when used.
     Patch("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", 1,
           NO_ALIAS + "; an `except AttributeError` hid it, and the table of instances per class was never printed"),
     Patch("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n", 1, NO_ALIAS),
@@ -150,7 +150,7 @@ PATCHES = (
     Patch("detectron2/layers/nms.py", "return torch.ops.detectron2.nms_rotated(",
           "from detectron2._no_ops import _C\n\n    return _C.nms_rotated(", 1, NO_C),
 
-    # What only warns.
+    # Only warns.
     Patch("detectron2/modeling/anchor_generator.py", "meshgrid(shifts_y, shifts_x)",
           'meshgrid(shifts_y, shifts_x, indexing="ij")', 1, MESHGRID),
     Patch("projects/Panoptic-DeepLab/panoptic_deeplab/post_processing.py",
@@ -168,7 +168,7 @@ PATCHES = (
 )
 # fmt: on
 
-# Added beside the patched files. It is not called _C, so that `import detectron2._C` still fails for code that asks.
+# Added alongside the patched files. It is not named _C, so `import detectron2._C` still fails for code that probes it.
 NEW_FILES = {
     "detectron2/_no_ops.py": '''\
 """Stands where the compiled operators (detectron2._C) would be and says that they are missing."""
@@ -194,11 +194,11 @@ _C = _MissingOperators()
 
 
 class InstallError(Exception):
-    """What went wrong, in one or two sentences for the user."""
+    """Explains to the user what went wrong, in one or two sentences."""
 
 
 def apply_patches(root: Path, patches=PATCHES) -> None:
-    """Change the source tree at `root` by the table; stop where a text is not there as often as the table says."""
+    """Apply the table to the source tree at `root`; raise if a text does not occur as often as the table says."""
     for patch in patches:
         path = root / patch.file
         if not path.is_file():
@@ -215,14 +215,14 @@ def apply_patches(root: Path, patches=PATCHES) -> None:
 
 
 def describe_patches(patches=PATCHES) -> str:
-    """The table as text. It goes into the wheel: the license asks to state changes, and a later run compares it."""
+    """Format the table for the wheel: the license requires stating changes, and later runs compare it."""
     head = f"Changes to the files of {SDIST} (sha256 {SHA256}) by tools/install_detectron2.py.\n"
     rows = [f"\n{m.file} ({m.count}x): {m.why}\n-{m.old!r}\n+{m.new!r}\n" for m in patches]
     return head + "".join(rows) + "".join(f"\n{name}: added\n{text!r}\n" for name, text in NEW_FILES.items())
 
 
 def build_wheel(root: Path, folder: Path) -> Path:
-    """Write the wheel of the patched source tree `root` into `folder`; the same tree gives the same bytes."""
+    """Build a wheel from the patched source tree `root` in `folder`; the same tree gives the same bytes."""
     files = {name: text.encode() for name, text in NEW_FILES.items()}
     for source, target in {"detectron2": "detectron2", **PROJECTS}.items():
         if not (root / source / "__init__.py").is_file():
@@ -251,7 +251,7 @@ def build_wheel(root: Path, folder: Path) -> Path:
     files[f"{DIST_INFO}/RECORD"] = ("".join(record) + f"{DIST_INFO}/RECORD,,\n").encode()
 
     path = folder / f"detectron2-{VERSION}-py3-none-any.whl"
-    # Stored, not deflated: the bytes then do not depend on the zlib of the machine.
+    # Stored, not deflated, so the bytes do not depend on the machine's zlib.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in sorted(files.items()):
             entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
@@ -261,7 +261,7 @@ def build_wheel(root: Path, folder: Path) -> Path:
 
 
 def check_sdist(path: Path) -> Path:
-    """Return `path` if it is the sdist that the patches were written for."""
+    """Return `path` if it is the sdist the patches were written for."""
     if not path.is_file():
         raise InstallError(f"{path} is not a file; expected the sdist of {SDIST}.")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -271,7 +271,7 @@ def check_sdist(path: Path) -> Path:
 
 
 def download_sdist(folder: Path) -> Path:
-    """Fetch the sdist through pip, which refuses a wrong hash before anything of the archive runs."""
+    """Fetch the sdist with pip, which rejects a wrong hash before running anything in the archive."""
     for name, requirement, digest in (("pip.txt", PIP, PIP_SHA256), ("sdist.txt", SDIST, SHA256)):
         (folder / name).write_text(f"{requirement} --hash=sha256:{digest}\n", encoding="utf-8")
     quiet = ["--quiet", "--require-hashes", "--no-deps"]
@@ -285,7 +285,7 @@ def download_sdist(folder: Path) -> Path:
 
 def unpack(sdist: Path, folder: Path) -> Path:
     """Unpack the sdist and return its top folder."""
-    # Python before 3.11.4 has no extraction filters; there the checked hash alone vouches for the archive.
+    # Python before 3.11.4 has no extraction filters; there only the verified hash vouches for the archive.
     safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, **safe)
@@ -294,7 +294,7 @@ def unpack(sdist: Path, folder: Path) -> Path:
 
 
 def pip(*arguments: str, program: tuple[str, ...] = ("-m", "pip")) -> None:
-    """Run pip, this environment's or `program`, in this environment; its own output goes to the user."""
+    """Run this environment's pip, or `program`, in this environment; the user sees its output."""
     command = [sys.executable, *program, "--disable-pip-version-check", *arguments]
     if subprocess.run(command).returncode:
         raise InstallError(
@@ -304,7 +304,7 @@ def pip(*arguments: str, program: tuple[str, ...] = ("-m", "pip")) -> None:
 
 
 def check_tools() -> None:
-    """Stop early where pip would fail on the sdist with a message about something else."""
+    """Fail early where pip would fail on the sdist with a misleading message."""
     missing = [name for name in ("torch", "setuptools", "wheel") if importlib.util.find_spec(name) is None]
     if missing:
         raise InstallError(
@@ -314,8 +314,8 @@ def check_tools() -> None:
 
 
 def find_installed() -> str | None:
-    """Say which Detectron2 this environment has, or None; raise where there is one that does not work."""
-    # -P: a folder `detectron2` in the working directory is not an installation.
+    """Describe this environment's Detectron2; None if there is none. Raise if it is broken."""
+    # -P: a `detectron2` folder in the working directory is not an installation.
     probe = "import detectron2, os; print(detectron2.__version__, 'at', os.path.dirname(detectron2.__file__))"
     run = [sys.executable, "-P", "-c"]
     shallow = subprocess.run([*run, probe], capture_output=True, text=True)
@@ -324,7 +324,7 @@ def find_installed() -> str | None:
             return None
         reason = shallow.stderr
     else:
-        # `import detectron2` alone says nothing about the operators or about the libraries around it.
+        # `import detectron2` alone says nothing about its operators or the libraries around it.
         deep = subprocess.run([*run, "import detectron2.layers"], capture_output=True, text=True)
         if deep.returncode == 0:
             return shallow.stdout.strip()
@@ -337,7 +337,7 @@ def find_installed() -> str | None:
 
 
 def is_outdated() -> bool:
-    """Whether the installed Detectron2 came from this script with another table of patches."""
+    """Whether this script installed the present Detectron2 with a different patch table."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pretrain a classifier and write a checkpoint that says how to feed it."""
+"""Pretrain a classifier and write a checkpoint that records the input it expects."""
 
 import argparse
 import sys

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train or evaluate a Detectron2 detector, with a network of this package or any of Detectron2's own."""
+"""Train or evaluate a Detectron2 detector with one of this package's networks or any of Detectron2's own."""
 
 import argparse
 import sys

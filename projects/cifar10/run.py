@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""CIFAR-10 by depth: train plain and residual networks, set Table 6 and Figure 6 of the ResNet paper beside them."""
+"""CIFAR-10 by depth: train plain and residual networks and compare with the ResNet paper's Table 6 and Figure 6."""
 
 import argparse
 import sys

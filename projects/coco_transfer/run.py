@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What depth is worth: pretrain each network, transfer it to Faster R-CNN, print the comparison."""
+"""Measure what depth is worth: pretrain each network, transfer it to Faster R-CNN, print the comparison."""
 
 import argparse
 import sys

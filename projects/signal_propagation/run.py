@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw signal and gradient by depth for plain and residual networks, at initialization and after a short training."""
+"""Plot signal and gradient by depth for plain and residual networks, at initialization and after brief training."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets propagation.png, results.json")
     output = parser.parse_args(words).output
-    # One thread, so that sums are in the same order everywhere.
+    # One thread, so sums run in the same order everywhere.
     torch.set_num_threads(1)
     start = time.process_time()
     results = measure(EXPERIMENT, report=print)
@@ -32,7 +32,7 @@ def main(words: list[str] | None = None) -> int:
         "cpu_seconds": round(time.process_time() - start),
     }
     with atomic_write(output / "results.json") as file:
-        # A line for each entry: a curve indented by JSON's own rule would be a line for each number.
+        # One line per entry; JSON's own indentation would put each number of a curve on its own line.
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in (setting | results).items()]
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
     draw(results, EXPERIMENT, output / "propagation.png")

@@ -1,8 +1,8 @@
-"""What a network is made of and what it costs, stage by stage: the ResNet paper's Table 1 for any network.
+"""The structure and cost of a network, stage by stage: the ResNet paper's Table 1 for any network.
 
-Nothing is read off a name: layers, shapes and receptive fields are those of the modules that ran, in the order in which
-they ran. A multiply-add counts once (the paper's "FLOPs"), in convolutions and linear layers alone; activations are the
-elements that these write.
+Nothing is inferred from names: layers, shapes and receptive fields come from the modules that ran, in execution order.
+A multiply-add counts once (the paper's "FLOPs"), in convolutions and linear layers only; activations are the number of
+elements that those layers output.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ WEIGHTED = (nn.Conv2d, nn.Linear)
 
 
 class PaperNumbers(NamedTuple):
-    """What He et al. 2015 print about a network."""
+    """Numbers that He et al. 2015 report for a network."""
 
     multiply_adds: float | None = None
     parameters: float | None = None
@@ -50,7 +50,7 @@ PAPER = {
 
 
 class Unit(NamedTuple):
-    """A block, or a layer outside of blocks, and how often it follows itself: `[3×3, 64; 3×3, 64] × 2`."""
+    """A block, or a layer outside of blocks, and how often it repeats: `[3×3, 64; 3×3, 64] × 2`."""
 
     layers: tuple[str, ...]
     count: int
@@ -66,14 +66,14 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StageAnalysis:
-    """One stage, or the classifier, which is called "fc".
+    """One stage, or the classifier, which is named "fc".
 
     Attributes:
-        structure: what runs, without norms, activations and projections.
-        output_shape: (C, H, W), or (C,) of a vector.
-        layers: convolutions and linear layers on the main path; projections are not counted, as in the paper.
-        receptive_field: side, in pixels of the image, of what an output pixel depends on; None for a vector.
-        stride: pixels of the image from one output pixel to the next; None for a vector.
+        structure: the units that ran, without norms, activations and projections.
+        output_shape: (C, H, W), or (C,) for a vector.
+        layers: number of convolutions and linear layers on the main path, without projections, as in the paper.
+        receptive_field: side, in image pixels, of the region that an output pixel depends on; None for a vector.
+        stride: image pixels from one output pixel to the next; None for a vector.
     """
 
     name: str
@@ -89,9 +89,9 @@ class StageAnalysis:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkAnalysis:
-    """A network at an image size, with the paper's numbers if it prints some for just this.
+    """A network at a given image size, with the paper's numbers if it reports any for this setup.
 
-    `stride_in_1x1` is None for a network without bottlenecks, where it means nothing.
+    `stride_in_1x1` is None for a network without bottlenecks, where it does not apply.
     """
 
     name: str
@@ -117,12 +117,12 @@ class NetworkAnalysis:
         return sum(stage.activations for stage in self.stages)
 
     def totals(self) -> dict[str, Any]:
-        """What identifies the network, and its counts, as plain values."""
+        """Return the network's name, settings and total counts as plain values."""
         keys = ("name", "stride_in_1x1", "image_size", "layers", "parameters", "multiply_adds", "activations")
         return {key: getattr(self, key) for key in keys}
 
     def details(self) -> dict[str, Any]:
-        """The totals and every stage, as plain values."""
+        """Return the totals and every stage as plain values."""
         stages = [
             {**vars(stage), "structure": "; ".join(map(str, stage.structure)), "output_shape": list(stage.output_shape)}
             for stage in self.stages
@@ -131,21 +131,21 @@ class NetworkAnalysis:
 
 
 def analyze(name: str, *, image_size: int | None = None, **arguments: Any) -> NetworkAnalysis:
-    """Analyze `build_network(name, **arguments)`, at the image size of its data set unless another is given.
+    """Analyze `build_network(name, **arguments)`, by default at its data set's image size.
 
-    It is built on the meta device and for its data set's classes: ImageNet's 1000 at 224 pixels, CIFAR's 10 at 32.
+    Builds it on the meta device for its data set's classes: ImageNet's 1000 at 224 pixels, CIFAR's 10 at 32.
     """
     row = find_row(name)
     size = row.image_size if image_size is None else image_size
     with torch.device("meta"):
         net = build_network(name, row.num_classes, **arguments)
-    # The placement of the stride is the one argument that the paper's own networks differ in from the defaults.
+    # The paper's networks differ from the defaults only in where the stride is.
     published = size == row.image_size and set(arguments) <= {"stride_in_1x1"}
     return replace(analyze_network(net, image_size=size), name=name, paper=PAPER.get(name) if published else None)
 
 
 def analyze_catalogue() -> list[NetworkAnalysis]:
-    """Analyze every network, and those with bottlenecks also with the stride in their first 1×1 convolution."""
+    """Analyze every network; those with bottlenecks again with the stride in their first 1×1 convolution."""
     analyses = []
     for name in list_networks():
         analyses.append(analyze(name))
@@ -155,10 +155,10 @@ def analyze_catalogue() -> list[NetworkAnalysis]:
 
 
 def analyze_network(net: StagedNetwork, *, image_size: int) -> NetworkAnalysis:
-    """Analyze a network, whole or its first stages, by running it once on one image, in evaluation mode.
+    """Analyze a network, or its first stages, by running it once on one image in evaluation mode.
 
-    On the meta device (`with torch.device("meta"): net = build_network(…)`) nothing is computed and no memory is used.
-    Parameters are those that can be trained: the constants of FrozenBatchNorm2d are not among them.
+    On the meta device (`with torch.device("meta"): net = build_network(…)`) this computes nothing and uses no memory.
+    Only trainable parameters count, so FrozenBatchNorm2d's constants do not.
     """
     if net.stage_names[0] != net.all_stages[0]:
         raise InputError(
@@ -185,7 +185,7 @@ def analyze_network(net: StagedNetwork, *, image_size: int) -> NetworkAnalysis:
 
 
 class _Call(NamedTuple):
-    """A layer that ran, and the shapes of what it read and wrote."""
+    """A layer that ran, and its input and output shapes."""
 
     layer: nn.Module
     input_shape: torch.Size
@@ -193,7 +193,7 @@ class _Call(NamedTuple):
 
 
 def _run_stages(net: StagedNetwork, image_size: int) -> Iterator[StageAnalysis]:
-    """Run one image through the stages and the classifier, and describe each."""
+    """Run one image through the stages and the classifier, and yield the analysis of each."""
     blocks = [module for module in net.modules() if isinstance(module, Block)]
     block_of = {layer: block for block in blocks for layer in block.modules()}
     projections = {layer for block in blocks if block.downsample is not None for layer in block.downsample.modules()}
@@ -218,7 +218,7 @@ def _run_stages(net: StagedNetwork, image_size: int) -> Iterator[StageAnalysis]:
             output_shape=tuple(x.shape[1:]),
             layers=sum(isinstance(call.layer, WEIGHTED) for call in path),
             parameters=parameters,
-            multiply_adds=counter.get_total_flops() // 2,  # it counts a multiply-add as two
+            multiply_adds=counter.get_total_flops() // 2,  # the counter counts a multiply-add as two
             activations=sum(call.output_shape.numel() for call in calls if isinstance(call.layer, WEIGHTED)),
             receptive_field=field if spatial else None,
             stride=stride if spatial else None,
@@ -227,7 +227,7 @@ def _run_stages(net: StagedNetwork, image_size: int) -> Iterator[StageAnalysis]:
 
 @contextmanager
 def _recorded(net: nn.Module) -> Iterator[list[_Call]]:
-    """A list that gets every convolution, pooling and linear layer of `net` as it runs."""
+    """Yield a list that records every convolution, pooling and linear layer of `net` as it runs."""
     calls: list[_Call] = []
 
     def record(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -250,14 +250,14 @@ def _count_parameters(modules: Sequence[nn.Module]) -> int:
 
 
 def _side(value: int | tuple[int, int]) -> int:
-    """A kernel's size, stride or dilation as one number: all of them are square here."""
+    """Return a kernel size, stride or dilation as one number; all are square here."""
     return value if isinstance(value, int) else value[0]
 
 
 def _units(path: Sequence[_Call], block_of: dict[nn.Module, Block]) -> Iterator[Unit]:
-    """Describe the calls of a stage's main path, equal neighbors together."""
+    """Describe the calls on a stage's main path, merging equal neighbors."""
     described = [
-        # A block's own stride is left to the table's output sizes, as in the paper; else the first block would differ.
+        # As in the paper, output sizes show a block's stride; writing it out would make the first block differ.
         tuple(_describe(call, inside_block=isinstance(owner, Block)) for call in calls)
         for owner, calls in groupby(path, key=lambda call: block_of.get(call.layer, call.layer))
     ]
@@ -266,7 +266,7 @@ def _units(path: Sequence[_Call], block_of: dict[nn.Module, Block]) -> Iterator[
 
 
 def _describe(call: _Call, *, inside_block: bool) -> str:
-    """A layer as Table 1 and Figure 3 write it: `3×3, 64`; empty for a pooling that changes nothing."""
+    """Return a layer as written in Table 1 and Figure 3, `3×3, 64`; empty for pooling that changes nothing."""
     layer, size = call.layer, call.output_shape[-1]
     if isinstance(layer, nn.Linear):
         return f"{layer.out_features}-d fc"

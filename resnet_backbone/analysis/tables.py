@@ -1,4 +1,4 @@
-"""The analysis of networks as text: the ResNet paper's Table 1 for the terminal and for Markdown."""
+"""Network analyses as text: the ResNet paper's Table 1 for the terminal and for Markdown."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,10 +8,10 @@ from resnet_backbone.analysis.analyze import NetworkAnalysis, StageAnalysis
 
 
 def format_table(analyses: Sequence[NetworkAnalysis], *, markdown: bool = False) -> str:
-    """The paper's Table 1 for these networks, and under it what each stage costs and sees.
+    """Return the paper's Table 1 for these networks, followed by each stage's cost and receptive field.
 
-    Stages with equal output size are beside each other, as in the paper's Figure 3. As text, up to five networks fit
-    into 120 columns.
+    Stages with the same output size share a row, as in the paper's Figure 3. As text, up to five networks fit in 120
+    columns.
     """
     stages = _aligned(analyses)
     structure = [["", "output", *(analysis.name for analysis in analyses)]]
@@ -26,7 +26,7 @@ def format_table(analyses: Sequence[NetworkAnalysis], *, markdown: bool = False)
 
 
 def format_overview(analyses: Sequence[NetworkAnalysis], *, markdown: bool = False) -> str:
-    """One row for each network: its totals beside the paper's numbers, and its last feature map's receptive field."""
+    """Return one row per network: totals next to the paper's numbers, and the last feature map's receptive field."""
     columns = ("image", "layers", "parameters", "paper", "multiply-\nadds", "paper", "activations", "receptive\nfield")
     rows = [["network", *columns]]
     for analysis in analyses:
@@ -47,7 +47,7 @@ def format_overview(analyses: Sequence[NetworkAnalysis], *, markdown: bool = Fal
 
 
 def _aligned(analyses: Sequence[NetworkAnalysis]) -> list[tuple[StageAnalysis | None, ...]]:
-    """The stages in rows of equal output size; of several with one size, each network's last are in the last row."""
+    """Group stages into rows of equal output size, aligning each network's last stage of a size in the last row."""
     rows: list[tuple[StageAnalysis | None, ...]] = []
     sizes = {_output_size(stage) for analysis in analyses for stage in analysis.stages}
     for size in sorted(sizes, reverse=True):
@@ -66,7 +66,7 @@ def _names(row: Sequence[StageAnalysis | None]) -> list[str]:
 
 
 def _setting(analyses: Sequence[NetworkAnalysis]) -> str:
-    """The sentences above the table: image size, and where the stride is if that matters."""
+    """Return the sentences above the table: image size, and where the stride is if that matters."""
     sizes = " and ".join(dict.fromkeys(f"{analysis.image_size}×{analysis.image_size}" for analysis in analyses))
     text = f"Images of {sizes} pixels; stem, res2, res3 … are the paper's conv1, conv2_x, conv3_x …"
     if any(analysis.stride_in_1x1 for analysis in analyses):
@@ -79,7 +79,7 @@ def _setting(analyses: Sequence[NetworkAnalysis]) -> str:
 
 
 def _structure(stage: StageAnalysis, markdown: bool) -> str:
-    """Table 1's cell: in text with a block's layers below each other, in Markdown with a line for each block."""
+    """Return a cell of Table 1: one line per layer in text, one line per block in Markdown."""
     if markdown:
         return "\n".join(map(str, stage.structure))
     lines = []
@@ -95,7 +95,7 @@ def _structure(stage: StageAnalysis, markdown: bool) -> str:
 
 
 def _totals(analyses: Sequence[NetworkAnalysis]) -> Iterator[tuple[str, list[str]]]:
-    """The rows at the foot of Table 1; those with the paper's numbers only where it has any."""
+    """Yield the bottom rows of Table 1, including the paper's numbers where it reports any."""
     yield "layers", [str(analysis.layers) for analysis in analyses]
     yield "parameters", [f"{analysis.parameters:,}" for analysis in analyses]
     if any(texts := [_paper_parameters(analysis) for analysis in analyses]):
@@ -117,7 +117,7 @@ def _paper_multiply_adds(analysis: NetworkAnalysis) -> str:
 def _counts(
     analyses: Sequence[NetworkAnalysis], stages: Sequence[tuple[StageAnalysis | None, ...]]
 ) -> Iterator[list[str]]:
-    """For each count a row with its title, and one for each network: its stages and the total."""
+    """Yield, for each count, a title row and one row per network with its stages and total."""
     for title, key in (
         ("parameters", "parameters"),
         ("multiply-adds", "multiply_adds"),
@@ -144,14 +144,14 @@ def _short(value: int) -> str:
 
 
 def _render(rows: Sequence[Sequence[str]], markdown: bool, numbers_from: int | None = None) -> str:
-    """Put the rows into columns, the first as the header; those from `numbers_from` on are set to the right."""
+    """Render the rows as a table, the first as the header; columns from `numbers_from` on are right-aligned."""
     left = len(rows[0]) if numbers_from is None else numbers_from
     if markdown:
-        # Words that a terminal's narrow columns broke at a hyphen are whole again here.
+        # Rejoin words that were hyphenated for a terminal's narrow columns.
         joined = [[cell.replace("-\n", "-").replace("\n", "<br>") for cell in row] for row in rows]
         header, body = joined[0], joined[1:]
     else:
-        # As a header proper, tabulate would make its columns two wider, and five networks would not fit.
+        # A real header would make tabulate's columns two wider, and five networks would not fit.
         header, body = (), [rows[0], SEPARATING_LINE, *rows[1:]]
     return tabulate(
         body,

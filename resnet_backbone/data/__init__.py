@@ -1,7 +1,7 @@
-"""Classification data: sources, decoding, transforms, samplers and loaders, and the generated sets.
+"""Classification data: sources, decoding, transforms, samplers, loaders and generated data sets.
 
-Everything here takes plain values and knows neither configs nor Detectron2. The way of one image:
+Everything here takes plain values and knows neither configs nor Detectron2. An image passes through:
 `sampler.BatchSampler` (which index at which position) -> `sources` (its bytes) -> `decode` (pixels) -> `transforms`
-(augmentation, drawn from the seed and the position; `functional` holds what is done to pixels) -> `classification`
+(augmentation, drawn from the seed and the position; `functional` holds the pixel operations) -> `classification`
 (batches).
 """

@@ -1,7 +1,7 @@
-"""Goes through a data set before a run does, and tells what it found.
+"""Check a data set before a run, and report the findings.
 
-Every image is decoded as training decodes it, and once more by Pillow, which is strict about missing data. What is kept
-of an image are a few numbers, so that memory stays small: some 30 bytes an image.
+Every image is decoded the way training decodes it, and again by Pillow, which is strict about missing data. Only a few
+numbers are kept per image, about 30 bytes, so memory stays small.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from resnet_backbone.errors import InputError
 
 
 class Kind(NamedTuple):
-    """A kind of finding: its name in the JSON file, whether it would stop a run, and what it means."""
+    """A kind of finding: its name in the JSON file, whether it would stop a run, and its meaning."""
 
     name: str
     stops: bool
@@ -54,7 +54,7 @@ _BIT = {kind.name: 1 << number for number, kind in enumerate(KINDS)}
 _STOPS = sum(_BIT[kind.name] for kind in KINDS if kind.stops)
 TINY = 8
 
-_FORMATS = {  # Pillow's names; MPO is a JPEG with further pictures behind it, as telephones write it
+_FORMATS = {  # Pillow's names; MPO is a JPEG followed by more pictures, as written by phones
     ".jpg": ("JPEG", "MPO"),
     ".jpeg": ("JPEG", "MPO"),
     ".png": ("PNG",),
@@ -62,15 +62,15 @@ _FORMATS = {  # Pillow's names; MPO is a JPEG with further pictures behind it, a
     ".webp": ("WEBP",),
     ".ppm": ("PPM",),
 }
-_CHUNK = 32  # images that a process is given at once
-_MESSAGES = 1000  # errors whose words are kept
-_NAMED = 3  # images that a line of the summary names
+_CHUNK = 32  # images handed to a process at once
+_MESSAGES = 1000  # error messages kept
+_NAMED = 3  # images named per summary line
 
 
 class Inspection(NamedTuple):
-    """One image: the bits of its findings, height and width, the first 8 bytes of a hash, the format, and the words.
+    """One image's finding bits, height and width, first 8 bytes of a hash, format, and message.
 
-    Height, width and format are 0, 0 and "" where the image cannot be decoded.
+    Height, width and format are 0, 0 and "" if the image cannot be decoded.
     """
 
     findings: int
@@ -82,7 +82,7 @@ class Inspection(NamedTuple):
 
 
 def inspect(data: bytes, name: str) -> Inspection:
-    """What there is to say about one encoded image."""
+    """Inspect one encoded image."""
     digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
     try:
         height, width = decode(data, what=name).shape[:2]
@@ -100,7 +100,7 @@ def inspect(data: bytes, name: str) -> Inspection:
 
 
 def _look_closer(data: bytes) -> tuple[set[str], str, str]:
-    """Findings, format and Pillow's complaint about an image that can be decoded."""
+    """Return the findings, format and Pillow's complaint for a decodable image."""
     found, form = set(), ""
     try:
         with warnings.catch_warnings():
@@ -113,7 +113,7 @@ def _look_closer(data: bytes) -> tuple[set[str], str, str]:
                         ("grayscale", mode in ("1", "L", "LA", "La") or mode.startswith(("I", "F"))),
                         ("palette", mode in ("P", "PA")),
                         ("transparent", mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info),
-                        # Pillow reduces colors of 16 bits without a word; a PNG's header has the depth at byte 24.
+                        # Pillow silently reduces 16-bit colors; a PNG's header has the depth at byte 24.
                         ("sixteen_bit", mode.startswith("I") or (form == "PNG" and data[24] == 16)),
                         ("cmyk", mode == "CMYK"),
                         ("animated", form != "MPO" and getattr(image, "n_frames", 1) > 1),
@@ -131,17 +131,17 @@ def _look_closer(data: bytes) -> tuple[set[str], str, str]:
 
 
 class Report:
-    """What was found in a data set.
+    """The findings for a data set.
 
     Attributes:
-        entry: what the user calls the data set.
-        checked: the indices of the images that were looked at.
-        findings: `(len(checked),)` uint16, a bit for each of KINDS.
+        entry: the user's name for the data set.
+        checked: the indices of the inspected images.
+        findings: `(len(checked),)` uint16, one bit per entry of KINDS.
         sizes: `(len(checked), 2)` int32, height and width, zeros where unreadable.
         digests: `(len(checked),)` uint64, equal for equal files.
-        formats: how many images of each format.
-        messages: index to words, of the first thousand that are unreadable or damaged.
-        ignored: files that are not taken for images, by extension: how many, and the first names.
+        formats: the number of images in each format.
+        messages: index to message, for the first thousand unreadable or damaged images.
+        ignored: files not treated as images, by extension: their number, and the first names.
     """
 
     def __init__(self, entry: str, source: ClassificationSource, checked: np.ndarray) -> None:
@@ -157,7 +157,7 @@ class Report:
         self.ignored_names: dict[str, list[str]] = {}
 
     def add(self, place: int, inspection: Inspection) -> None:
-        """Note what was found in the image `checked[place]`."""
+        """Record the findings for the image `checked[place]`."""
         self.findings[place] = inspection.findings
         self.sizes[place] = inspection.height, inspection.width
         self.digests[place] = inspection.digest
@@ -168,32 +168,32 @@ class Report:
 
     @property
     def stops(self) -> int:
-        """How many images would stop a run."""
+        """The number of images that would stop a run."""
         return int(np.count_nonzero(self.findings & _STOPS))
 
     def found(self, kind: Kind) -> np.ndarray:
-        """The indices of the images with such a finding."""
+        """The indices of the images with this finding."""
         return self.checked[np.flatnonzero(self.findings & _BIT[kind.name])]
 
     def names(self, indices: Iterable[int]) -> list[str]:
         return [self.source.describe(int(index)) for index in indices]
 
     def class_sizes(self) -> np.ndarray:
-        """Images of each class, of the whole data set."""
+        """The number of images per class in the whole data set."""
         return np.bincount(self.source.labels, minlength=len(self.source.class_names))
 
     def duplicates(self) -> list[np.ndarray]:
-        """The indices of images that are equal, byte for byte, in groups."""
+        """Groups of indices of byte-identical images."""
         readable = np.flatnonzero(self.findings & _STOPS == 0)
         order = readable[np.argsort(self.digests[readable], kind="stable")]
         begins = np.concatenate([[0], np.flatnonzero(np.diff(self.digests[order])) + 1, [len(order)]])
         several = np.flatnonzero(np.diff(begins) > 1)
-        # A hash of 64 bits: two different images among a million share one with a probability of 3e-8.
+        # With 64-bit hashes, a million different images contain a collision with probability 3e-8.
         groups = [self.checked[order[begins[number] : begins[number + 1]]] for number in several]
         return sorted(groups, key=lambda group: group[0])
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for a JSON file."""
+        """Return everything, for a JSON file."""
         counts = self.class_sizes().tolist()
         return {
             "entry": self.entry,
@@ -210,7 +210,7 @@ class Report:
         }
 
     def text(self) -> str:
-        """A summary for people; names are given without the folder that they have in common."""
+        """Return a human-readable summary; names omit their common folder."""
         lines = [self.entry, f"  {len(self.source):,} images, {self._describe_classes()}"]
         if len(self.checked) < len(self.source):
             lines.append(f"  {len(self.checked):,} of them were looked at, spread evenly")
@@ -247,7 +247,7 @@ class Report:
         if groups:
             example = " = ".join(self._shorts(groups[0][:2]))
             yield _counted(sum(len(group) - 1 for group in groups), "copies of others", [example])
-        # Of each group, the first image and the first of another class.
+        # Each group's first image and its first image of another class.
         across = [(group[0], *group[labels[group] != labels[group[0]]][:1]) for group in groups]
         across = [pair for pair in across if len(pair) > 1]
         if across:
@@ -276,12 +276,12 @@ def check(
     limit: int | None = None,
     progress: TextIO | None = None,
 ) -> Report:
-    """Look at every image of a data set, or at `limit` of them that are spread evenly.
+    """Inspect every image of a data set, or `limit` evenly spaced ones.
 
     Arguments:
-        entry: what the user calls the data set.
-        workers: processes that look at images; 0: this one.
-        progress: where a bar tells how far it is and how long it will take; none without it.
+        entry: the user's name for the data set.
+        workers: number of inspecting processes; 0: use this one.
+        progress: where to show a bar with progress and remaining time; None: no bar.
     """
     if workers < 0 or (limit is not None and limit < 1):
         raise InputError(f"workers is {workers} and limit {limit}; expected at least 0, and at least 1")
@@ -296,7 +296,7 @@ def check(
         file=progress,
         disable=progress is None,
         leave=False,
-        # In a log: nothing about what is done in ten seconds.
+        # In a log, show nothing for jobs done within ten seconds.
         delay=0 if on_terminal else 10,
         mininterval=0.2 if on_terminal else 10,
     )
@@ -306,7 +306,7 @@ def check(
 
 
 def in_both(one: Report, other: Report) -> list[tuple[int, int]]:
-    """Indices in the one and in the other data set of images that are equal, byte for byte."""
+    """Pairs of indices, one into each data set, of byte-identical images."""
     places = [np.flatnonzero(report.findings & _STOPS == 0) for report in (one, other)]
     _, first, second = np.intersect1d(one.digests[places[0]], other.digests[places[1]], return_indices=True)
     pairs = zip(one.checked[places[0][first]].tolist(), other.checked[places[1][second]].tolist(), strict=True)
@@ -314,7 +314,7 @@ def in_both(one: Report, other: Report) -> list[tuple[int, int]]:
 
 
 def in_both_text(one: Report, other: Report, pairs: Sequence[tuple[int, int]]) -> str:
-    """One sentence about the images that two data sets share."""
+    """Describe in one sentence the images that two data sets share."""
     if not pairs:
         return "Of the images that were looked at, none is in both."
     example = f"{one.source.describe(pairs[0][0])} = {other.source.describe(pairs[0][1])}"
@@ -322,7 +322,7 @@ def in_both_text(one: Report, other: Report, pairs: Sequence[tuple[int, int]]) -
 
 
 def _inspect_all(source: ClassificationSource, indices: np.ndarray, workers: int) -> Iterator[list[Inspection]]:
-    """The inspections of all images, in order, some at a time."""
+    """Yield all images' inspections in order, several at a time."""
     chunks = (indices[begin : begin + _CHUNK] for begin in range(0, len(indices), _CHUNK))
     if workers == 0:
         _begin(source)
@@ -385,7 +385,7 @@ def _count_ignored(report: Report) -> None:
 
 
 def _sides(sizes: np.ndarray) -> dict[str, tuple[int, int, int]]:
-    """Smallest, median and largest length in pixels of the shorter and of the longer sides."""
+    """Smallest, median and largest length in pixels of the shorter and the longer sides."""
     readable = sizes[sizes[:, 0] > 0]
     if not len(readable):
         return {}
@@ -394,7 +394,7 @@ def _sides(sizes: np.ndarray) -> dict[str, tuple[int, int, int]]:
 
 
 def _counted(count: int, meaning: str, examples: Iterable[str], *, each_on_a_line: bool = False) -> str:
-    """A line of the summary and below it the first examples."""
+    """Format a summary line, followed by the first examples."""
     examples = list(examples)
     more = f" and {count - len(examples):,} more" if count > len(examples) else ""
     indent = "\n" + 15 * " "

@@ -1,6 +1,6 @@
-"""CIFAR-10, in its two forms as published (https://www.cs.toronto.edu/~kriz/cifar.html), all of it in memory.
+"""CIFAR-10 in its two published forms (https://www.cs.toronto.edu/~kriz/cifar.html), held entirely in memory.
 
-`cifar-10-batches-py` holds pickles, which torchvision reads when their MD5 sums are the published ones;
+`cifar-10-batches-py` holds pickles, which torchvision reads if their MD5 sums match the published ones;
 `cifar-10-batches-bin` holds records of one label byte and 3072 pixel bytes. Both have five training batches and one
 test batch.
 """
@@ -25,10 +25,10 @@ _IMAGE_BYTES = 3 * SIDE * SIDE  # red plane, green plane, blue plane
 class CifarSource(ClassificationSource):
     """The 50,000 training or 10,000 test images of a folder `cifar-10-batches-py` or `cifar-10-batches-bin`.
 
-    An image is given as a PPM file, which `decode` reads without loss, so that CIFAR goes the way of all images.
+    Images are returned as PPM files, which `decode` reads losslessly, so CIFAR takes the same path as other images.
 
     Attributes:
-        pixels: all images, `(N, 32, 32, 3)` uint8 RGB, in one array that forked workers share.
+        pixels: all images, `(N, 32, 32, 3)` uint8 RGB, in one array shared by forked workers.
     """
 
     def __init__(self, folder: str | Path, *, train: bool) -> None:
@@ -56,14 +56,14 @@ class CifarSource(ClassificationSource):
 
 
 def is_cifar_folder(path: str | Path, form: str | None = None) -> bool:
-    """Whether a folder holds a first training batch or the test batch of CIFAR-10, in one form or in either."""
+    """Whether a folder holds CIFAR-10's first training batch or its test batch, in the given form or either form."""
     extensions = {PYTHON_FOLDER: [""], BINARY_FOLDER: [".bin"], None: ["", ".bin"]}[form]
     names = [name + extension for name in ("data_batch_1", "test_batch") for extension in extensions]
     return any(os.path.isfile(os.path.join(path, name)) for name in names)
 
 
 def open_cifar(root: str | Path, *, train: bool) -> CifarSource:
-    """CIFAR-10 below `root`, the folder of all data sets; downloaded to it if it is not there."""
+    """Open CIFAR-10 under `root`, the folder of all data sets; download it there if it is missing."""
     for name in (PYTHON_FOLDER, BINARY_FOLDER):
         if os.path.isdir(os.path.join(root, name)):
             return CifarSource(os.path.join(root, name), train=train)
@@ -80,9 +80,9 @@ def open_cifar(root: str | Path, *, train: bool) -> CifarSource:
 
 
 def download(root: str | Path) -> None:
-    """Download CIFAR-10 to `root/cifar-10-batches-py`, which is there as a whole or not at all.
+    """Download CIFAR-10 to `root/cifar-10-batches-py`, all or nothing.
 
-    Of several processes one downloads, the others wait for it.
+    If there are several processes, one downloads and the others wait for it.
     """
     from torchvision.datasets import CIFAR10  # takes a second to import
 
@@ -94,14 +94,14 @@ def download(root: str | Path) -> None:
             return
         scratch = tempfile.mkdtemp(dir=root, prefix=".cifar10-")
         try:
-            CIFAR10(scratch, download=True)  # which checks the files' MD5 sums
+            CIFAR10(scratch, download=True)  # checks the files' MD5 sums
             os.rename(os.path.join(scratch, PYTHON_FOLDER), target)
         finally:
             shutil.rmtree(scratch)
 
 
 def _read_python(folder: str, train: bool) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Pixels `(N, 32, 32, 3)` uint8, labels `(N,)` int64 and class names, read by torchvision."""
+    """Read pixels `(N, 32, 32, 3)` uint8, labels `(N,)` int64 and class names with torchvision."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
@@ -112,7 +112,7 @@ def _read_python(folder: str, train: bool) -> tuple[np.ndarray, np.ndarray, list
         data = Here(folder, train=train)
     except OSError as error:
         raise DatasetError(f"{error.filename} cannot be read: {error.strerror}; unpack the archive again") from None
-    except RuntimeError:  # a sum that is not as published
+    except RuntimeError:  # an MD5 sum differs from the published one
         files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
         wrong = [name for name, md5 in files if not check_integrity(os.path.join(folder, name), md5)]
         raise DatasetError(
@@ -123,7 +123,7 @@ def _read_python(folder: str, train: bool) -> tuple[np.ndarray, np.ndarray, list
 
 
 def _read_binary(files: list[str], folder: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Pixels `(N, 32, 32, 3)` uint8, labels `(N,)` int64 and class names of the binary form."""
+    """Read pixels `(N, 32, 32, 3)` uint8, labels `(N,)` int64 and class names from the binary form."""
     batches = [_read_records(path) for path in files]
     sizes = [len(batch) for batch in batches]
     if len(set(sizes)) > 1:
@@ -144,7 +144,7 @@ def _read_binary(files: list[str], folder: str) -> tuple[np.ndarray, np.ndarray,
 
 
 def _read_records(path: str) -> np.ndarray:
-    """The records of one file of the binary form, `(n, 1 + 3072)` uint8: a label and the planes of an image."""
+    """Read the records of one binary file, `(n, 1 + 3072)` uint8: a label and an image's planes."""
     data = np.frombuffer(_bytes(path), np.uint8)
     if not len(data) or len(data) % (1 + _IMAGE_BYTES):
         raise DatasetError(
@@ -155,7 +155,7 @@ def _read_records(path: str) -> np.ndarray:
 
 
 def _class_names(path: str) -> list[str]:
-    """The names in `batches.meta.txt`; the known ones where that file is missing."""
+    """Read the names in `batches.meta.txt`; use the known ones if that file is missing."""
     if not os.path.exists(path):
         return list(CLASS_NAMES)
     names = _bytes(path).decode("latin1").split()

@@ -1,4 +1,4 @@
-"""Classification batches: a source, a transform and a sampler put together."""
+"""Build classification batches from a source, a transform and a sampler."""
 
 import logging
 from collections.abc import Callable
@@ -21,19 +21,19 @@ ON_CORRUPT = ("stop", "skip")
 
 logger = logging.getLogger(__name__)
 
-# First word of the key from which a replacement is drawn; those of sampler.py's streams are others.
+# First word of the key that replacements are drawn from; distinct from those of sampler.py's streams.
 _REPLACEMENT = 4
-# Unreadable images in a row after which the data set, not the image, is taken to be at fault.
+# After this many unreadable images in a row, the data set is blamed instead of the image.
 _ATTEMPTS = 20
 
 
 class Batch(NamedTuple):
-    """What the network is trained on in one iteration.
+    """The training data for one iteration.
 
     Attributes:
         images: `(n, 3, h, w)` uint8.
         labels: `(n,)` int64.
-        replaced: a sentence for each image that could not be read and that another one stands for; usually none.
+        replaced: one sentence for each unreadable image that was replaced; usually empty.
     """
 
     images: torch.Tensor
@@ -46,8 +46,8 @@ class ClassificationDataset(Dataset):
 
     What the transform draws is a function of `seed` and `position` alone (see sampler.py).
 
-    With `reduced_decoding` a JPEG is decoded at a half, a quarter or an eighth of its size where the window that a
-    TrainTransform cuts out stays at least as large as its crop. Other transforms see whole images.
+    With `reduced_decoding`, a JPEG is decoded at a half, a quarter or an eighth of its size, provided that a
+    TrainTransform's window stays at least as large as its crop. Other transforms see full-size images.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class ClassificationDataset(Dataset):
 
 
 class ReplacingDataset(ClassificationDataset):
-    """The same with a third element, the sentences about images that could not be read.
+    """A ClassificationDataset with a third element, the sentences about unreadable images.
 
-    Another image, with its own label, then stands in. Which one is drawn from the seed, the position and the number of
-    failures there, so that a resumed run sees the same.
+    Another image, with its own label, replaces an unreadable one. It is drawn from the seed, the position and the
+    number of failures there, so a resumed run sees the same one.
     """
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, list[str]]:
@@ -117,15 +117,15 @@ def train_loader(
     reduced_decoding: bool = False,
     on_corrupt: str = "stop",
 ) -> Loader:
-    """Shuffled, augmented batches, each a `Batch`, one for each iteration from `start_iteration` on.
+    """Load shuffled, augmented batches, one `Batch` per iteration from `start_iteration` on.
 
     Arguments:
-        batch_size: images in a batch of all ranks together; a rank's share is `batch_size / world_size`.
-        iterations: the number of batches to give; None: without end.
+        batch_size: images per batch over all ranks; a rank's share is `batch_size / world_size`.
+        iterations: the number of batches to yield; None: endless.
         workers: the number of loading processes; 0: load in this one.
         reduced_decoding: decode large JPEGs at a fraction of their size (see ClassificationDataset).
-        on_corrupt: what to do about an image that cannot be read. "stop": raise the DatasetError that names it. "skip":
-            put another image in its place and say so in the batch's `replaced`, which a CorruptCounter takes.
+        on_corrupt: how to handle an unreadable image. "stop": raise a DatasetError that names it. "skip": replace it
+            with another image and report that in the batch's `replaced`, which a CorruptCounter reads.
     """
     if on_corrupt not in ON_CORRUPT:
         raise InputError(f"on_corrupt is {on_corrupt!r}; expected one of {', '.join(ON_CORRUPT)}")
@@ -154,10 +154,10 @@ def evaluation_loader(
     pin_memory: bool = False,
     collate_samples: Callable[[list[tuple]], tuple] = default_collate,
 ) -> Loader:
-    """Batches of `(images, labels)` with every image exactly once over all ranks, in order.
+    """Load batches of `(images, labels)`, with every image exactly once across all ranks, in order.
 
-    Images are `(n, 3, H, W)` uint8, labels `(n,)` int64, with `n` at most `batch_size` (of this rank alone). They are
-    decoded at their full size, and one that cannot be read always stops.
+    Images are `(n, 3, H, W)` uint8, labels `(n,)` int64, with `n` at most `batch_size` (for this rank alone). Images
+    are decoded at full size, and an unreadable one always stops the run.
     """
     dataset = ClassificationDataset(source, transform, seed=0)
     sampler = EvaluationSampler(len(source), batch_size=batch_size, rank=rank, world_size=world_size)
@@ -165,17 +165,17 @@ def evaluation_loader(
 
 
 def collate(samples: list[tuple]) -> Batch:
-    """Samples `(image, label)` or `(image, label, sentences)` as a batch."""
+    """Collate samples `(image, label)` or `(image, label, sentences)` into a batch."""
     replaced = [sentence for sample in samples for sentence in (sample[2] if len(sample) > 2 else ())]
     return Batch(*default_collate([sample[:2] for sample in samples]), replaced)
 
 
 class CorruptCounter:
-    """Counts, in the training process, the images that a loader with `on_corrupt="skip"` has replaced.
+    """Counts, in the training process, the images replaced by a loader with `on_corrupt="skip"`.
 
-    Called with each batch. It logs each unreadable image once, and raises DatasetError when more than `limit`, a share
-    of the images seen, were replaced. The first ten never stop a run unless `limit` is 0: a share of few images says
-    little. Each process of a run counts its own images, from its own start on.
+    Call it with each batch. It logs each unreadable image once, and raises DatasetError when the replaced share of the
+    images seen exceeds `limit`. The first ten never stop a run unless `limit` is 0, since a share of few images says
+    little. Each process of a run counts its own images, from its own start.
     """
 
     TOLERATED = 10
@@ -194,7 +194,7 @@ class CorruptCounter:
             self.replaced += 1
             if sentence not in self._known:
                 self._known.add(sentence)
-                logger.warning("%s. Another image took its place; %d so far", sentence, len(self._known))
+                logger.warning("%s. Another image replaced it; %d so far", sentence, len(self._known))
         if self.replaced > max(self.limit * self.images, self.TOLERATED if self.limit else 0):
             raise DatasetError(
                 f"{self.replaced} of the {self.images} images loaded so far could not be read and were replaced "

@@ -1,4 +1,4 @@
-"""Encoded image bytes to RGB pixels."""
+"""Decode image bytes to RGB pixels."""
 
 import io
 import warnings
@@ -9,8 +9,8 @@ from PIL import Image
 
 from resnet_backbone.data.errors import DatasetError
 
-# Decoding at a half, a quarter and an eighth goes by OpenCV's "reduced grayscale" flags: the color flag overrides
-# their gray.
+# Decoding at a half, a quarter and an eighth uses OpenCV's "reduced grayscale" flags; the color flag overrides the
+# grayscale.
 _FLAGS = {
     1: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
     2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -22,27 +22,26 @@ _FLAGS = {
 def decode(data: bytes, *, what: str, reduction: int = 1) -> np.ndarray:
     """Decode an image to `(H, W, 3)` uint8 RGB.
 
-    Grayscale, palette, alpha (dropped), 16-bit and CMYK images all become RGB. The EXIF orientation is ignored, as
-    torchvision's `ImageFolder` and Pillow's `open` ignore it. `what` names the image in the message of the
-    DatasetError that unreadable or truncated bytes raise.
+    Grayscale, palette, alpha (dropped), 16-bit and CMYK images all become RGB. The EXIF orientation is ignored, as in
+    torchvision's `ImageFolder` and Pillow's `open`. Unreadable or truncated bytes raise a DatasetError, in which `what`
+    names the image.
 
-    With a `reduction` of 2, 4 or 8 a JPEG, and nothing but a JPEG, is decoded at that fraction of its size, rounded up:
-    each pixel is about the mean of the pixels that it stands for. libjpeg does it by leaving out the high frequencies
-    of its 8x8 blocks.
+    A `reduction` of 2, 4 or 8 decodes JPEGs, and only JPEGs, at that fraction of their size, rounded up. Each pixel is
+    approximately the mean of those it replaces: libjpeg drops the high frequencies of its 8x8 blocks.
     """
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), _FLAGS[reduction])
     except cv2.error:  # empty, or an image of an impossible size
         image = None
-    # What OpenCV refuses, Pillow may know; if not, it knows why not.
+    # Pillow may decode what OpenCV rejects; if not, it says why.
     return _decode_with_pillow(data, what, reduction) if image is None else image
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width from a JPEG's header; None if the bytes do not begin as a JPEG does.
+    """Read height and width from a JPEG's header; None if the bytes do not start like a JPEG.
 
-    Read from the frame header (ITU-T T.81, B.2.2), which follows the tables and the metadata: every segment before it
-    is a marker and its own length.
+    They are in the frame header (ITU-T T.81, B.2.2), after the tables and metadata. Every segment before it has a
+    marker and its length.
     """
     if data[:3] != b"\xff\xd8\xff":
         return None

@@ -1,12 +1,11 @@
-"""Decoding and augmenting on the device, for large JPEGs: the loading processes only read files and draw parameters.
+"""Decode and augment large JPEGs on the device; the loading processes only read files and draw parameters.
 
-The batches are those of `train_loader` with the same `TrainTransform`: the same images in the same order, with the same
-windows, mirrors and color shifts. The pixels differ slightly, because each image is resized in float32 with one
-rounding at the end (the host rounds after each direction), and, on a GPU, because nvJPEG and libjpeg convert colors
-differently.
+The batches match those of `train_loader` with the same `TrainTransform`: the same images in the same order, with the
+same windows, mirroring and color shifts. The pixels differ slightly: each image is resized in float32 and rounded once
+at the end (the host rounds after each direction), and on a GPU, nvJPEG and libjpeg convert colors differently.
 
-On a GPU the work is queued from a second thread beside that of the training, and only one of them can run Python at a
-time. So the images of a batch are augmented together: the number of operations hardly depends on the batch's size.
+On a GPU, a second thread queues the work alongside the training thread, and only one of them can run Python at a time.
+So a batch's images are augmented together, which makes the number of operations nearly independent of the batch size.
 """
 
 import io
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class EncodedImage(NamedTuple):
-    """A JPEG and what to do with it; or, without parameters, the finished pixels `(3, h, w)` of any other image."""
+    """A JPEG and its augmentation parameters; without parameters, any other image's finished pixels `(3, h, w)`."""
 
     data: np.ndarray  # (bytes,) uint8
     parameters: CropParameters | None
@@ -46,7 +45,7 @@ class EncodedImage(NamedTuple):
 
 
 class EncodedBatch(NamedTuple):
-    """`n` of them; their data in one tensor, one after the other, so that a worker hands over one piece of memory."""
+    """`n` encoded images with their data concatenated in one tensor, so a worker hands over one block of memory."""
 
     data: torch.Tensor  # (bytes of all,) uint8
     ends: torch.Tensor  # (n,) int64, where each ends in `data`
@@ -59,7 +58,7 @@ class EncodedBatch(NamedTuple):
 class EncodedDataset(Dataset):
     """`dataset[position, index]` is an `EncodedImage`.
 
-    What the device cannot decode as the host does (CMYK and RGB-coded JPEGs, PNG, ...) is decoded and augmented here.
+    What the device would not decode like the host (CMYK and RGB-coded JPEGs, PNG, ...) is decoded and augmented here.
     """
 
     def __init__(self, source: ClassificationSource, transform: TrainTransform, *, seed: int) -> None:
@@ -96,7 +95,7 @@ def encoded_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """`EncodedBatch`es, one for each iteration from `start_iteration` on; arguments as `train_loader`'s."""
+    """Load one `EncodedBatch` per iteration from `start_iteration` on; arguments as for `train_loader`."""
     sampler = BatchSampler(
         len(source),
         batch_size,
@@ -111,16 +110,16 @@ def encoded_loader(
 
 
 class DeviceAugment:
-    """From an `EncodedBatch` to images `(n, 3, *crop)` uint8 and labels `(n,)` int64 on the device.
+    """Turns an `EncodedBatch` into images `(n, 3, *crop)` uint8 and labels `(n,)` int64 on the device.
 
-    `transform` and `seed` are those of the batch's loader. An image that the device cannot decode is decoded on the
-    host; if that cannot either, DatasetError names it.
+    `transform` and `seed` must match the batch's loader. An image that the device cannot decode is decoded on the host;
+    if that fails too, a DatasetError names it.
     """
 
     def __init__(self, transform: TrainTransform, *, seed: int, device: torch.device | str) -> None:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
-            # Another thread, such as the prefetcher's, has another current device.
+            # Other threads, such as the prefetcher's, have their own current device.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._transform = transform
         self._seed = seed
@@ -160,7 +159,7 @@ class DeviceAugment:
         return images, to_device(batch.labels, self.device)
 
     def _augment(self, images: list[torch.Tensor], parameters: list[CropParameters]) -> torch.Tensor:
-        """`(n, 3, *crop)` uint8 from decoded images `(3, H, W)` uint8 RGB on the device."""
+        """Augment decoded images `(3, H, W)` uint8 RGB on the device to `(n, 3, *crop)` uint8."""
         windows, flips = [one[:4] for one in parameters], [one.flip for one in parameters]
         pixels = self._resize(images, windows, self._transform.crop, flips).round_()
         weights = np.stack([np.zeros(3) if one.pca_weights is None else one.pca_weights for one in parameters])
@@ -170,17 +169,17 @@ class DeviceAugment:
         return orient(pixels.clamp_(0, 255).to(torch.uint8), channel_order=self._transform.channel_order)
 
     def _decode(self, files: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        """`(3, H, W)` uint8 RGB on the device for each file, or None."""
+        """Decode each file to `(3, H, W)` uint8 RGB on the device, or None."""
         if not files:
             return []
         if self.device.type == "cuda":
-            # torchvision decodes on a stream of its own, which does not wait for this one, into memory that work still
-            # queued on this one may be reading: that of the batch before.
+            # torchvision decodes on its own stream without waiting for this one, into memory that work still queued
+            # here (for the previous batch) may be reading.
             torch.cuda.current_stream(self.device).synchronize()
         try:
             return decode_jpeg(files, mode=ImageReadMode.RGB, device=self.device)
         except RuntimeError:
-            # One file that fails loses the others' results.
+            # One failing file discards the others' results.
             return [None] if len(files) == 1 else [self._decode([file])[0] for file in files]
 
     def _on_the_host(self, batch: EncodedBatch, row: int, file: torch.Tensor) -> torch.Tensor:
@@ -192,9 +191,9 @@ class DeviceAugment:
 
 
 class DevicePrefetcher:
-    """Augments one batch ahead: on a GPU in a thread, on a stream beside the training's.
+    """Augments one batch ahead; on a GPU, in a thread, on a stream separate from the training's.
 
-    Iterates over what `augment` makes of each of `batches`.
+    Iterates over the results of `augment` for each of `batches`.
     """
 
     def __init__(self, batches: Iterable[EncodedBatch], augment: DeviceAugment) -> None:
@@ -224,12 +223,12 @@ class DevicePrefetcher:
                 training = torch.cuda.current_stream(device)
                 training.wait_event(done)
                 for tensor in tensors:
-                    tensor.record_stream(training)  # its memory is not given away before the training has read it
+                    tensor.record_stream(training)  # its memory is not reused before the training has read it
                 yield tensors
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG in gray or YCbCr, from its header; None for everything else."""
+    """Read a gray or YCbCr JPEG's height and width from its header; None for anything else."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -1,8 +1,8 @@
-"""Textured shapes on cluttered backgrounds: the drawing behind the generated data sets.
+"""Draw textured shapes on cluttered backgrounds for the generated data sets.
 
-A class is a shape and nothing else. Colors, texture, size, aspect ratio, rotation and place are drawn from the same
-distributions for all classes, so that neither color nor texture tells them apart. Lengths are in pixels, angles in
-radians, images `(H, W, 3)` uint8.
+The shape alone defines the class. Colors, texture, size, aspect ratio, rotation and position are drawn from the same
+distributions for all classes, so neither color nor texture tells them apart. Lengths are in pixels, angles in radians,
+images `(H, W, 3)` uint8.
 """
 
 import math
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-_FRACTION_BITS = 4  # of the fixed-point coordinates in which OpenCV takes corners between pixels
-_ENLARGED = 4  # times in each direction, while a polygon is filled
+_FRACTION_BITS = 4  # of OpenCV's fixed-point coordinates, for subpixel corners
+_ENLARGED = 4  # scale factor in each direction while filling a polygon
 
 
 def _circle(radius: float, count: int = 40) -> np.ndarray:
@@ -20,13 +20,13 @@ def _circle(radius: float, count: int = 40) -> np.ndarray:
 
 
 def _polar(radii: np.ndarray, start: float = 0.0) -> np.ndarray:
-    """Corners `(n, 2)` at the given distances from the origin, in equal steps of angle."""
+    """Corners `(n, 2)` at the given distances from the origin, in equal angular steps."""
     angles = start + np.arange(len(radii)) * (2 * math.pi / len(radii))
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
 def _crescent() -> np.ndarray:
-    """A disc less a disc of the same size beside it: an outer arc, and back along the other disc's edge."""
+    """A disc minus an equal, offset disc: along the outer arc, then back along the other disc's edge."""
     reach = math.radians(125)
     outer = np.linspace(-reach, reach, 40)
     tip = np.array([math.cos(reach), math.sin(reach)])
@@ -48,7 +48,7 @@ def _cross(arm: float = 0.34) -> np.ndarray:
     return np.concatenate(corners)
 
 
-# Each shape fills about the unit circle; several contours are combined by the even-odd rule.
+# Each shape roughly fills the unit circle; multiple contours combine by the even-odd rule.
 SHAPES: dict[str, list[np.ndarray]] = {
     "disc": [_circle(0.9)],
     "square": [_polar(np.full(4, 1.1), math.pi / 4)],
@@ -66,11 +66,11 @@ CLASS_NAMES = list(SHAPES)
 
 @dataclass
 class Outline:
-    """A shape or blob at its place.
+    """A shape or blob at its position.
 
     Attributes:
         contours: corners `(n, 2)` as x, y; the center of the top left pixel is (0, 0). Even-odd rule.
-        area: of the whole outline, parts outside the image included, in square pixels.
+        area: of the whole outline, including parts outside the image, in square pixels.
     """
 
     contours: list[np.ndarray]
@@ -79,7 +79,7 @@ class Outline:
 
 @dataclass
 class Stamp:
-    """An outline's pixels: `coverage` `(h, w)` uint8 (255: inside) of the image's rows and columns from top, left."""
+    """An outline's pixels: `coverage` `(h, w)` uint8 (255: inside), placed at top, left in the image."""
 
     top: int
     left: int
@@ -91,7 +91,7 @@ class Stamp:
 
 
 def _area(contours: list[np.ndarray]) -> float:
-    """Area under the even-odd rule of contours that lie inside each other."""
+    """Even-odd area of nested contours."""
     areas = [
         abs(float(np.dot(c[:, 0], np.roll(c[:, 1], -1)) - np.dot(c[:, 1], np.roll(c[:, 0], -1)))) / 2 for c in contours
     ]
@@ -102,7 +102,7 @@ _UNIT_AREAS = {name: _area(contours) for name, contours in SHAPES.items()}
 
 
 def place_shape(name: str, center: tuple[float, float], radius: float, rng: np.random.Generator) -> Outline:
-    """A shape at `center` (x, y), of about the given radius, stretched by up to 1.5 and turned by any angle."""
+    """Place a shape of roughly the given radius at `center` (x, y), stretched by up to 1.5 and rotated by any angle."""
     stretch = math.exp(rng.uniform(-0.2, 0.2))
     turn, axis = (_rotation(angle) for angle in rng.uniform(0, 2 * math.pi, 2))
     matrix = turn @ np.diag([radius * stretch, radius / stretch]) @ axis
@@ -111,7 +111,7 @@ def place_shape(name: str, center: tuple[float, float], radius: float, rng: np.r
 
 
 def place_blob(center: tuple[float, float], radius: float, rng: np.random.Generator) -> Outline:
-    """An irregular rounded patch that resembles none of the shapes."""
+    """Place an irregular rounded patch that resembles none of the shapes."""
     angles = np.arange(24) * (2 * math.pi / 24)
     waves = np.arange(2, 5)[:, None]
     heights = rng.uniform(0.1, 0.35, (3, 1))
@@ -125,13 +125,13 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def stamp(outline: Outline, height: int, width: int) -> Stamp | None:
-    """The outline's pixels in an image of that size; None if it lies outside."""
+    """Rasterize the outline in an image of that size; None if it lies outside."""
     corners = np.concatenate(outline.contours)
     left, top = np.maximum(np.floor(corners.min(0)).astype(int) - 1, 0).tolist()
     right, bottom = np.minimum(np.ceil(corners.max(0)).astype(int) + 2, (width, height)).tolist()
     if left >= right or top >= bottom:
         return None
-    # Drawn enlarged and averaged: OpenCV's own antialiasing makes a filled polygon half a pixel larger all around.
+    # Draw enlarged and average: OpenCV's own antialiasing grows a filled polygon by half a pixel all around.
     large = np.zeros(((bottom - top) * _ENLARGED, (right - left) * _ENLARGED), np.uint8)
     fixed = [
         np.rint(((contour - (left, top) + 0.5) * _ENLARGED - 0.5) * 2**_FRACTION_BITS).astype(np.int32)
@@ -145,8 +145,8 @@ def stamp(outline: Outline, height: int, width: int) -> Stamp | None:
 def paint(image: np.ndarray, place: Stamp, rng: np.random.Generator, *, vivid: bool) -> None:
     """Fill a stamp with a random texture in two random colors.
 
-    Shapes are vivid, whatever their class, clutter is as dim as the background: what belongs together can be told at a
-    glance, as in photographs, while color says nothing about the class.
+    Shapes of every class are vivid, and clutter is as dim as the background. Objects stand out at a glance, as in
+    photographs, while color says nothing about the class.
     """
     if vivid:
         first = rng.uniform(60, 255, 3)
@@ -162,7 +162,7 @@ def paint(image: np.ndarray, place: Stamp, rng: np.random.Generator, *, vivid: b
 
 
 def texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """A pattern `(height, width)` float32 in 0...1: stripes, checks, dots, noise or a gradient."""
+    """Draw a pattern `(height, width)` float32 in 0...1: stripes, checks, dots, noise or a gradient."""
     kind = rng.integers(5)
     if kind == 0:
         cells = rng.random((max(2, height // 5), max(2, width // 5)), np.float32)
@@ -185,7 +185,7 @@ def texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Smooth color noise with lines and blobs."""
+    """Draw smooth color noise with lines and blobs."""
     cells = tuple(rng.integers(2, 7, 2))
     colors = np.clip(_dim_color(rng) + rng.normal(0, 18, (*cells, 3)), 0, 255).astype(np.uint8)
     image = cv2.resize(colors, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -205,12 +205,12 @@ def _dim_color(rng: np.random.Generator) -> np.ndarray:
 
 
 def line(image: np.ndarray, ends: np.ndarray, rng: np.random.Generator) -> None:
-    """A thin line of a random color between two points `(2, 2)`, given as x, y."""
+    """Draw a thin line in a random color between two points `(2, 2)`, given as x, y."""
     (x0, y0), (x1, y1) = np.rint(ends * 2**_FRACTION_BITS).astype(int).tolist()
     color = rng.integers(0, 256, 3).tolist()
     cv2.line(image, (x0, y0), (x1, y1), color, int(rng.integers(1, 3)), cv2.LINE_AA, _FRACTION_BITS)
 
 
 def add_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The image with fine noise, about 5 levels strong, in every pixel and channel."""
+    """Add fine noise of about 5 levels to every pixel and channel."""
     return cv2.subtract(cv2.add(image, rng.integers(0, 17, image.shape, np.uint8)), (8.0, 8.0, 8.0, 0.0))

@@ -1,4 +1,4 @@
-"""The exception for data that cannot be used, and the words that its messages share."""
+"""The exception for unusable data, and helpers for its messages."""
 
 import difflib
 import os
@@ -10,24 +10,24 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 
 
 class DatasetError(InputError):
-    """A data set, or one of its images, cannot be used; the message says what was found, expected, and what to do."""
+    """A data set or one of its images is unusable; the message says what was found and expected, and what to do."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader raises a worker's exception again, in the main process, with the worker's whole traceback as the
-        # only argument. The sentence meant for the user is the end of it.
+        # A DataLoader re-raises a worker's exception in the main process, with the worker's full traceback as the only
+        # argument. The sentence for the user is at its end.
         if message.startswith("Caught DatasetError in "):
             message = message.rpartition("DatasetError: ")[2].strip()
         super().__init__(message)
 
 
 def some(names: list[str], limit: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
+    """List the first names, and how many more there are."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
 
 
 def content(folder: Path) -> str:
-    """What lies in a folder, in a few words that begin with 'with'."""
+    """Describe a folder's contents in a few words that start with 'with'."""
     if not folder.is_dir():
         return "a file"
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -41,7 +41,7 @@ def content(folder: Path) -> str:
 
 
 def nearest_existing(path: Path) -> str:
-    """What is there, for the message about a path that is not."""
+    """Describe what exists instead, for the message about a missing path."""
     path = Path(os.path.abspath(path))
     parent = next(above for above in path.parents if above.exists())
     if parent != path.parent:

@@ -13,10 +13,9 @@ _EXTENSIONS = ", ".join(IMAGE_EXTENSIONS[:-1]) + " or " + IMAGE_EXTENSIONS[-1]
 
 
 class FolderSource(ClassificationSource):
-    """A folder of class folders: `ROOT/CLASS/IMAGE`, images at any depth below their class.
+    """A folder of class folders: `ROOT/CLASS/IMAGE`, with images at any depth below their class.
 
-    Classes are numbered in the order of their sorted names, images lie in the order of their sorted paths. Names that
-    begin with a dot are ignored.
+    Classes are numbered by sorted name, and images are ordered by sorted path. Names that start with a dot are ignored.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -57,7 +56,7 @@ class FolderSource(ClassificationSource):
         return os.path.join(self.root, self._paths[index])
 
     def ignored(self) -> Iterator[str]:
-        """Files in the class folders without the extension of an image, and all that lie beside the class folders."""
+        """Files in the class folders without an image extension, and all files next to the class folders."""
         for folder, folders, files in os.walk(self.root, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
@@ -67,7 +66,7 @@ class FolderSource(ClassificationSource):
 
 
 def _images_below(root: str, folder: str) -> Iterable[str]:
-    """Paths, relative to `root`, of the images in `root/folder` and below it."""
+    """Paths, relative to `root`, of the images in or below `root/folder`."""
     with os.scandir(os.path.join(root, folder)) as entries:
         for entry in entries:
             if entry.name.startswith("."):

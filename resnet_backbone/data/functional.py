@@ -1,4 +1,4 @@
-"""What augmentation does to pixels, each operation defined once for the host and for the device."""
+"""Pixel operations for augmentation, each defined once for both host and device."""
 
 import cv2
 import numpy as np
@@ -9,8 +9,8 @@ CHANNEL_ORDERS = ("RGB", "BGR")
 
 # Principal components of the RGB values of ImageNet's training images, in 0...255: standard deviations along the
 # components, and the components as columns (rows: red, green, blue). The AlexNet paper describes the augmentation
-# (Krizhevsky et al. 2012, section 4.1) but prints no numbers; these are those of fb.resnet.torch, the reimplementation
-# from which the published "PCA lighting" constants come (there in 0...1).
+# (Krizhevsky et al. 2012, section 4.1) but gives no numbers; these come from fb.resnet.torch, the reimplementation
+# behind the published "PCA lighting" constants (there in 0...1).
 PCA_VALUES = 255 * np.array([0.2175, 0.0188, 0.0045])
 PCA_VECTORS = np.array(
     [
@@ -22,7 +22,7 @@ PCA_VECTORS = np.array(
 
 
 def resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width after the shorter side is resized, the longer rounded down as in torchvision."""
+    """Height and width after resizing the shorter side; the longer is rounded down as in torchvision."""
     if height <= width:
         return short_side, short_side * width // height
     return short_side * height // width, short_side
@@ -31,23 +31,23 @@ def resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize `(H, W, 3)` uint8 to height and width `size`, bilinear with antialiasing.
 
-    The result equals that of Pillow's filter to within 1 level, and 2 in a few pixels at steep edges.
+    The result matches Pillow's filter to within 1 level, or 2 in a few pixels at steep edges.
     """
     if image.shape[:2] == tuple(size):
         return image
-    # OpenCV's filters differ from Pillow's (and so from what published weights were tested with) where they shrink;
-    # torch has Pillow's algorithm in vectorized form for uint8 pixels stored together. It gives the channels apart.
+    # When shrinking, OpenCV's filters differ from Pillow's, and so from those that published weights were tested with.
+    # torch vectorizes Pillow's algorithm for uint8 pixels with interleaved channels, but returns separate planes.
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     return functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def center_offset(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
-    """Top and left of the center crop of an image of height and width `size`, rounded as torchvision rounds them."""
+    """Top and left of the center crop for an image of height and width `size`, rounded as in torchvision."""
     return round((size[0] - crop[0]) / 2), round((size[1] - crop[1]) / 2)
 
 
 def orient(images: torch.Tensor, *, channel_order: str, flip: bool = False) -> torch.Tensor:
-    """Order the channels of `(..., 3, H, W)` RGB and, with `flip`, mirror left and right: one copy at most."""
+    """Reorder the channels of `(..., 3, H, W)` RGB and, if `flip`, mirror left and right, in at most one copy."""
     dims = [-3] * (channel_order == "BGR") + [-1] * flip
     return images.flip(dims) if dims else images
 
@@ -59,7 +59,7 @@ def mirrored_columns(width: int, flip: torch.Tensor) -> torch.Tensor:
 
 
 def color_shift(weights: np.ndarray) -> np.ndarray:
-    """The PCA color shift in whole levels of red, green and blue, from weights of the components; both `(..., 3)`."""
+    """Compute the PCA color shift in whole levels of red, green and blue from component weights; both `(..., 3)`."""
     return np.rint(weights * PCA_VALUES @ PCA_VECTORS.T)
 
 
@@ -71,12 +71,12 @@ def shift_colors(planes: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def to_planes(image: np.ndarray) -> np.ndarray:
     """Rearrange `(H, W, 3)` to contiguous `(3, H, W)`."""
     if image.strides[2] == 1:
-        return np.stack(cv2.split(image))  # several times as fast as numpy's copy
+        return np.stack(cv2.split(image))  # several times faster than numpy's copy
     return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
 def to_tensor(image: np.ndarray, *, channel_order: str, flip: bool = False) -> torch.Tensor:
-    """Make a contiguous `(3, H, W)` tensor of `(H, W, 3)` RGB, in the given channel order, mirrored if `flip`."""
+    """Convert `(H, W, 3)` RGB to a contiguous `(3, H, W)` tensor in the given channel order, mirrored if `flip`."""
     if flip:
-        image = cv2.flip(image, 1)  # for images of CIFAR's size three times as fast as torch's
+        image = cv2.flip(image, 1)  # three times as fast as torch's for CIFAR-size images
     return orient(torch.from_numpy(to_planes(image)), channel_order=channel_order)

@@ -1,7 +1,7 @@
-"""Generated data sets: eight textured shapes, for a demonstration that needs no download.
+"""Generate data sets of eight textured shapes, for a demo that needs no download.
 
-`write_classification` writes tar shards for `open_source`, `write_detection` images with annotations in COCO form.
-Image `i` of a set depends on the seed and `i` alone.
+`write_classification` writes tar shards for `open_source`; `write_detection` writes images with COCO annotations.
+Image `i` of a set depends only on the seed and `i`.
 """
 
 import io
@@ -31,18 +31,18 @@ from resnet_backbone.data.errors import DatasetError
 
 PARAMETERS_FILE = "parameters.json"
 
-# Raised whenever the same seed begins to give other images, so that an older folder is not taken for the new data.
+# Increment whenever the same seed yields different images, so that an older folder is not mistaken for the new data.
 _VERSION = 2
 _CLASSIFICATION, _DETECTION = 11, 12  # first words of the random streams' keys
-_LEAST_VISIBLE = 1 / 3  # share of an object's area; with less of it in sight an object is placed anew
+_LEAST_VISIBLE = 1 / 3  # share of an object's area; an object with less in sight is placed again
 
 
 def write_classification(folder: str | Path, *, images: int, image_size: int = 72, seed: int, shards: int = 1) -> str:
     """Write a classification set, and return its shard pattern for `open_source`.
 
-    The folder gets `train-000000.tar` and so on, `classes.txt` and `parameters.json`; the classes follow each other in
-    turn. Equal arguments give equal bytes. A folder that was written with the same arguments is kept as it is. The
-    folder appears when it is complete: it is written under another name beside its own, then renamed.
+    The folder gets `train-000000.tar` and so on, `classes.txt` and `parameters.json`; the images cycle through the
+    classes. Equal arguments give equal bytes. A folder written with the same arguments is left alone. The folder
+    appears only when complete: it is written next to its final location under another name, then renamed.
 
     Raises DatasetError if the folder holds anything else.
     """
@@ -72,9 +72,9 @@ def write_detection(
 ) -> Path:
     """Write a detection set (`images/*.jpg`, `annotations.json`, `parameters.json`); return the annotations' path.
 
-    Annotations have COCO's form: category ids 1 to 8, boxes `[x, y, width, height]` around the visible part of an
-    object, `area` its visible pixels. `objects` is the smallest and largest number of objects in an image; where they
-    find no place without hiding each other, there are fewer. Kept, completed and refused as in `write_classification`.
+    Annotations use COCO's format: category ids 1 to 8, boxes `[x, y, width, height]` around an object's visible part,
+    `area` its visible pixels. `objects` is the smallest and largest number of objects per image; there are fewer if
+    they do not fit without hiding each other. Existing folders are handled as in `write_classification`.
     """
     if not 1 <= objects[0] <= objects[1]:
         raise ValueError(f"the number of objects is {tuple(objects)}; expected 1 <= smallest <= largest")
@@ -108,7 +108,7 @@ def write_detection(
 
 
 def classification_image(seed: int, index: int, size: int) -> tuple[np.ndarray, int]:
-    """Image `index`, `(size, size, 3)` uint8 RGB, and its label: one whole shape, sometimes with other things about."""
+    """Draw image `index`, `(size, size, 3)` uint8 RGB, with its label: one whole shape, sometimes amid clutter."""
     rng = np.random.default_rng((_CLASSIFICATION, seed, index))
     label = index % len(CLASS_NAMES)
     image = background(size, size, rng)
@@ -127,10 +127,10 @@ def classification_image(seed: int, index: int, size: int) -> tuple[np.ndarray, 
 def detection_image(
     seed: int, index: int, size: int, objects: tuple[int, int]
 ) -> tuple[np.ndarray, list[dict], np.ndarray]:
-    """Image `index`, its objects, and which object each pixel shows.
+    """Draw image `index`; return it with its objects and each pixel's object.
 
-    Returns the image `(size, size, 3)` uint8 RGB; for each object `category_id`, `bbox` and `area` as in COCO; and
-    `(size, size)` int64 with the object's place in that list, -1 for the background.
+    Returns the image `(size, size, 3)` uint8 RGB; each object's `category_id`, `bbox` and `area` as in COCO; and
+    `(size, size)` int64 with the object's index in that list, -1 for the background.
     """
     rng = np.random.default_rng((_DETECTION, seed, index))
     image = background(size, size, rng)
@@ -163,7 +163,7 @@ def detection_image(
 
 
 def _paint_at_border(image: np.ndarray, rng: np.random.Generator) -> None:
-    """A small shape of any class, more than half of it outside the image."""
+    """Paint a small shape of any class, more than half of it outside the image."""
     size = image.shape[0]
     radius = rng.uniform(0.1, 0.18) * size
     across = -0.3 * radius if rng.random() < 0.5 else size + 0.3 * radius
@@ -175,12 +175,12 @@ def _paint_at_border(image: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def _occlude(image: np.ndarray, shape: Outline, coverage: np.ndarray, rng: np.random.Generator) -> None:
-    """A blob or a line over a part of a shape."""
+    """Paint a blob or a line over part of a shape."""
     corners = shape.contours[0]
     if rng.random() < 0.5:
         line(image, corners[rng.integers(len(corners), size=2)] + rng.normal(0, 3, (2, 2)), rng)
         return
-    # On the edge, and small enough to leave the larger part of any shape in sight.
+    # On the edge, and small enough to leave most of any shape visible.
     radius = rng.uniform(0.15, 0.3) * np.sqrt(shape.area)
     place = stamp(place_blob(corners[rng.integers(len(corners))], radius, rng), *image.shape[:2])
     if place is not None:
@@ -192,26 +192,26 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its times and owner are fixed: equal data, equal bytes
+    member = tarfile.TarInfo(name)  # its times and owner are fixed, so equal data gives equal bytes
     member.size = len(data)
     archive.addfile(member, io.BytesIO(data))
 
 
 def _complete(folder: Path, parameters: dict, write: Callable[[Path], None]) -> None:
-    """Make `folder` by `write(temporary folder)`, all or nothing, unless it is there with these parameters."""
+    """Create `folder` with `write(temporary folder)`, all or nothing, unless it exists with these parameters."""
     parameters = {"generated": "resnet_backbone", "version": _VERSION, **parameters}
     if _is_there(folder, parameters):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        temporary.chmod(0o755)  # mkdtemp's folders are closed to others
+        temporary.chmod(0o755)  # mkdtemp's folders are private to the user
         write(temporary)
         (temporary / PARAMETERS_FILE).write_text(json.dumps(parameters, indent=1) + "\n")
         try:
             os.rename(temporary, folder)
         except OSError:
-            # Another process may have finished the same set meanwhile.
+            # Another process may have finished the same set in the meantime.
             if not _is_there(folder, parameters):
                 raise
     finally:
@@ -219,7 +219,7 @@ def _complete(folder: Path, parameters: dict, write: Callable[[Path], None]) -> 
 
 
 def _is_there(folder: Path, parameters: dict) -> bool:
-    """Whether the folder holds the set; DatasetError if it holds another or anything else."""
+    """Whether the folder holds the set; raises DatasetError if it holds another set or anything else."""
     if not folder.exists():
         return False
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""What a source of classification images is."""
+"""The interface of a classification image source."""
 
 import os
 from abc import ABC, abstractmethod
@@ -10,8 +10,8 @@ import numpy as np
 class PackedStrings:
     """A list of strings in two numpy arrays.
 
-    A Python list would be copied page by page into every forked worker, because reading a Python object writes its
-    reference count; arrays stay shared.
+    Every forked worker would end up copying a Python list page by page, because reading a Python object writes its
+    reference count. Arrays stay shared.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
@@ -44,12 +44,12 @@ class ClassificationSource(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded image, as stored."""
+        """Read the encoded image, as stored."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """What to call the image in a message: its path, or shard and key."""
+        """Name the image for messages: its path, or shard and key."""
 
     def ignored(self) -> Iterable[str]:
-        """Files that lie among the images but are not taken for such."""
+        """Files among the images that are not treated as images."""
         return ()

@@ -1,7 +1,7 @@
-"""The augmentation of the ResNet paper's CIFAR-10 runs: padding, a random crop, a random mirror (section 4.2).
+"""The ResNet paper's CIFAR-10 augmentation (section 4.2): padding, random crop, random mirroring.
 
-The draws come from a counter-based hash instead of `sample_rng`: those of a whole epoch take milliseconds at once, and
-each is the same as when it is drawn alone.
+The draws come from a counter-based hash instead of `sample_rng`: a whole epoch's draws take milliseconds together, and
+each equals the one drawn alone.
 """
 
 from typing import NamedTuple
@@ -15,8 +15,8 @@ from resnet_backbone.data.functional import to_tensor
 from resnet_backbone.data.transforms import check_channel_order, check_crop, check_flip
 from resnet_backbone.errors import InputError
 
-# SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17): the increment of
-# its counter, and shifts and multipliers of its finalizer (variant 13 of Stafford's).
+# SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17): its counter's
+# increment, and its finalizer's shifts and multipliers (Stafford's variant 13).
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -25,7 +25,7 @@ _HALF, _LOW_HALF = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 class PaddedCropParameters(NamedTuple):
-    """What is drawn for `n` positions, `(n,)` int64 each: the crop's corner in the padded image; 1 to mirror it."""
+    """The draws for `n` positions, `(n,)` int64 each: the crop's corner in the padded image; 1 to mirror it."""
 
     top: np.ndarray
     left: np.ndarray
@@ -33,15 +33,15 @@ class PaddedCropParameters(NamedTuple):
 
 
 class PaddedCropTransform:
-    """Pad with black pixels, crop at a random place, mirror left and right half of the time.
+    """Pad with black pixels, crop at a random position, mirror left and right half of the time.
 
-    Called as `transform(image, seed=seed, position=position)` with `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8.
+    Called as `transform(image, seed=seed, position=position)` with `(H, W, 3)` uint8 RGB; returns `(3, *crop)` uint8.
 
     Arguments:
         padding: black pixels added on each of the four sides.
         crop: height and width of the result in pixels.
-        flip: probability of the mirror.
-        channel_order: "RGB" or "BGR", of the result.
+        flip: probability of mirroring.
+        channel_order: the result's, "RGB" or "BGR".
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PaddedCropTransform:
         return to_tensor(image, channel_order=self.channel_order, flip=bool(flip))
 
     def draw(self, height: int, width: int, *, seed: int, positions: np.ndarray) -> PaddedCropParameters:
-        """Draw what is done with images of `height` by `width` pixels at `positions`, `(n,)` integers."""
+        """Draw the parameters for images of `height` by `width` pixels at `positions`, `(n,)` integers."""
         rows, columns = (length + 2 * self.padding - size for length, size in zip((height, width), self.crop))
         if min(rows, columns) < 0:
             raise DatasetError(
@@ -78,8 +78,8 @@ class PaddedCropTransform:
                 f"of {self.crop[0]}x{self.crop[1]}; make the crop smaller or the padding larger"
             )
         place, mirror = random_words(seed, positions, 2)
-        # From 32 random bits to one of n places: the high half of their product with n, whose probabilities differ from
-        # 1 / n by less than 2^-32.
+        # Map 32 random bits to one of n places with the high half of their product with n. The probabilities differ
+        # from 1 / n by less than 2^-32.
         top = ((place >> _HALF) * np.uint64(rows + 1)) >> _HALF
         left = ((place & _LOW_HALF) * np.uint64(columns + 1)) >> _HALF
         flip = (mirror >> _HALF) < np.uint64(round(self.flip * 2**32))
@@ -87,7 +87,7 @@ class PaddedCropTransform:
 
 
 def random_words(seed: int, positions: np.ndarray, count: int) -> list[np.ndarray]:
-    """The first `count` numbers, each `(n,)` uint64, of a SplitMix64 generator of its own for each position."""
+    """The first `count` numbers, each `(n,)` uint64, from a separate SplitMix64 generator for each position."""
     if seed < 0 or (positions < 0).any():
         raise ValueError(f"a random stream's seed and position must not be negative; got {seed} and {positions.min()}")
     key = _finalize(np.array([seed % 2**64], np.uint64) + _INCREMENT)
@@ -100,7 +100,7 @@ def random_words(seed: int, positions: np.ndarray, count: int) -> list[np.ndarra
 
 
 def _finalize(words: np.ndarray) -> np.ndarray:
-    """SplitMix64's one-to-one scrambling of 64 bits; arithmetic modulo 2^64."""
+    """Apply SplitMix64's one-to-one scrambling of 64 bits; arithmetic is modulo 2^64."""
     words = (words ^ (words >> _SHIFTS[0])) * _FACTORS[0]
     words = (words ^ (words >> _SHIFTS[1])) * _FACTORS[1]
     return words ^ (words >> _SHIFTS[2])

@@ -1,6 +1,6 @@
-"""Small data sets that live on the device as a whole: a batch is one gather there.
+"""Small data sets that live entirely on the device, where a batch is one gather.
 
-The batches are those of `train_loader` with a `PaddedCropTransform`, and of `evaluation_loader`, to the last bit.
+The batches are bit-identical to those of `train_loader` with a `PaddedCropTransform`, and of `evaluation_loader`.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from resnet_backbone.data.transfer import to_device
 
 
 class BatchCrops(NamedTuple):
-    """Which images a batch holds and how they are cropped, each `(n,)` int64 on the device; `flip` is 0 or 1."""
+    """A batch's images and their crops, each `(n,)` int64 on the device; `flip` is 0 or 1."""
 
     indices: torch.Tensor
     top: torch.Tensor
@@ -29,16 +29,16 @@ class BatchCrops(NamedTuple):
 
 
 class ResidentBatches:
-    """Shuffled, augmented batches from images that all lie on the device.
+    """Shuffled, augmented batches from images that all live on the device.
 
-    `resident(start_iteration)` iterates without end over `(images, labels)`: `(n, 3, *crop)` uint8, stored channels
-    last, and `(n,)` int64, both on the device, with `n = batch_size / world_size`: `resident.gather(*crops)` of
-    `crops = resident.crops(iteration)` for one iteration after the other. `crops` gives slices of what is computed and
-    uploaded once an epoch, and `gather` launches the same operators on tensors of the same shapes each time, so that a
-    CUDA graph can record it; neither waits for the device.
+    `resident(start_iteration)` iterates endlessly over `(images, labels)`: `(n, 3, *crop)` uint8, stored channels last,
+    and `(n,)` int64, both on the device, with `n = batch_size / world_size`. For each iteration in turn, it yields
+    `resident.gather(*crops)` with `crops = resident.crops(iteration)`. `crops` returns slices of data that is computed
+    and uploaded once per epoch. `gather` launches the same operators on the same tensor shapes each time, so a CUDA
+    graph can record it. Neither waits for the device.
 
     Attributes:
-        images: `(N, H + 2 * padding, W + 2 * padding, 3)` uint8, in the transform's channel order, the padding black.
+        images: `(N, H + 2 * padding, W + 2 * padding, 3)` uint8, in the transform's channel order, with black padding.
         labels: `(N,)` int64.
 
     Raises DatasetError if the images differ in size.
@@ -60,7 +60,7 @@ class ResidentBatches:
         self._device = torch.device(device)
         pixels = _decode_all(source)
         self._size = pixels.shape[1:3]
-        transform.draw(*self._size, seed=seed, positions=np.zeros(1, np.int64))  # does the crop fit?
+        transform.draw(*self._size, seed=seed, positions=np.zeros(1, np.int64))  # checks that the crop fits
         if transform.channel_order == "BGR":
             pixels = pixels[..., ::-1]
         sides = (transform.padding, transform.padding)
@@ -74,11 +74,11 @@ class ResidentBatches:
             yield self.gather(*self.crops(iteration))
 
     def gather(self, *crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images `(n, 3, *crop)` uint8, stored channels last, and labels `(n,)` of the fields of a `BatchCrops`."""
+        """Gather images `(n, 3, *crop)` uint8, stored channels last, and labels `(n,)` given a `BatchCrops`' fields."""
         return gather_crops(self.images, self.labels, *crops, size=self._transform.crop)
 
     def crops(self, iteration: int) -> BatchCrops:
-        """This rank's part of one iteration's batch; the same whenever it is asked for."""
+        """This rank's part of one iteration's batch; deterministic."""
         sampler = self._sampler
         length = -(-sampler.size // sampler.batch_size)  # iterations in a block: an epoch, rounded up
         number = iteration // length
@@ -87,7 +87,7 @@ class ResidentBatches:
         return BatchCrops(*self._block[1][iteration % length].unbind())
 
     def _upload(self, first: int, iterations: int) -> torch.Tensor:
-        """The crops of several iterations, `(iterations, 4, n)` int64 on the device."""
+        """Upload the crops of several iterations, `(iterations, 4, n)` int64 on the device."""
         sampler = self._sampler
         share = sampler.batch_size // sampler.world_size
         positions = np.arange(first, first + iterations)[:, None] * sampler.batch_size
@@ -107,9 +107,9 @@ def gather_crops(
     *,
     size: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take crops of height and width `size` out of padded images `(N, H, W, 3)`; the others as in `BatchCrops`.
+    """Cut crops of height and width `size` from padded images `(N, H, W, 3)`; other arguments as in `BatchCrops`.
 
-    Gives `(n, 3, *size)`, stored channels last, and labels `(n,)`.
+    Returns `(n, 3, *size)`, stored channels last, and labels `(n,)`.
     """
     rows = top[:, None] + torch.arange(size[0], device=images.device)
     columns = left[:, None] + mirrored_columns(size[1], flip != 0)
@@ -118,10 +118,10 @@ def gather_crops(
 
 
 class ResidentEvaluation:
-    """This rank's share of a source, transformed once and kept on the device, as `evaluation_loader` gives it.
+    """This rank's share of a source, as in `evaluation_loader`, transformed once and kept on the device.
 
-    Iterates, as often as wished, over `(images, labels)`: `(n, 3, H, W)` uint8 and `(n,)` int64 on the device, with `n`
-    at most `batch_size` (of this rank alone). `transform` gives images of one size and draws nothing (EvalTransform).
+    Iterates any number of times over `(images, labels)`: `(n, 3, H, W)` uint8 and `(n,)` int64 on the device, with `n`
+    at most `batch_size` (for this rank alone). `transform` returns one image size and is not random (EvalTransform).
     """
 
     def __init__(
@@ -155,7 +155,7 @@ def _decode(source: ClassificationSource, index: int) -> np.ndarray:
 
 
 def _decode_all(source: ClassificationSource) -> np.ndarray:
-    """All images of a source, `(N, H, W, 3)` uint8 RGB."""
+    """Decode all images of a source to `(N, H, W, 3)` uint8 RGB."""
     first = _decode(source, 0)
     pixels = np.empty((len(source), *first.shape), np.uint8)
     pixels[0] = first

@@ -1,11 +1,11 @@
 """Crop, resize and mirror many images of different sizes: bilinear with antialiasing.
 
-`resize_each` is the plain definition, torch's operator applied to one window after the other. `resize_windows` gives
-the same for all windows in a few operations, however many they are. It is for GPUs, where every operation is a launch
-from Python; on a CPU the other is about three times as fast.
+`resize_each` is the reference: it applies torch's operator to each window in turn. `resize_windows` computes the same
+in a few operations, however many windows there are. It is for GPUs, where every operation is a launch from Python; on a
+CPU, `resize_each` is about three times as fast.
 
-Resizing is linear and acts on rows and columns apart: `out = W_y @ window @ W_x.T`. The windows of a group are laid
-into one canvas of zeros, as large as the largest of them, and multiplied by the weights of each.
+Resizing is linear and separable: `out = W_y @ window @ W_x.T`. A group's windows are zero-padded to the size of the
+largest, in one canvas, and each is multiplied by its own weights.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ from resnet_backbone.data.transfer import to_device
 
 Window = tuple[int, int, int, int]  # top, left, height and width in pixels of its image
 
-# The memory of one group. The windows of 256 photographs of ImageNet's sizes, resized to 224x224, make six to eight
-# groups; with twice the memory there would be hardly fewer, because of MAX_PADDING.
+# The memory of one group. Windows of 256 ImageNet-size photographs, resized to 224x224, form six to eight groups;
+# because of MAX_PADDING, twice the memory would hardly reduce that.
 GROUP_BYTES = 256 * 2**20
-# The canvas of a group has at most this many times the pixels of any of its windows.
+# A group's canvas has at most this many times the pixels of any of its windows.
 MAX_PADDING = 3
 
 
 def resize_each(
     images: Sequence[torch.Tensor], windows: Sequence[Window], size: tuple[int, int], flip: Sequence[bool]
 ) -> torch.Tensor:
-    """Cut a window out of each image, resize it to height and width `size`, mirror it where `flip` says so.
+    """Cut a window from each image, resize it to height and width `size`, and mirror it where `flip` is set.
 
     Arguments:
         images: `(3, h, w)` uint8 each, of any sizes, all on one device; at least one.
-        windows: one for each image, inside it.
+        windows: one per image, inside it.
 
     Returns `(n, 3, *size)` float32 in 0...255, not rounded.
     """
@@ -51,15 +51,15 @@ def resize_windows(
     *,
     group_bytes: int = GROUP_BYTES,
 ) -> torch.Tensor:
-    """Do what `resize_each` does, in a number of operations that grows with that of groups, not of images.
+    """Do what `resize_each` does, with a number of operations that grows with groups, not images.
 
-    The canvas of a group, its weights and the half-resized lines take `group_bytes` of memory at most, or the group is
-    a single image. The last bits of a result depend on the group that it was in.
+    A group's canvas, weights and half-resized lines take at most `group_bytes` of memory, unless the group is a single
+    image. A result's last bits depend on its group.
 
-    The products are of float32, under autocast too. Where the process allows TF32 for products, which torch does only
-    if told to, they are of TF32: values are off by up to 0.25, and 3 % of them then round to the next level. That
-    setting is the whole process's. To change it here, in a thread beside the training's, would now and then change the
-    training's products.
+    Matrix products use float32, even under autocast. If the process allows TF32 for them, which torch does only on
+    request, they use TF32: values are off by up to 0.25, and 3% of them round to the next level. That setting is
+    process-wide. Changing it here, in a thread alongside the training, would occasionally change the training's
+    products.
     """
     views = _views(images, windows)
     shapes = [tuple(view.shape[1:]) for view in views]
@@ -87,14 +87,12 @@ def resize_windows(
 
 
 class _Axis:
-    """The weights along rows or columns: the triangle of `interpolate(mode="bilinear", antialias=True)`.
+    """The weights along rows or columns: the triangle filter of `interpolate(mode="bilinear", antialias=True)`.
 
-    Output `i` of `out` is a mean of the inputs around the place `(i + 0.5) * scale`, where `scale` is `length / out`.
-    The weight of an input, at `j + 0.5`, falls linearly to 0 at a distance of `scale` pixels, or of 1 where the image
-    is enlarged.
+    Output `i` of `out` averages the inputs around `(i + 0.5) * scale`, where `scale` is `length / out`. The weight of
+    the input at `j + 0.5` falls linearly to 0 at a distance of `scale` pixels, or of 1 when enlarging.
 
-    `lengths` is `(n,)`, the number of inputs of each window, of which `longest` is the largest; `mirrored` is `(n,)`
-    bool.
+    `lengths` is `(n,)`, each window's number of inputs; `longest` is their maximum; `mirrored` is `(n,)` bool.
     """
 
     def __init__(self, lengths: torch.Tensor, longest: int, out: int, mirrored: torch.Tensor | None = None) -> None:
@@ -107,7 +105,7 @@ class _Axis:
         self._reaches = scales.clamp(min=1)  # (n, 1)
 
     def weights(self, part: slice, longest: int) -> torch.Tensor:
-        """`(windows of the part, out, longest)` float32; each row's sum is 1."""
+        """Weights `(windows in part, out, longest)` float32; each row sums to 1."""
         weights = (self._inputs[part, None, :longest] - self._centers[part, :, None]).abs_()
         torch.sub(self._reaches[part, :, None], weights, out=weights).clamp_(min=0)
         return weights.div_(weights.sum(2, keepdim=True))
@@ -121,9 +119,9 @@ def _views(images: Sequence[torch.Tensor], windows: Sequence[Window]) -> list[to
 
 
 def _canvas(views: list[torch.Tensor]) -> torch.Tensor:
-    """`(n, h, 3, w)` float32 with each `(3, height, width)` at the upper left of zeros.
+    """Lay out views `(3, height, width)` as `(n, h, 3, w)` float32, each at the top left of zeros.
 
-    The channels lie between rows and columns so that one product of matrices serves all three.
+    The channels lie between rows and columns so that one matrix product handles all three.
     """
     height, width = max(view.shape[1] for view in views), max(view.shape[2] for view in views)
     canvas = torch.zeros((len(views), height, 3, width), device=views[0].device)
@@ -133,7 +131,7 @@ def _canvas(views: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _groups(shapes: list[tuple[int, int]], size: tuple[int, int], group_bytes: int) -> list[list[int]]:
-    """Indices of the windows to resize together, the largest first."""
+    """Group the indices of windows to resize together, largest first."""
     groups: list[list[int]] = []
     canvas = 0, 0
     for index in sorted(range(len(shapes)), key=lambda index: shapes[index][0] * shapes[index][1], reverse=True):
@@ -153,5 +151,5 @@ def _groups(shapes: list[tuple[int, int]], size: tuple[int, int], group_bytes: i
 
 
 def _bytes(height: int, width: int, out_height: int, out_width: int) -> int:
-    """Memory of one window in a group: canvas, half-resized lines, the weights of both axes."""
+    """Memory of one window in a group: canvas, half-resized lines, and both axes' weights."""
     return 4 * (3 * width * (height + out_height) + height * out_height + width * out_width)

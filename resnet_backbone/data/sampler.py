@@ -1,9 +1,9 @@
-"""Which image at which iteration: a batch is a pure function of the seed and the iteration.
+"""Choose the images for each iteration: a batch is a pure function of the seed and the iteration.
 
-A *position* counts the samples of a whole run: iteration `i` holds the positions `i * batch_size` up to, not including,
+A *position* counts samples over a whole run: iteration `i` covers positions `i * batch_size` up to, but not including,
 `(i + 1) * batch_size`. The image at a position comes from the epoch's permutation, its augmentation from
-`sample_rng(seed, position)`. So neither the number of workers nor prefetching nor the moment at which a run was stopped
-changes what the network sees, and the one integer to keep for an exact resume is the iteration.
+`sample_rng(seed, position)`. So the number of workers, prefetching and the point where a run was stopped do not change
+what the network sees, and an exact resume needs only one integer: the iteration.
 """
 
 import random
@@ -13,10 +13,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-# Batches of one group (say, of one orientation) are put together inside windows of this many batches.
+# Single-group batches (say, of one orientation) are assembled within windows of this many batches.
 GROUP_WINDOW = 64
 
-# First word of each random stream's key, so that the streams of one seed are independent of each other.
+# First word of each random stream's key, so that streams with the same seed are independent.
 _PERMUTATION, _SAMPLE, _WINDOW = 1, 2, 3
 
 
@@ -27,7 +27,7 @@ def _rng(stream: int, seed: int, number: int) -> np.random.Generator:
 
 
 def sample_rng(seed: int, position: int) -> np.random.Generator:
-    """The random generator for everything drawn at one position of a run."""
+    """The random generator for all draws at one position of a run."""
     return _rng(_SAMPLE, seed, position)
 
 
@@ -35,15 +35,15 @@ def sample_rng(seed: int, position: int) -> np.random.Generator:
 def seeded_globals(seed: int, position: int) -> Iterator[None]:
     """Seed `random`, `numpy.random` and torch's CPU generator from (seed, position) inside the block.
 
-    For augmentations that draw from the global generators (Detectron2's do). The generators' former states are
-    restored on exit, whatever happens inside.
+    For augmentations that draw from the global generators, as Detectron2's do. The generators' previous states are
+    always restored on exit.
     """
     words = [int(word) for word in _rng(_SAMPLE, seed, position).integers(0, 2**32, size=3, dtype=np.uint64)]
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         random.seed(words[0])
         np.random.seed(words[1])
-        # torch.manual_seed would seed the GPUs too, which a forked worker must not touch.
+        # torch.manual_seed would also seed the GPUs, which a forked worker must not touch.
         torch.default_generator.manual_seed(words[2])
         yield
     finally:
@@ -57,17 +57,17 @@ class BatchSampler:
 
     Arguments:
         size: number of images in the data set.
-        batch_size: images in a batch of all ranks together.
-        seed: of the order; not negative.
-        start_iteration: the first iteration to give.
-        iterations: how many batches to give; None: without end.
+        batch_size: images per batch over all ranks.
+        seed: for the order; not negative.
+        start_iteration: the first iteration to yield.
+        iterations: number of batches to yield; None: endless.
         rank, world_size: this process gets the `rank`-th of `world_size` equal, contiguous slices of each batch.
-        shuffle: without it every epoch runs through the images in order.
-        groups: a group number for each image, for instance 0 for portrait and 1 for landscape. Batches then hold one
-            group wherever possible. Inside a window of `GROUP_WINDOW` batches each position is used exactly once;
-            what is left over after cutting each group into full batches forms mixed ones.
+        shuffle: if False, every epoch goes through the images in order.
+        groups: a group number for each image, e.g. 0 for portrait and 1 for landscape. Batches then hold a single
+            group wherever possible. Within a window of `GROUP_WINDOW` batches, each position is used exactly once;
+            images left over after cutting each group into full batches form mixed batches.
 
-    Raises ValueError if the sizes do not fit each other.
+    Raises ValueError if the sizes are inconsistent.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class BatchSampler:
             iteration += 1
 
     def batch(self, iteration: int) -> list[tuple[int, int]]:
-        """This rank's `(position, index)` pairs of one iteration; the same whenever it is asked for."""
+        """This rank's `(position, index)` pairs for one iteration; deterministic."""
         if self.groups is None:
             positions = np.arange(iteration * self.batch_size, (iteration + 1) * self.batch_size)
         else:
@@ -141,13 +141,13 @@ class BatchSampler:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
-            # A batch may lie across the border of two epochs, so the one before is kept.
+            # A batch may span two epochs, so keep the previous one.
             self._epochs = {kept: order for kept, order in self._epochs.items() if kept == epoch - 1}
             self._epochs[epoch] = _rng(_PERMUTATION, self.seed, epoch).permutation(self.size)
         return self._epochs[epoch]
 
     def _grouped(self, window: int) -> np.ndarray:
-        """The positions of all batches of one window, `(GROUP_WINDOW, batch_size)` int64."""
+        """The positions of all batches in one window, `(GROUP_WINDOW, batch_size)` int64."""
         if self._window is None or self._window[0] != window:
             count = GROUP_WINDOW * self.batch_size
             positions = np.arange(window * count, (window + 1) * count)
@@ -166,9 +166,9 @@ class BatchSampler:
 
 
 class EvaluationSampler:
-    """Batches of `(position, index)` that hold every image exactly once over all ranks, in order.
+    """Batches of `(position, index)` that cover every image exactly once across all ranks, in order.
 
-    Rank `r` gets a contiguous shard; shards differ by at most one image, the last batch of a shard may be smaller, and
+    Rank `r` gets a contiguous shard. Shard sizes differ by at most one image, a shard's last batch may be smaller, and
     with more ranks than images some ranks get no batch. `position` equals `index`.
     """
 

@@ -1,8 +1,7 @@
-"""Images in tar shards, read at random without unpacking.
+"""Read images from tar shards in random order, without unpacking.
 
 A record is a pair of members, `KEY.jpg` (or `.jpeg`, `.png`) and `KEY.cls` with the class number as text, as WebDataset
-writes them. Each shard is gone through once, when it is opened, to note where its images lie; after that an image is
-one `pread`.
+writes them. Each shard is scanned once, when opened, to index its images; after that, an image takes one `pread`.
 """
 
 import os
@@ -20,18 +19,18 @@ from resnet_backbone.data.errors import DatasetError, nearest_existing, some
 from resnet_backbone.data.interface import ClassificationSource, PackedStrings
 
 RECORD_EXTENSIONS = (".jpg", ".jpeg", ".png")
-_OPEN_FILES = 64  # shards that one process keeps open at once
+_OPEN_FILES = 64  # shards that a process keeps open at once
 _LAST_HEADER = bytes(512)  # ends an archive
 _SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)  # in a member's header, in octal digits
 
 
 class ShardSource(ClassificationSource):
-    """All records of the shards that a pattern names, in the order in which they are stored.
+    """All records of the shards that match a pattern, in stored order.
 
-    Class names come from `classes.txt` beside the shards, one line per class in the order of the class numbers: either
-    `name` or `wnid<TAB>words`, of which the words are the name. Without that file they are "0", "1", ...
+    Class names come from `classes.txt` next to the shards, one line per class in class-number order: either `name` or
+    `wnid<TAB>words`, where the words are the name. Without that file they are "0", "1", ...
 
-    Safe to use in forked and in spawned workers: every process opens the shards for itself, when it first reads.
+    Safe in forked and spawned workers: each process opens the shards itself on its first read.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -92,7 +91,7 @@ class ShardSource(ClassificationSource):
 
     def _file(self, shard: int) -> int:
         if self._process != os.getpid():
-            # A forked worker: the parent may close its files at any time, so they are not relied upon.
+            # A forked worker cannot rely on the parent's files, which the parent may close at any time.
             self._files, self._process = OrderedDict(), os.getpid()
         if shard not in self._files:
             while len(self._files) >= _OPEN_FILES:
@@ -102,13 +101,13 @@ class ShardSource(ClassificationSource):
         return self._files[shard]
 
     def close(self) -> None:
-        """Close the shards; reading opens them again."""
+        """Close the shards; reading reopens them."""
         if self._process == os.getpid():
             while self._files:
                 os.close(self._files.popitem()[1])
 
     def __del__(self) -> None:
-        if "_files" in self.__dict__:  # else the constructor has raised
+        if "_files" in self.__dict__:  # otherwise the constructor raised
             self.close()
 
     def __getstate__(self) -> dict:
@@ -116,7 +115,7 @@ class ShardSource(ClassificationSource):
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`'a-{08..10}.tar'` as `['a-08.tar', 'a-09.tar', 'a-10.tar']`; several ranges give all combinations."""
+    """Expand `'a-{08..10}.tar'` to `['a-08.tar', 'a-09.tar', 'a-10.tar']`; several ranges give all combinations."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not match:
         if "{" in pattern or "}" in pattern:
@@ -134,7 +133,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _existing(pattern: str) -> list[str]:
-    """The shards of a pattern, all of which exist."""
+    """Expand a pattern to its shards, all of which exist."""
     shards = expand_braces(pattern)
     missing = [shard for shard in shards if not os.path.isfile(shard)]
     if not missing:
@@ -151,7 +150,7 @@ def _existing(pattern: str) -> list[str]:
 
 
 def _index(shard: str) -> dict[str, tuple[int, int, int]]:
-    """Offset, size and class number of each record of a shard, by key, in the stored order."""
+    """Index a shard: each record's offset, size and class number, by key, in stored order."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -186,18 +185,18 @@ def _index(shard: str) -> dict[str, tuple[int, int, int]]:
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of the files of a tar archive."""
+    """Yield the name, offset and size of each file in a tar archive."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # which would grow without limit
+            archive.members.clear()  # would grow without limit
             if member.isreg():
                 yield member.name, member.offset_data, member.size
 
 
 def _plain_members(descriptor: int) -> list[tuple[str, int, int]] | None:
-    """The same, about six times as fast, for archives of nothing but files and folders; None for all others.
+    """Do the same about six times as fast for archives with only files and folders; None for all others.
 
-    Long names, links, sparse files and damage are left to `tarfile`. The header's fields are those of POSIX ustar.
+    Long names, links, sparse files and damage are left to `tarfile`. The header fields follow POSIX ustar.
     """
     members, offset, end = [], 0, os.fstat(descriptor).st_size
     while (header := os.pread(descriptor, 512, offset)) != _LAST_HEADER:
@@ -205,12 +204,12 @@ def _plain_members(descriptor: int) -> list[tuple[str, int, int]] | None:
             size, checksum = (int(header[field].split(b"\0", 1)[0], 8) for field in (_SIZE, _CHECKSUM))
         except ValueError:
             return None
-        # The checksum is the sum of the bytes, with spaces for its own. Adler-32 has it faster than `sum`: its lower
-        # half is 1 + the sum of the bytes, modulo 65521.
+        # The checksum is the byte sum, with spaces in the checksum field. Adler-32 computes it faster than `sum`: its
+        # lower half is 1 + the byte sum, modulo 65521.
         spaces = header[:148] + 8 * b" " + header[156:]
         if len(header) < 512 or (zlib.adler32(spaces) & 0xFFFF) != (1 + checksum) % 65521:
             return None
-        if header[156] not in b"\x0005" or header[345] or size < 0:  # the kind; the first part of a long name
+        if header[156] not in b"\x0005" or header[345] or size < 0:  # the type; a long name's prefix
             return None
         offset += 512
         if header[156] != ord("5"):
@@ -232,7 +231,7 @@ def _class_number(text: bytes, shard: str, key: str) -> int:
 
 
 def _class_names(path: Path) -> list[str]:
-    """Names from `classes.txt`; words that two classes share (a crane is a bird and a machine) get the wnid too."""
+    """Read names from `classes.txt`; words two classes share (a crane is a bird and a machine) also get the wnid."""
     lines = [line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     words = [line[-1].strip() for line in lines]
     if not words:

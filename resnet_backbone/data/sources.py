@@ -1,7 +1,7 @@
-"""Where classification images come from: registered names, folders of class folders, tar shards, CIFAR-10's files.
+"""Sources of classification images: registered names, folders of class folders, tar shards, CIFAR-10's files.
 
-A source knows the encoded bytes, the label and the name of each image; it decodes nothing. `open_source` finds out what
-an entry of a config's data set list means.
+A source knows each image's encoded bytes, label and name; it decodes nothing. `open_source` resolves an entry in a
+config's data set list.
 """
 
 import difflib
@@ -33,16 +33,16 @@ register_source("cifar10_test", lambda root: open_cifar(root, train=False))
 
 
 def open_source(entry: str | Path, *, root: str | Path | None = None) -> ClassificationSource:
-    """Open a data set by a registered name, a tar-shard pattern or the path of a folder of class folders.
+    """Open a data set given a registered name, a tar-shard pattern or the path of a folder of class folders.
 
     Arguments:
         entry: `imagenet_train`, `imagenet_val`, `cifar10_train`, `cifar10_test` or another registered name;
             `'.../train-{000000..000007}.tar'` or one `.tar`; a folder; or `FOLDER/train` and `FOLDER/test` for CIFAR-10
             in a folder such as `cifar-10-batches-py`, which holds both parts.
-        root: folder of all data sets, used by registered names only; by default the environment's
+        root: folder of all data sets, used only by registered names; defaults to the environment variable
             DETECTRON2_DATASETS, else `./datasets`.
 
-    Raises DatasetError, in one sentence, for everything that is wrong with the data set as a whole.
+    Raises a one-sentence DatasetError for any problem with the data set as a whole.
     """
     entry = os.path.expanduser(os.fspath(entry))
     if entry in _REGISTRY:

@@ -1,4 +1,4 @@
-"""A part of a classification source, and the draw that holds images out of training."""
+"""Subsets of a classification source, and the random split that holds images out of training."""
 
 import numpy as np
 
@@ -22,12 +22,12 @@ class Subset(ClassificationSource):
 
 
 def hold_out(source: ClassificationSource, count: int) -> tuple[Subset, Subset]:
-    """Split into the rest and `count` images held out, of each class as nearly as possible the same number.
+    """Split into the rest and `count` held-out images, spread as evenly as possible over the classes.
 
-    A class gives all but one of its images at most. The draw depends on the labels alone and never changes, so that no
-    run trains on what another one held out.
+    A class gives up at most all but one of its images. The draw depends only on the labels and never changes, so no run
+    trains on images that another held out.
 
-    Raises DatasetError if the classes cannot give so many.
+    Raises DatasetError if the classes have too few images.
     """
     sizes = np.bincount(source.labels, minlength=len(source.class_names))
     most = int(np.maximum(sizes - 1, 0).sum())
@@ -36,7 +36,7 @@ def hold_out(source: ClassificationSource, count: int) -> tuple[Subset, Subset]:
             f"{count} images to hold out of {len(source)} in {len(sizes)} classes; expected 1 to {most}, so that each "
             "class keeps one for training"
         )
-    # NumPy guarantees that this generator, unlike the newer ones, gives the same numbers in all versions to come.
+    # Unlike the newer generators, NumPy guarantees that this one gives the same numbers in all future versions.
     random = np.random.RandomState(0)
     shares = _shares(sizes, count, random.permutation(len(sizes)))
     order = random.permutation(len(source))
@@ -48,12 +48,12 @@ def hold_out(source: ClassificationSource, count: int) -> tuple[Subset, Subset]:
 
 
 def _shares(sizes: np.ndarray, count: int, order: np.ndarray) -> np.ndarray:
-    """How many images each class gives; `order` says which classes give one more where `count` leaves a remainder."""
+    """How many images each class gives; `order` decides which classes give one more if `count` leaves a remainder."""
     available = np.maximum(sizes - 1, 0)
     shares = np.zeros_like(sizes)
     while (missing := count - int(shares.sum())) > 0:
         able = order[shares[order] < available[order]]
         each = max(missing // len(able), 1)
-        able = able[:missing]  # all of them, unless there is less than one for each
+        able = able[:missing]  # all of them, unless there is less than one each
         shares[able] = np.minimum(shares[able] + each, available[able])
     return shares

@@ -1,7 +1,7 @@
-"""Image augmentation for classification: a decoded image to a uint8 tensor.
+"""Image augmentation for classification: from a decoded image to a uint8 tensor.
 
-A transform is called as `transform(image, seed=seed, position=position)` and is a function of these alone. Images stay
-uint8 until the batch is on the device.
+A transform is called as `transform(image, seed=seed, position=position)` and depends only on these. Images stay uint8
+until the batch is on the device.
 """
 
 import math
@@ -27,7 +27,7 @@ CROP_TYPES = ("absolute", "random_resized")
 
 
 class CropParameters(NamedTuple):
-    """What is done with one image: the window to crop, in source pixels, whether to mirror it, the color shift.
+    """One image's augmentation: the crop window in source pixels, whether to mirror it, and the color shift.
 
     `pca_weights` holds the weights of the three principal components, `(3,)`, or is None.
     """
@@ -42,8 +42,7 @@ class CropParameters(NamedTuple):
     def reduced(self, factor: int) -> "CropParameters":
         """The parameters for the image decoded at `1 / factor` of its size.
 
-        The window's edges are rounded to whole pixels of that image, so they move by at most `factor / 2` source
-        pixels.
+        The window's edges are rounded to that image's whole pixels, so they move by at most `factor / 2` source pixels.
         """
         top, left = round(self.top / factor), round(self.left / factor)
         bottom, right = round((self.top + self.height) / factor), round((self.left + self.width) / factor)
@@ -53,21 +52,21 @@ class CropParameters(NamedTuple):
 class TrainTransform:
     """The paper's training augmentation (section 3.4), or the random-area crop of later recipes.
 
-    Called as `transform(image, seed=seed, position=position)` with `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8. It
-    is `apply(image, draw(H, W, seed=seed, position=position))`: what is drawn depends on the image's size alone.
+    Called as `transform(image, seed=seed, position=position)` with `(H, W, 3)` uint8 RGB; returns `(3, *crop)` uint8.
+    Equals `apply(image, draw(H, W, seed=seed, position=position))`: the draw depends on the image only via its size.
 
     Arguments:
         short_side: smallest and largest length in pixels, both inclusive, of the resized image's shorter side (crop
             type "absolute" only).
         crop: height and width of the result in pixels.
-        crop_type: "absolute": resize the shorter side, then cut out a window of the size `crop`. "random_resized": cut
-            out a window of random area and aspect ratio (3/4 to 4/3), then resize it to `crop`.
+        crop_type: "absolute": resize the shorter side, then cut out a window of size `crop`. "random_resized": cut out
+            a window of random area and aspect ratio (3/4 to 4/3), then resize it to `crop`.
         area: smallest and largest share of the image's area in that window ("random_resized" only).
         flip: probability of mirroring left and right.
         pca_std: standard deviation of the PCA color shift's weights; 0: no shift.
-        channel_order: "RGB" or "BGR", of the result.
+        channel_order: the result's, "RGB" or "BGR".
 
-    For "absolute" the window is found in the unresized image and only its pixels are resized, which spares most of the
+    For "absolute", the window is located in the original image and only its pixels are resized, which saves most of the
     work; its edges are rounded to whole source pixels.
     """
 
@@ -106,7 +105,7 @@ class TrainTransform:
         return self.apply(image, self.draw(*image.shape[:2], seed=seed, position=position))
 
     def draw(self, height: int, width: int, *, seed: int, position: int) -> CropParameters:
-        """Draw what to do with an image of `height` by `width` pixels at this position of the run."""
+        """Draw the parameters for an image of `height` by `width` pixels at this position of the run."""
         rng = sample_rng(seed, position)
         window = self._absolute_window if self.crop_type == "absolute" else self._random_resized_window
         edges = window(height, width, rng)
@@ -114,7 +113,7 @@ class TrainTransform:
         return CropParameters(*edges, flip, rng.normal(0.0, self.pca_std, size=3) if self.pca_std else None)
 
     def apply(self, image: np.ndarray, parameters: CropParameters) -> torch.Tensor:
-        """Crop, resize, mirror and shift the colors of `(H, W, 3)` uint8 RGB; gives `(3, *crop)` uint8."""
+        """Crop, resize, mirror and shift the colors of `(H, W, 3)` uint8 RGB; returns `(3, *crop)` uint8."""
         top, left, height, width, flip, pca_weights = parameters
         planes = to_planes(resize(image[top : top + height, left : left + width], self.crop))
         if pca_weights is not None:
@@ -122,12 +121,12 @@ class TrainTransform:
         return orient(torch.from_numpy(planes), channel_order=self.channel_order, flip=flip)
 
     def reduction(self, parameters: CropParameters) -> int:
-        """The largest of 8, 4, 2 and 1 by which the window can be reduced without becoming smaller than the crop."""
+        """The largest factor of 8, 4, 2 and 1 that keeps the reduced window at least as large as the crop."""
         fitting = min(parameters.height // self.crop[0], parameters.width // self.crop[1])
         return next((factor for factor in (8, 4, 2) if factor <= fitting), 1)
 
     def _absolute_window(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """Top, left, height and width, in source pixels, of a window of the size `crop` in the resized image."""
+        """Top, left, height and width, in source pixels, of a window of size `crop` in the resized image."""
         short = int(rng.integers(self.short_side[0], self.short_side[1], endpoint=True))
         resized = resized_size(height, width, short)
         edges = []
@@ -140,7 +139,7 @@ class TrainTransform:
         return top, left, rows, columns
 
     def _random_resized_window(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """Top, left, height and width of a window of random area and aspect ratio; torchvision's procedure."""
+        """Top, left, height and width of a window of random area and aspect ratio, by torchvision's procedure."""
         for _ in range(10):
             target = height * width * rng.uniform(*self.area)
             ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -148,16 +147,16 @@ class TrainTransform:
             if 0 < rows <= height and 0 < columns <= width:
                 top = int(rng.integers(0, height - rows, endpoint=True))
                 return top, int(rng.integers(0, width - columns, endpoint=True)), rows, columns
-        # Very long images: the largest window in the middle whose aspect ratio is allowed.
+        # Very long images: the largest central window with an allowed aspect ratio.
         rows, columns = min(height, round(width / (3 / 4))), min(width, round(height * 4 / 3))
         return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
 class EvalTransform:
-    """Resize the shorter side, then take the center crop: the one-crop test.
+    """Resize the shorter side, then take the center crop: single-crop testing.
 
-    Called as `transform(image)` with `(H, W, 3)` uint8 RGB (seed and position, if given, mean nothing to it); gives
-    `(3, *crop)` uint8. `short_side` and `crop` in pixels; the latter is height and width.
+    Called as `transform(image)` with `(H, W, 3)` uint8 RGB (seed and position are ignored); returns `(3, *crop)` uint8.
+    `short_side` and `crop` (height and width) are in pixels.
     """
 
     def __init__(
@@ -177,7 +176,7 @@ class EvalTransform:
 
 
 def check_crop(crop: tuple[int, int]) -> None:
-    """Raise InputError unless a crop of that height and width has pixels."""
+    """Raise InputError if a crop of that height and width is empty."""
     if min(crop) < 1:
         raise InputError(f"a crop of {crop[0]}x{crop[1]} pixels is empty; expected a height and width of at least 1")
 
@@ -189,7 +188,7 @@ def check_flip(flip: float) -> None:
 
 
 def check_channel_order(channel_order: str) -> None:
-    """Raise InputError unless the order of channels is known."""
+    """Raise InputError unless the channel order is known."""
     if channel_order not in CHANNEL_ORDERS:
         raise InputError(f"unknown channel order {channel_order!r}; expected one of {', '.join(CHANNEL_ORDERS)}")
 

@@ -1,4 +1,4 @@
-"""Loading processes: how they are started, and what each of them does first."""
+"""Start and set up loading processes."""
 
 import gc
 import os
@@ -11,15 +11,15 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# What asks a run to stop; a queue or a terminal often sends it to all processes of a run.
+# Signals that ask a run to stop; a queue or a terminal often sends them to all of its processes.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Loader(DataLoader):
-    """A DataLoader with `workers` processes that outlive signals to the whole run, or with 0 in this process.
+    """A DataLoader with `workers` processes that survive signals to the whole run; 0 loads in this process.
 
-    The workers are forked, so they share the data set's memory and import nothing, also where this process was spawned
-    (whose children would be spawned by default).
+    The workers are forked, so they share the data set's memory and import nothing, even if this process was spawned
+    (its children would be spawned by default).
     """
 
     def __init__(self, dataset: Dataset, batch_sampler: Sampler, *, workers: int, **options: Any):
@@ -30,14 +30,14 @@ class Loader(DataLoader):
             worker_init_fn=prepare_worker,
             multiprocessing_context="fork" if workers else None,
             persistent_workers=workers > 0,
-            # A number for the workers is drawn from this generator; from the global one it would shift the random
-            # numbers (dropout's) of a run that was stopped and resumed.
+            # The workers' seed is drawn from this generator; drawing it from the global one would shift the random
+            # numbers (dropout's) of a stopped and resumed run.
             generator=torch.Generator(),
             **options,
         )
 
     def __iter__(self) -> Iterator[Any]:
-        # A worker that is being started inherits the mask, and gets no signal before `prepare_worker`.
+        # A starting worker inherits the mask, and gets no signal before `prepare_worker`.
         former = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             return super().__iter__()
@@ -46,17 +46,17 @@ class Loader(DataLoader):
 
 
 def prepare_worker(worker: int) -> None:
-    """Limit a DataLoader's worker to one thread and make it ignore signals from any process but its parent.
+    """Limit a DataLoader worker to one thread and make it ignore signals from any process but its parent.
 
-    This is the DataLoader's `worker_init_fn`. One thread, because the workers are the parallelism. The training process
-    decides when to stop and needs its workers until then, so a worker obeys SIGTERM, with which a DataLoader ends it,
-    from its parent alone.
+    This is the DataLoader's `worker_init_fn`. One thread is enough because the workers provide the parallelism. The
+    training process decides when to stop and needs its workers until then, so a worker obeys SIGTERM, which a
+    DataLoader uses to end it, only from its parent.
     """
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    # The collector marks every object it looks at, and so would copy what the workers share with their parent.
+    # The collector marks every object it visits, which would copy memory that workers share with their parent.
     gc.freeze()
-    # The sender of a signal is known only to a thread that waits for it, and only a blocked signal can be waited for.
+    # Only a thread that waits for a signal learns its sender, and only a blocked signal can be waited for.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 

@@ -1,6 +1,6 @@
-"""The networks in Detectron2: importing this registers backbones and heads by name.
+"""The networks in Detectron2. Importing this module registers backbones and heads by name.
 
-A script of your own needs two lines: import `add_network_config` from here, and call it on the config before merging.
+Your own script needs two lines: import `add_network_config` from here, and call it on the config before merging.
 """
 
 from resnet_backbone import engine  # isort: skip  (first: it says how to install a missing Detectron2)

@@ -1,4 +1,4 @@
-"""What may stop a detection run before its first iteration, besides its weights."""
+"""Checks that can stop a detection run before its first iteration, except for those on its weights."""
 
 import difflib
 import logging
@@ -29,19 +29,19 @@ REGISTRIES = {
 
 
 def check_names(cfg: CfgNode) -> None:
-    """Detectron2 looks names up while it builds; offer the nearest before anything is read."""
+    """Check registered names and suggest the closest match up front; Detectron2 looks names up only while building."""
     for key, registry in REGISTRIES.items():
         names = [name for name, _ in registry]
         if get_key(cfg, key) and get_key(cfg, key) not in names and get_key(cfg, key) != "PrecomputedProposals":
             near = difflib.get_close_matches(get_key(cfg, key), names, n=1, cutoff=0.0)
             raise ConfigError(
-                f"{key} is {get_key(cfg, key)} ({origin(cfg, key) or 'default'}), which nothing is registered as; the "
+                f"{key} is {get_key(cfg, key)} ({origin(cfg, key) or 'default'}), which is not registered; the "
                 f"nearest is {near[0]}."
             )
 
 
 def check_classifiers_keys(cfg: CfgNode) -> None:
-    """Refuse what the loop can do for classifiers alone."""
+    """Reject options of the training loop that only work for classifiers."""
     for key, off, why in (
         ("SOLVER.CUDA_GRAPH", False, "a detector's shapes change with every image, and a graph's cannot"),
         ("SOLVER.WARMUP_UNTIL_ERROR", 0.0, "a detector has no training error"),
@@ -62,7 +62,7 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
 
 
 def check_evaluable(cfg: CfgNode, weights: Checkpoint | None, file: str) -> None:
-    """Evaluating alone needs a trained detector, of the classes of the data."""
+    """Check that --eval-only has a trained detector with the data's classes."""
     if not file:
         raise ConfigError("MODEL.WEIGHTS is empty, so --eval-only would test random weights. Name a checkpoint.")
     if weights is None:

@@ -1,4 +1,4 @@
-"""The detector as a task: Detectron2's model with our networks or its own, by the configuration."""
+"""Detector training as a task: Detectron2's model with our networks or its own, as configured."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[str, Any]:
-    """Train a detector by the configuration (`engine.run.run`); return the metrics, `{"bbox": {"AP": …}}`.
+    """Train a detector as configured (`engine.run.run`); return the metrics, `{"bbox": {"AP": …}}`.
 
     A stock Detectron2 configuration works too.
     """
@@ -38,7 +38,7 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
 
 
 class Detection:
-    """Training a detector as a task of `engine.run`."""
+    """Detector training as a task of `engine.run`."""
 
     best_metric = "bbox/AP"
 
@@ -90,7 +90,7 @@ class Detection:
         return _describe(self._cfg, self._norms, self._pretrained_by, iterations, results)
 
     def finish(self, model: nn.Module) -> None:
-        """A detector is finished with its last iteration."""
+        """Do nothing: a detector is finished after its last iteration."""
 
     def headline(self, results: dict[str, Any]) -> dict[str, float]:
         boxes = results.get("bbox", {})
@@ -98,7 +98,7 @@ class Detection:
 
 
 def describe_frozen(model: nn.Module) -> str:
-    """One line for the log: which stages and how many tensors and norms of the model are not trained."""
+    """Return a log line: which stages, and how many tensors and norms, of the model are frozen."""
     parameters = list(model.parameters())
     still = sum(not p.requires_grad for p in parameters)
     norms = sum(is_frozen_norm(module) for module in model.modules())
@@ -117,13 +117,13 @@ def describe_frozen(model: nn.Module) -> str:
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """Whether it has parameters, and none of them is trained."""
+    """Return whether `module` has parameters and none of them is trained."""
     trained = [parameter.requires_grad for parameter in module.parameters()]
     return bool(trained) and not any(trained)
 
 
 def _build_model(cfg: CfgNode, weights: Checkpoint | None, file: str) -> nn.Module:
-    """The detector on its device, with all weights that it starts from."""
+    """Return the detector on its device with all its initial weights."""
     try:
         with offered(weights, file):
             model = build_model(cfg)
@@ -136,19 +136,19 @@ def _build_model(cfg: CfgNode, weights: Checkpoint | None, file: str) -> nn.Modu
     load_whole(cfg, model, weights, file)
     if cfg.SOLVER.AMP.ENABLED:
         keep_boxes_in_float32(model)
-    return model.to(memory_format=torch.channels_last)  # the layout that convolutions run fastest in
+    return model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
 
 
 def _describe(
     cfg: CfgNode, norms: Sequence[nn.Module], source: Metadata | None, iterations: int, results: Mapping[str, float]
 ) -> Metadata:
-    """What a checkpoint of this detector says about itself.
+    """Return the metadata of this detector's checkpoint.
 
     Args:
-        norms: of the model.
-        source: of the weights that training started from, where they had any.
-        iterations: finished ones.
-        results: of the evaluation.
+        norms: the model's normalization layers.
+        source: metadata of the initial weights, if they had any.
+        iterations: number of completed iterations.
+        results: evaluation results.
     """
     own = is_own(cfg)
     if not norms:
@@ -158,8 +158,8 @@ def _describe(
     elif source is not None:
         statistics = source.norm_statistics
     else:
-        statistics = "running" if cfg.MODEL.WEIGHTS else "never"  # weights of Detectron2's formats have been trained
-    # A resumed run's checkpoint is a detector itself, and knows what it was pretrained by.
+        statistics = "running" if cfg.MODEL.WEIGHTS else "never"  # weights in Detectron2's formats are trained
+    # A resumed run's checkpoint is itself a detector and records its pretraining.
     pretrained = {}
     if source is not None:
         pretrained = source.origin if source.kind == "classifier" else source.origin.get("pretrained", {})

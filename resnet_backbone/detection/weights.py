@@ -1,8 +1,8 @@
-"""MODEL.WEIGHTS of a detector: read once, compared once with the configuration, and handed to each part by name.
+"""Load MODEL.WEIGHTS into a detector: read and check it against the configuration once, then fill each part by name.
 
-There are two ways in. The training tool calls `read`, builds inside `offered`, and calls `load_whole`. In anybody
-else's Detectron2 script only the registered builders run: the first of them that calls `fill` opens the file, the
-others take their tensors from what it has read, and the file is let go as soon as the model is put together.
+There are two entry points. The training tool calls `read`, builds inside `offered`, then calls `load_whole`. In other
+Detectron2 scripts only the registered builders run: the first one to call `fill` opens the file, the others reuse
+what it read, and the file is released as soon as the model is assembled.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ OWN_BACKBONES = ("build_network_backbone", "build_network_fpn_backbone", "build_
 
 @dataclass(eq=False)
 class Source:
-    """What the parts of a model under construction take their weights from.
+    """The weights for the parts of a model under construction.
 
     Attributes:
-        file: its name in messages; "" for random weights.
-        checkpoint: what is in it; None for random weights and for what Detectron2's trainer wrote.
-        detectron2s_own: Detectron2's trainer wrote the file: nothing in it says how it was fed.
-        key: the configuration and the file's identity that it was opened for; None where the tool has read it.
-        hook: waits for the model; None where the tool has read the file.
-        counts: "backbone" and "head" to how many tensors they got, and have.
-        taken: of each tensor that a part got, the name in the file, the module that holds it, and the name in that. The
-            modules are held weakly: the file must not keep alive the model whose end is its own.
+        file: file name for messages; "" for random weights.
+        checkpoint: the file's content; None for random weights and for files from Detectron2's trainer.
+        detectron2s_own: whether Detectron2's trainer wrote the file, which then does not describe its preprocessing.
+        key: the configuration and file identity it was opened for; None if the tool read the file.
+        hook: waits for the model; None if the tool read the file.
+        counts: maps "backbone" and "head" to their numbers of loaded and total tensors.
+        taken: for each tensor loaded into a part, its name in the file, the module that holds it, and its name in that
+            module. Weak references, so the source does not keep alive the model that it must be released with.
     """
 
     file: str
@@ -63,25 +63,25 @@ class Source:
     taken: list[tuple[str, weakref.ref[nn.Module], str]] = field(default_factory=list)
 
 
-# What `fill` takes from: set by `offered`, or by the first builder of a script; None between two models.
+# The source that `fill` uses: set by `offered` or by a script's first builder; None between models.
 _open: Source | None = None
 
 
-# What the tool calls: read before anything is built, offer to the builders, load what is a whole detector.
+# Called by the tool: read before building, offer to the builders, then load whole detectors.
 
 
 def read(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoint | None, str]:
-    """The weights that a run of the tool starts from, their metadata entered into `cfg`, and the file's name.
+    """Return a tool run's initial weights and their file name, and copy the weights' metadata into `cfg`.
 
-    None for random weights, and for anything but this project's checkpoints with one of Detectron2's backbones, which
-    Detectron2 itself loads.
+    The weights are None for random weights. With one of Detectron2's backbones, they are also None for anything but
+    this project's checkpoints, since Detectron2 loads it itself.
 
     Args:
-        last: the last checkpoint in `folder`, where the run is to go on with it.
+        last: the last checkpoint in `folder`, if the run resumes from it.
         folder: OUTPUT_DIR.
 
     Raises:
-        ConfigError: the configuration contradicts what the weights say.
+        ConfigError: the configuration contradicts the weights' metadata.
         CheckpointError: the file cannot be read.
     """
     file = str(folder / (folder / LAST).read_text().strip()) if last else cfg.MODEL.WEIGHTS
@@ -107,7 +107,7 @@ def read(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoin
                 f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, but {file} holds a detector with "
                 f"{weights.metadata.architecture}. Give the configuration that it was trained with."
             )
-        # A stock backbone has no name and width in MODEL.NETWORK; the preprocessing is what remains to agree.
+        # A stock backbone has no name and width in MODEL.NETWORK, so only the preprocessing must match.
         preprocessing = replace(weights.metadata, architecture=cfg.MODEL.NETWORK.NAME, arguments=stock_arguments(cfg))
         fill_from_metadata(cfg, preprocessing, file)
     if weights is not None:
@@ -117,9 +117,9 @@ def read(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoin
 
 @contextlib.contextmanager
 def offered(weights: Checkpoint | None, file: str) -> Iterator[None]:
-    """Inside, the builders take from `weights`, whatever MODEL.WEIGHTS names (a resumed run starts from another file).
+    """Make builders use `weights` instead of MODEL.WEIGHTS (a resumed run starts from another file).
 
-    What Detectron2 is going to load is not offered.
+    Weights that Detectron2 will load itself are not offered.
     """
     global _open
     if weights is None and file:
@@ -133,7 +133,7 @@ def offered(weights: Checkpoint | None, file: str) -> Iterator[None]:
 
 
 def load_whole(cfg: CfgNode, model: nn.Module, weights: Checkpoint | None, file: str) -> None:
-    """Load into the built `model` what does not go to its parts: a detector, or a file of Detectron2's formats.
+    """Load weights that do not go into separate parts into `model`: a detector, or a file in Detectron2's formats.
 
     Raises:
         ConfigError: batch normalization would be frozen without statistics.
@@ -155,21 +155,21 @@ def load_whole(cfg: CfgNode, model: nn.Module, weights: Checkpoint | None, file:
             raise CheckpointError(f"MODEL.WEIGHTS {file} cannot be loaded by Detectron2 ({detail}).") from error
 
 
-# What the registered builders call.
+# Called by the registered builders.
 
 
 def fill(network: nn.Module, cfg: CfgNode, *, part: str) -> None:
-    """Give a run of a network's stages its tensors of MODEL.WEIGHTS, where that is a classifier, and log the counts.
+    """Load tensors from MODEL.WEIGHTS into some of a network's stages if it is a classifier, and log the counts.
 
     A detector's checkpoint is loaded after the whole model is built.
 
     Args:
-        network: some stages of MODEL.NETWORK.NAME, whose names are the file's.
-        part: its name in messages: "backbone", or that of the head in the model.
+        network: some stages of MODEL.NETWORK.NAME, with the same tensor names as in the file.
+        part: name for messages: "backbone", or the head's name in the model.
 
     Raises:
-        ConfigError: the preprocessing or the network differs from the weights', the stock C4 heads would leave conv5_x
-            untrained, or batch normalization would be frozen without statistics.
+        ConfigError: the preprocessing or network differs from that of the weights, the stock C4 heads would leave
+            conv5_x untrained, or batch normalization would be frozen without statistics.
         CheckpointError: the file cannot be read or does not cover the network.
     """
     kind = "backbone" if part == "backbone" else "head"
@@ -190,37 +190,37 @@ def fill(network: nn.Module, cfg: CfgNode, *, part: str) -> None:
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether `module` is batch normalization with fixed statistics, this package's or Detectron2's."""
+    """Return whether `module` is frozen batch normalization, this package's or Detectron2's."""
     return isinstance(module, (FrozenBatchNorm2d, Detectron2FrozenBatchNorm2d))
 
 
 def is_own(cfg: CfgNode) -> bool:
-    """Whether the backbone is one of this package's."""
+    """Return whether the backbone is one of this package's."""
     return cfg.MODEL.BACKBONE.NAME in OWN_BACKBONES
 
 
 def stock_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """What metadata says of a backbone that Detectron2 built from its own keys."""
+    """Return the metadata arguments of a backbone that Detectron2 built from its own keys."""
     return {"width": cfg.MODEL.NETWORK.WIDTH, "stride_in_1x1": cfg.MODEL.RESNETS.STRIDE_IN_1X1}
 
 
-# From the file to a source.
+# From file to source.
 
 
 def _source(cfg: CfgNode, network: nn.Module, kind: str) -> Source:
-    """What is offered or already open for this model; else MODEL.WEIGHTS, opened now for `network`."""
+    """Return the source offered or already open for this model, or open MODEL.WEIGHTS for `network`."""
     global _open
     if _open is not None and _open.key is None:
         return _open
     key = (cfg.clone(), command_line_overrides(cfg), _identity(cfg.MODEL.WEIGHTS))
     begins_another_model = _open is not None and kind == "backbone" and kind in _open.counts
     if _open is None or _open.key != key or begins_another_model:
-        _let_go()  # before the next file takes its memory
+        _let_go()  # free memory before reading the next file
         _show_log()
         source = _compared(cfg)
         source.key, source.hook = key, register_module_module_registration_hook(_recognize_model)
         _open = source
-        # A backbone that is built alone, and never becomes a part of a model, takes the file with it when it goes.
+        # If a backbone never becomes part of a model, release the file when the backbone is garbage-collected.
         weakref.finalize(next(network.parameters()), _close, weakref.ref(source)).atexit = False
     return _open
 
@@ -231,7 +231,7 @@ def _close(source: weakref.ref[Source]) -> None:
 
 
 def _let_go() -> None:
-    """Forget the file that a script's builders have opened."""
+    """Release the file that a script's builders opened."""
     global _open
     if _open is not None and _open.hook is not None:
         _open.hook.remove()
@@ -239,7 +239,7 @@ def _let_go() -> None:
 
 
 def _compared(cfg: CfgNode) -> Source:
-    """MODEL.WEIGHTS, read and found to agree with the configuration."""
+    """Read MODEL.WEIGHTS and check that it matches the configuration."""
     file = cfg.MODEL.WEIGHTS
     if not file:
         return Source(file, None)
@@ -275,7 +275,7 @@ def _read_file(cfg: CfgNode) -> Checkpoint:
 
 
 def _identity(file: str) -> tuple[int, ...] | None:
-    """What changes when a file is replaced or written again; None where there is none."""
+    """Return a value that changes when a file is replaced or rewritten; None if the file does not exist."""
     try:
         status = os.stat(file)
     except OSError:
@@ -284,7 +284,7 @@ def _identity(file: str) -> tuple[int, ...] | None:
 
 
 def _is_detectron2_detector(file: str) -> bool:
-    """Whether `file` is what Detectron2's own trainer writes for a model with one of this package's backbones."""
+    """Return whether Detectron2's own trainer wrote `file`, for a model with one of this package's backbones."""
     try:
         payload = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
@@ -295,7 +295,7 @@ def _is_detectron2_detector(file: str) -> bool:
 
 
 def _follow_depth(cfg: CfgNode) -> None:
-    """A stock configuration says RESNETS.DEPTH where this package's says NETWORK.NAME, which by default is another."""
+    """Set NETWORK.NAME, whose default is another network, from a stock config's RESNETS.DEPTH unless it is set."""
     depth = origin(cfg, "MODEL.RESNETS.DEPTH")
     if depth is not None and origin(cfg, "MODEL.NETWORK.NAME") is None:
         set_key(cfg, "MODEL.NETWORK.NAME", f"resnet{cfg.MODEL.RESNETS.DEPTH}", f"MODEL.RESNETS.DEPTH of {depth}")
@@ -313,7 +313,7 @@ def _check_heads(cfg: CfgNode, checkpoint: Checkpoint, file: str) -> None:
 def _check_frozen_norms(
     cfg: CfgNode, module: nn.Module, checkpoint: Checkpoint | None, file: str, *, part: str
 ) -> None:
-    """Raise ConfigError if `module` has frozen batch normalization whose statistics nobody ever estimated."""
+    """Raise ConfigError if `module` has frozen batch normalization whose statistics were never estimated."""
     frozen = sum(is_frozen_norm(m) for m in module.modules())
     estimated = checkpoint is not None and checkpoint.metadata.norm_statistics != "never"
     if frozen and not estimated and not cfg.MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN:
@@ -326,11 +326,11 @@ def _check_frozen_norms(
         )
 
 
-# What a script's log says.
+# Logging in scripts.
 
 
 def _show_log() -> None:
-    """Print this package's log as `DefaultTrainer` prints Detectron2's, unless somebody has set logging up."""
+    """Print this package's log as `DefaultTrainer` prints Detectron2's, unless logging is already set up."""
     if not logging.getLogger("resnet_backbone").hasHandlers():
         setup_logger(distributed_rank=comm.get_rank(), name="resnet_backbone")
 
@@ -340,10 +340,10 @@ def _count(counts: dict[str, tuple[int, int]]) -> str:
 
 
 def _recognize_model(model: nn.Module, name: str, child: nn.Module) -> None:
-    """When a part with weights of the open file is put into its model, let the file go.
+    """Release the open file when a part loaded from it is added to its model.
 
-    While a file is open, torch calls this whenever a module gets a child. It is the one moment at which a script's
-    model is within reach: Detectron2 builds all parts first, hands them to the meta-architecture, and tells nobody when
+    While a file is open, torch calls this whenever a module gets a child. This is the only time we can access a
+    script's model: Detectron2 builds all parts first, passes them to the meta-architecture, and does not signal when
     it is done.
     """
     source = _open
@@ -360,11 +360,11 @@ def _recognize_model(model: nn.Module, name: str, child: nn.Module) -> None:
 
 @dataclass
 class _Taken:
-    """What a model has taken from a file, for Detectron2's checkpointer, which loads MODEL.WEIGHTS into it once more.
+    """Records what a model loaded from a file, because Detectron2's checkpointer loads MODEL.WEIGHTS into it again.
 
-    A classifier's names are not the detector's, so the checkpointer would list every tensor as not found. As a hook of
-    the model before loading, this recognizes the tensors that the parts were given and leaves them where they are; any
-    other state is loaded as it is. Either way the log's last words about weights are true.
+    A classifier's tensor names differ from the detector's, so the checkpointer would report every tensor as missing.
+    As the model's pre-load hook, this recognizes the tensors that its parts already loaded and leaves them in place;
+    any other state is loaded unchanged. Either way, the log's last message about weights is true.
     """
 
     file: str
@@ -373,18 +373,18 @@ class _Taken:
 
     @classmethod
     def note(cls, model: nn.Module, source: Source) -> None:
-        """Remember with `model` what its parts took from `source`."""
+        """Record on `model` what its parts loaded from `source`."""
         tensors = [(name, module, local) for name, owner, local in source.taken if (module := owner()) is not None]
         noted = model.__dict__.get("_taken")
         if noted is None:
             model._taken = cls(source.file, dict(source.counts), tensors)
             model.register_load_state_dict_pre_hook(model._taken)
-        else:  # a meta-architecture that builds each part where it puts it, so that the file was opened for each
+        else:  # the meta-architecture builds each part in place, so the file was opened once per part
             noted.counts |= source.counts
             noted.tensors += tensors
 
     def __call__(self, model: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-        if prefix:  # the model is itself a part of what is loaded
+        if prefix:  # the model is part of a larger module being loaded
             return
         own = model.state_dict()
         counted = [name for name in own if not name.endswith("num_batches_tracked")]
@@ -398,7 +398,7 @@ class _Taken:
         for kind in ("backbone", "head"):
             names = [name for name in counted if name.startswith("backbone.") == (kind == "backbone")]
             counts[kind] = (sum(name in state for name in names), len(names))
-        # Of a backbone alone under Detectron2's names, the checkpointer matches `res5` with the C4 heads' once more.
+        # Given only a backbone under Detectron2's names, the checkpointer also matches `res5` to the C4 heads.
         if counts["backbone"][0]:
             self.tensors.clear()  # the model no longer holds them
             logger.info("%s from a detector's checkpoint", _count(counts))

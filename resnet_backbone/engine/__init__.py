@@ -1,9 +1,9 @@
-"""The one training loop and everything around it: configuration, hooks, launch, checks before the first iteration."""
+"""The shared training loop and everything around it: configuration, hooks, launching and up-front checks."""
 
 try:
     import detectron2
 except ModuleNotFoundError as error:
-    if error.name != "detectron2":  # it is here, but something that it needs is not
+    if error.name != "detectron2":  # installed, but one of its own dependencies is missing
         raise
     raise ImportError(
         "resnet_backbone's training and detection need Detectron2 0.6, which is not installed here. "

@@ -1,7 +1,7 @@
-"""Loading a configuration, and remembering who set each key.
+"""Load a configuration and track who set each key.
 
-Every key that a YAML file or the command line sets has an origin. A key without one holds a default, which the metadata
-of weights may replace; a key with one is the user's word, which a contradiction never overrides (`network_config.py`).
+Every key set by a YAML file or the command line has an origin. A key without an origin holds a default, which the
+metadata of weights may replace. A key with one was set by the user and is never overridden (`network_config.py`).
 """
 
 import ast
@@ -28,7 +28,7 @@ class ConfigError(InputError):
 
 @contextlib.contextmanager
 def as_config_error(keys: str) -> Iterator[None]:
-    """Turn a ValueError into a ConfigError that names the keys its values came from."""
+    """Turn a ValueError into a ConfigError that names the keys behind the bad values."""
     try:
         yield
     except ConfigError:
@@ -38,10 +38,11 @@ def as_config_error(keys: str) -> Iterator[None]:
 
 
 def load_config(cfg: CfgNode, config_file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
-    """Merge a YAML file with its `_BASE_` chain, then `KEY VALUE …` of the command line, into `cfg` and return it.
+    """Merge a YAML file and its `_BASE_` chain, then the command line's `KEY VALUE …`, into `cfg` and return it.
 
     Raises:
-        ConfigError: a file is missing or not YAML, a key is unknown (the nearest is offered), a value has another type.
+        ConfigError: a file is missing or not YAML, a key is unknown (the nearest is suggested), or a value has the
+            wrong type.
     """
     if config_file:
         for file, content in _yaml_chain(_find_file(config_file)):
@@ -59,10 +60,10 @@ def load_config(cfg: CfgNode, config_file: str | Path | None, overrides: Sequenc
 
 
 def set_key(cfg: CfgNode, key: str, value: Any, origin: str) -> None:
-    """Set one dotted key, checked against the type of its default, and remember its origin.
+    """Set one dotted key, check it against the type of its default, and record its origin.
 
-    Text stands for the Python literal that it spells (`"(480, 512)"`, `"1e-3"`, `"true"`), except for a key that holds
-    text. An integer may stand for a float, and a single value for a tuple or list of one.
+    Text is parsed as a Python literal (`"(480, 512)"`, `"1e-3"`, `"true"`) unless the key itself holds text. An integer
+    is accepted for a float, and a single value for a tuple or list of one.
     """
     *path, last = key.split(".")
     node = cfg
@@ -91,7 +92,7 @@ def origin(cfg: CfgNode, key: str) -> str | None:
 
 
 def _settle_device(cfg: CfgNode) -> None:
-    """Detectron2's default device is a GPU; where there is none and nobody asked for one, use the CPU."""
+    """Fall back to the CPU if there is no GPU and nobody asked for one (Detectron2's default device is a GPU)."""
     by = origin(cfg, "MODEL.DEVICE")
     try:
         kind = torch.device(cfg.MODEL.DEVICE).type
@@ -145,7 +146,7 @@ def _is_part_of_detectron2(file: Path) -> bool:
 
 
 def _yaml_chain(file: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The file, with its content, behind the files that it is based on."""
+    """The chain of `_BASE_` files and their contents, base first and `file` last."""
     chain = [(file, _read_yaml(file))]
     while base := chain[0][1].get("_BASE_"):
         file = chain[0][0]
@@ -161,7 +162,7 @@ def _yaml_chain(file: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each dotted key of a tree of groups, with its value."""
+    """Yield each dotted key of a nested mapping with its value."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
@@ -170,7 +171,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _literal(text: str) -> Any:
-    """What text stands for: a Python literal, true or false, a list of bare words (`(coco_2014_train,)`), or itself."""
+    """Parse text as a Python literal, true or false, or a list of bare words (`(coco_2014_train,)`); else return it."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -182,9 +183,9 @@ def _literal(text: str) -> Any:
 
 
 def _coerce(current: Any, value: Any, key: str, origin: str) -> Any:
-    """`value` as the type of `current`, the key's value so far."""
+    """Convert `value` to the type of `current`, the key's present value."""
     if isinstance(current, str):
-        # Text is taken as it stands (a folder may be called 1e3 or True), without quotes around it.
+        # Keep text verbatim (a folder may be called 1e3 or True), minus surrounding quotes.
         if isinstance(value, str):
             quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
             return value[1:-1] if quoted else value
@@ -211,7 +212,7 @@ def _coerce(current: Any, value: Any, key: str, origin: str) -> Any:
 
 
 def _kinds(items: Sequence[Any]) -> set[str]:
-    """What a tuple or list holds, at any depth."""
+    """The kinds of items in a tuple or list, at any depth."""
     kinds = set()
     for item in items:
         if isinstance(item, (tuple, list)):

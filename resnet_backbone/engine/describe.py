@@ -1,4 +1,4 @@
-"""A configuration as text: every key with its value, who set it, and what differs from another."""
+"""A configuration as text: every key, its value, who set it, and how it differs from another configuration."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from resnet_backbone.engine.config import COMMAND_LINE, flatten, origin
 
 
 def describe_config(cfg: CfgNode) -> str:
-    """`cfg` as YAML that `load_config` reads again; behind each key that is not a default, who set it.
+    """`cfg` as YAML that `load_config` can read back, with a comment saying who set each non-default key.
 
-    What a run still fills in, from the weights' metadata or by rescaling for another batch, is not in it.
+    Values that a run fills in later, from the weights' metadata or by rescaling for another batch size, are not shown.
     """
     return "\n".join(_lines(cfg, cfg, ()))
 
@@ -31,7 +31,7 @@ def _lines(cfg: CfgNode, node: Mapping, path: tuple[str, ...]) -> Iterator[str]:
 
 
 def _flow(value: object) -> str:
-    """A value in one line of YAML."""
+    """A value as one line of YAML."""
     plain = dict(value) if isinstance(value, CfgNode) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=2**31).removesuffix("\n").removesuffix("\n...")
 
@@ -41,19 +41,19 @@ def _source(by: str) -> str:
 
 
 def flat_config(cfg: CfgNode) -> dict[str, str]:
-    """Every key with its value as text, for a checkpoint or a report."""
+    """Every key and its value as text, for a checkpoint or a report."""
     return {key: str(value) for key, value in flatten(cfg)}
 
 
 def config_hash(flat: Mapping[str, str]) -> str:
-    """SHA-256 of a configuration, by which two can be told apart; of `flat_config`."""
+    """SHA-256 of a `flat_config`, to tell configurations apart."""
     return hashlib.sha256(json.dumps(dict(sorted(flat.items()))).encode()).hexdigest()
 
 
 def differences(before: Mapping[str, str], cfg: CfgNode) -> list[str]:
-    """What differs between the configuration of a checkpoint (`flat_config`) and `cfg`: "KEY was A, is B (origin)".
+    """List how `cfg` differs from a checkpoint's configuration (`flat_config`), as "KEY was A, is B (origin)".
 
-    OUTPUT_DIR, which may have been moved, does not count.
+    OUTPUT_DIR is ignored, since the folder may have been moved.
     """
     now = flat_config(cfg)
     if not before or config_hash(before) == config_hash(now):

@@ -1,4 +1,4 @@
-"""A model that is trained in several processes."""
+"""Wrap a model for training in several processes."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def wrap_for_processes(model: nn.Module) -> nn.Module:
-    """Average gradients over processes, where there are several."""
+    """Average gradients over processes if there is more than one."""
     if comm.get_world_size() == 1:
         return model
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
@@ -17,10 +17,10 @@ def wrap_for_processes(model: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model behind `wrap_for_processes`."""
+    """Undo `wrap_for_processes`."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def reduce_gradients(model: nn.Module, *, now: bool) -> contextlib.AbstractContextManager:
-    """Average gradients over processes in the backward pass, or leave that to a later one of the same step."""
+    """Average gradients over processes in this backward pass, or defer it to a later one of the same step."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else contextlib.nullcontext()

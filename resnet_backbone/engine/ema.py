@@ -1,4 +1,4 @@
-"""A moving average of the weights (Polyak, Juditsky 1992), which is evaluated and saved in their place."""
+"""A moving average of the weights (Polyak, Juditsky 1992), evaluated and saved in their place."""
 
 import copy
 
@@ -7,14 +7,14 @@ from torch import nn
 
 
 class MovingAverage:
-    """Keep `average ← decay · average + (1 − decay) · weights`, over parameters and batch norm statistics.
+    """Maintain `average ← decay · average + (1 − decay) · weights` over parameters and batch norm statistics.
 
-    The first update takes the weights as they are, as `torch.optim.swa_utils.AveragedModel` does. That class is not
-    used: it averages batch norm's counters too, which truncates them, and on a GPU each of its updates copies a number
-    from the host and waits for it.
+    The first update copies the weights, as `torch.optim.swa_utils.AveragedModel` does. We don't use that class because
+    it also averages (and so truncates) batch norm's counters, and because each update on a GPU copies a number from
+    the host and waits for it.
 
     Attributes:
-        model: a copy of the network that holds the average, ready to be evaluated.
+        model: a copy of the network that holds the average, ready to evaluate.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -27,7 +27,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After a step. A handful of kernels for all tensors together."""
+        """Update the average after a step, with a handful of kernels for all tensors."""
         averages, weights = map(list, zip(*self._floats, strict=True))
         torch._foreach_lerp_(averages, weights, 1 - self.decay if self._started else 1.0)
         if self._counters:

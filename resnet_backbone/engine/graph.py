@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: recorded once, then started by a single call."""
+"""A training step as one CUDA graph: captured once, then replayed with a single call."""
 
 import contextlib
 import gc
@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-EAGER_STEPS = 3  # on a stream of their own, as torch asks for before a recording
+EAGER_STEPS = 3  # warm-up on a side stream, which torch requires before capture
 
 
 @contextlib.contextmanager
 def _no_garbage() -> Iterator[None]:
-    """Collect garbage now, so that its memory is free, and not while recording, which frees nothing on a GPU.
+    """Collect garbage now to free its memory, and disable collection during capture, when it frees no GPU memory.
 
-    torch does neither by itself: a cycle of dead tensors holds their memory besides the graph's own pool, and its
-    collection in the middle of a recording would be an error.
+    torch does neither by itself. A cycle of dead tensors would hold memory on top of the graph's own pool, and
+    collecting it during capture would be an error.
     """
     gc.collect()
     was_enabled = gc.isenabled()
@@ -27,13 +27,13 @@ def _no_garbage() -> Iterator[None]:
 
 
 class GraphedStep:
-    """Run `step(batch)` as it is for a few iterations, then record it and replay the recording from there on.
+    """Run `step(batch)` eagerly for a few iterations, then capture it as a graph and replay the graph from then on.
 
-    Every run of it is a real step of training; the recording itself executes nothing.
+    Every call is a real training step; the capture itself executes nothing.
 
     Args:
-        step: changes its tensors in place, waits for nothing, and takes tensors of the same shapes each time. What
-            changes between two steps besides the batch must be a tensor too (the learning rate).
+        step: updates its tensors in place, never synchronizes, and takes tensors of the same shapes each time. Anything
+            else that changes between steps, such as the learning rate, must be a tensor too.
     """
 
     def __init__(self, step: Callable[[Sequence[torch.Tensor]], None]):

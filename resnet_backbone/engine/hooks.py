@@ -1,4 +1,4 @@
-"""Hooks of the training loop: learning rate, checkpoints, evaluation, metrics."""
+"""Training loop hooks: learning rate, checkpoints, evaluation, metrics."""
 
 import math
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from resnet_backbone.engine.schedule import Plateau, WarmUpUntil, set_learning_r
 
 
 class LearningRate(HookBase):
-    """Set the learning rate before each iteration, as a function of the iteration and of what has been measured.
+    """Set the learning rate before each iteration, from the iteration number and the metrics so far.
 
-    Without `plateau` and `warm_up` nothing is accumulated, so a resumed run needs no state, and a changed schedule
-    takes effect at once.
+    Without `plateau` and `warm_up` the hook is stateless, so resuming needs no state and a changed schedule takes
+    effect immediately.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Checkpoints(HookBase):
             self.save(self.trainer.iter)
 
     def save(self, iteration: int) -> None:
-        """Save the state after `iteration`, unless that was done already; called in all processes."""
+        """Save the state after `iteration`, unless already saved; call it in all processes."""
         if iteration == self._saved:
             return
         self.trainer.check_finite()
@@ -69,15 +69,15 @@ class Checkpoints(HookBase):
 
 
 class Evaluation(HookBase):
-    """Evaluate after every `period` iterations, but not after the last: the run's end evaluates what it saves.
+    """Evaluate every `period` iterations, except after the last: the end of the run evaluates what it saves.
 
-    It is done as the next iteration begins, so after the checkpoint: a run that is killed while it evaluates does it
-    again when it is resumed, and everything that follows from the result is as if it had not been killed.
+    Evaluation happens at the start of the next iteration, that is, after the checkpoint. A run killed while evaluating
+    evaluates again when resumed, and everything that depends on the result is as if it had never been killed.
 
     Args:
-        evaluate: gives metrics for the log.
-        metric: the one of them, the higher the better, by which the best weights are chosen and the plateau is found.
-        save_best: called with all metrics whenever `metric` is higher than ever before, on the main process.
+        evaluate: returns metrics for the log.
+        metric: the metric (higher is better) that selects the best weights and detects a plateau.
+        save_best: called on the main process with all metrics whenever `metric` reaches a new best.
     """
 
     def __init__(
@@ -99,17 +99,17 @@ class Evaluation(HookBase):
     def before_step(self) -> None:
         if self.period <= 0 or self.trainer.iter == 0 or self.trainer.iter % self.period:
             return
-        self.trainer.check_finite()  # evaluators fail in their own words on boxes that are not numbers
+        self.trainer.check_finite()  # else evaluators fail on NaN boxes with errors of their own
         results = flatten_results_dict(self._evaluate())
         results = {name: float(value) for name, value in results.items()}
         self.trainer.store(results)
-        # Detectron2's evaluators have results on the main process alone.
+        # Detectron2's evaluators return results on the main process only.
         score = comm.all_gather(results.get(self.metric))[0]
         if score is None:
             return
         if self._plateau is not None:
             self._plateau.update(score)
-        if score > (-math.inf if self.best is None else self.best):  # not with a score that is no number
+        if score > (-math.inf if self.best is None else self.best):  # False for NaN
             self.best = score
             if self._save_best is not None and comm.is_main_process():
                 self._save_best(results)
@@ -123,10 +123,10 @@ class Evaluation(HookBase):
 
 
 class Writers(HookBase):
-    """Let every writer write after an iteration in which something was measured; on the main process.
+    """Call every writer after an iteration that measured something, on the main process.
 
-    What each iteration stores (the learning rate, and the counts of anchors and RoIs of Detectron2's models) is no
-    reason: a file is written and synchronized each time.
+    Values stored in every iteration (the learning rate, Detectron2's anchor and RoI counts) don't trigger a write,
+    since each write also syncs a file.
     """
 
     def __init__(self, writers: list[EventWriter]):
@@ -137,7 +137,7 @@ class Writers(HookBase):
         self._write()
 
     def after_train(self) -> None:
-        self._write()  # an evaluation after which the next iteration failed
+        self._write()  # an evaluation may be unwritten because the next iteration failed
         for writer in self.writers:
             writer.close()
 

@@ -1,4 +1,4 @@
-"""Independent jobs, one after the other or side by side, until a signal asks to leave."""
+"""Run independent jobs, sequentially or in parallel, until a signal asks them to stop."""
 
 import contextlib
 import logging
@@ -18,16 +18,16 @@ from resnet_backbone.engine.processes import FORWARDED
 from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
 
 STATUS_SECONDS = 60.0
-AGAIN_SECONDS = 5.0  # after which a process that has not left is asked again
+AGAIN_SECONDS = 5.0  # between repeated requests to a process that has not exited yet
 
 
 class Job(NamedTuple):
-    """Something to do, such as training a network.
+    """A unit of work, such as training a network.
 
     Attributes:
-        title: its name in log lines and errors.
-        call: does it. To run in a process of its own, it must be picklable.
-        status: says in a few words how far it is; called while it runs in another process.
+        title: the job's name in log lines and errors.
+        call: does the work. It must be picklable to run in a process of its own.
+        status: a short progress report; called while the job runs in another process.
     """
 
     title: str
@@ -42,19 +42,19 @@ class _Running(NamedTuple):
 
 
 class _Left(BaseException):
-    """Raised by a signal wherever the process is: no `except Exception` on the way may hold it back."""
+    """Raised by a signal handler at any point; a BaseException, so that no `except Exception` catches it."""
 
 
 def run_jobs(jobs: Sequence[Job], *, at_a_time: int, logger: logging.Logger) -> list[Job]:
-    """Run all jobs, `at_a_time` of them at once; return those that failed, after the others are done.
+    """Run all jobs, `at_a_time` at once; when all are done, return those that failed.
 
-    With one at a time, they run in this process. With several, each runs in a process of its own, with its share of the
-    cores or on its GPU, and prints nothing but errors; this process reports how far they are.
+    With `at_a_time` 1, jobs run in this process. Otherwise each job runs in its own process, with its share of the
+    cores or its own GPU, and prints only errors, while this process reports progress.
 
-    A job fails with an InputError, whose sentence is printed; in a process of its own, with any other error too.
+    A job fails on an InputError, whose message is printed; in its own process, any other error fails it too.
 
     Raises:
-        Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, when the jobs under way have left. Training loops save first.
+        Interrupted: on SIGTERM, SIGUSR1 or Ctrl-C, once the running jobs have exited. Training loops save first.
     """
     if at_a_time == 1:
         with interruptible():
@@ -64,9 +64,9 @@ def run_jobs(jobs: Sequence[Job], *, at_a_time: int, logger: logging.Logger) -> 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise Interrupted on SIGTERM, SIGUSR1 or Ctrl-C, wherever this process is.
+    """Raise Interrupted on SIGTERM, SIGUSR1 or Ctrl-C, at any point in this process.
 
-    A training loop has handlers of its own, which save first.
+    A training loop installs its own handlers, which save first.
     """
     try:
         with _handled(_leave_once()):
@@ -98,7 +98,7 @@ def _side_by_side(jobs: Sequence[Job], at_a_time: int, logger: logging.Logger) -
 
     def ask_to_leave() -> None:
         for other in running:
-            other.process.terminate()  # by SIGTERM, on which a training loop saves
+            other.process.terminate()  # SIGTERM, on which a training loop saves
 
     told = time.monotonic()
     with _handled(leave):
@@ -108,7 +108,7 @@ def _side_by_side(jobs: Sequence[Job], at_a_time: int, logger: logging.Logger) -
                     job = waiting.pop(0)
                     slot = min(set(range(at_a_time)) - {other.slot for other in running})
                     process = context.Process(target=_process, args=(job.title, job.call, slot, at_a_time))
-                    # Which it inherits: in the middle of its imports, Ctrl-C would print a stack trace.
+                    # The child inherits this; otherwise Ctrl-C during its imports would print a stack trace.
                     signal.signal(signal.SIGINT, signal.SIG_IGN)
                     process.start()
                     signal.signal(signal.SIGINT, leave)
@@ -122,27 +122,27 @@ def _side_by_side(jobs: Sequence[Job], at_a_time: int, logger: logging.Logger) -
                     if code:
                         stopped.append(other.job)
                 if left:
-                    ask_to_leave()  # a loop that was at its last iteration has gone on to what comes after it
+                    ask_to_leave()  # a loop in its last iteration ignored the first request and moved on
                 elif time.monotonic() - told >= STATUS_SECONDS:
                     told = time.monotonic()
                     for other in running:
                         logger.info("%s: %s", other.job.title, other.job.status())
         finally:
-            ask_to_leave()  # none is left but after an error of this process
+            ask_to_leave()  # some are left only if this process failed
     if left:
         raise Interrupted(f"{left[0]}: the jobs under way were saved.")
     return stopped
 
 
 def _process(title: str, call: Callable[[], object], slot: int, at_a_time: int) -> None:
-    """What the process of a job does."""
+    """Entry point of a job's process."""
     _handle(_leave_once())
     try:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // at_a_time))
         if torch.cuda.is_available():
             torch.cuda.set_device(slot % torch.cuda.device_count())
-        # Several logs at once are unreadable; each run has its log.txt.
+        # Interleaved logs are unreadable; each run has its own log.txt.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             call()
     except InputError as error:
@@ -151,19 +151,19 @@ def _process(title: str, call: Callable[[], object], slot: int, at_a_time: int) 
     except (Interrupted, KeyboardInterrupt, _Left):
         sys.exit(EXIT_INTERRUPTED)
     finally:
-        _handle(signal.SIG_IGN)  # else a signal that is sent again changes the exit code while the interpreter ends
+        _handle(signal.SIG_IGN)  # a repeated signal must not change the exit code during shutdown
 
 
 def _leave_once() -> Callable[[int, object], None]:
-    """A handler that raises _Left at the first signal.
+    """A handler that raises _Left on the first signal only.
 
-    A second one must not break the way out: a terminal or a queue may send the same signal to all processes, and the
-    process that runs the jobs passes it on.
+    A second signal must not disrupt the shutdown: a terminal or scheduler may signal all processes, and the process
+    that runs the jobs forwards the signal as well.
     """
     process, received = os.getpid(), []
 
     def leave(number: int, _frame: object) -> None:
-        if received or os.getpid() != process:  # a forked process, which shares the handler
+        if received or os.getpid() != process:  # forked processes share the handler
             return
         received.append(number)
         raise _Left(signal.Signals(number).name)
@@ -182,5 +182,5 @@ def _handled(handle: Callable[[int, object], None]) -> Iterator[None]:
 
 
 def _handle(handle: Callable[[int, object], None] | signal.Handlers) -> dict[signal.Signals, Any]:
-    """Set what a signal does; return what it did."""
+    """Install a handler for the forwarded signals; return the previous handlers."""
     return {number: signal.signal(number, handle) for number in FORWARDED}

@@ -1,4 +1,4 @@
-"""Command lines of the training tools: Detectron2's flags, several processes on GPUs or CPUs, errors as sentences."""
+"""The training tools' command line: Detectron2's flags, multi-process launch on GPUs or CPUs, readable errors."""
 
 import argparse
 import functools
@@ -17,7 +17,7 @@ from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError,
 
 
 def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
-    """The flags that both training tools share, named as Detectron2's where it has them."""
+    """The flags that both training tools share, under Detectron2's names where it has them."""
     parser = argparse.ArgumentParser(
         description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +38,7 @@ def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 
 class PrintAndExit(argparse.Action):
-    """A flag that prints what the function `const` returns, whatever else the command line lacks."""
+    """A flag that prints the return value of `const` and exits, even if required flags are missing."""
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, nargs=0, **named)
@@ -54,12 +54,12 @@ def run_tool(
     run: Callable[..., object],
     named: Mapping[str, object] | None = None,
 ) -> int:
-    """Load the configuration, run in as many processes as asked, and return the exit code.
+    """Load the configuration, run in the requested number of processes, and return the exit code.
 
     Args:
-        load: from the arguments to the configuration; a cheap call that finds misspelt keys before anything starts.
+        load: turns the arguments into a configuration; cheap, so misspelled keys are caught before anything starts.
         run: called in every process as `run(cfg, **named)`.
-        named: by default the flags `resume` and `eval_only`.
+        named: defaults to the flags `resume` and `eval_only`.
     """
     try:
         cfg = load(arguments)
@@ -79,7 +79,7 @@ def run_tool(
             leave(code)
         return code
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # what gets here is the same for all of a machine's processes
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine get the same error here
             print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except Interrupted as error:
@@ -102,15 +102,16 @@ def launch(
 ) -> int:
     """Call `run(cfg, **arguments)` in `processes` processes on each of `machines` machines.
 
-    Under torchrun, or whatever else sets its environment variables, this process is one of them already: it calls, and
-    starts none. The numbers may then stay at their defaults; a failure of one of several such processes ends it here.
+    Under torchrun, or anything else that sets its environment variables, this process is already one of them, so it
+    just calls `run`. The counts may then stay at their defaults. If there are several such processes and this one
+    fails, it exits here.
 
     Returns:
-        The exit code: 0, or that of a process that failed, after its stack trace or signal was printed.
+        The exit code: 0, or that of a failed process, whose stack trace or signal has been printed.
 
     Raises:
-        InputError: a process raised one; the others were ended.
-        Interrupted: a signal asked to leave; everything is saved.
+        InputError: a process raised one; the others were killed.
+        Interrupted: a signal asked to stop; everything is saved.
     """
     if processes < 1 or machines < 1 or not 0 <= machine_rank < machines:
         raise ConfigError(
@@ -137,14 +138,14 @@ def launch(
             raise ConfigError("--dist-url auto works on a single machine only; give tcp://HOST:PORT of machine 0.")
         url = f"tcp://127.0.0.1:{_free_port()}"
     if on_gpu and torch.cuda.device_count() < processes:
-        raise ConfigError(f"--num-gpus is {processes}, but this machine shows {torch.cuda.device_count()} GPUs.")
+        raise ConfigError(f"--num-gpus is {processes}, but this machine has {torch.cuda.device_count()} GPUs.")
     first = machine_rank * processes
     infos = [RankInfo(first + number, machines * processes, number, processes, url) for number in range(processes)]
     return spawn(infos, call, on_gpu=on_gpu)
 
 
 def _check_same(given: RankInfo, processes: int, machines: int, machine_rank: int, url: str) -> None:
-    """Flags may repeat what the environment says; a default is taken for nothing said."""
+    """Refuse flags that contradict the environment; a flag at its default counts as not given."""
     expected = {
         "--num-gpus": (processes, 1, given.local_size),
         "--num-machines": (machines, 1, given.world_size // given.local_size),

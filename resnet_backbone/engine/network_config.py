@@ -1,4 +1,4 @@
-"""What weights say about a configuration, and a configuration about a network."""
+"""What weights imply for the configuration, and the configuration for the network."""
 
 import functools
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ from resnet_backbone.engine.keys import add_engine_config
 from resnet_backbone.networks import ARGUMENTS
 from resnet_backbone.weights import Metadata
 
-# The constructor arguments of networks that the configuration decides, and the keys that decide them.
+# Network constructor arguments that the configuration sets, with their keys.
 ARGUMENT_KEYS = {name: argument.key for name, argument in ARGUMENTS.items() if argument.key is not None}
 
 
 def arguments_from_config(cfg: CfgNode, accepted: Sequence[str]) -> dict[str, Any]:
-    """The constructor arguments of a network that the configuration decides, as far as the network takes them.
+    """The constructor arguments that the configuration sets and this network accepts.
 
     Args:
-        accepted: the argument names of this row of the catalogue (`networks.accepted_arguments(name)`).
+        accepted: the argument names of this catalogue row (`networks.accepted_arguments(name)`).
 
     Raises:
-        ConfigError: a key asks for something that this network does not have.
+        ConfigError: a key asks for something that this network does not offer.
     """
     values = {argument: get_key(cfg, key) for argument, key in ARGUMENT_KEYS.items()}
     for argument, key in ARGUMENT_KEYS.items():
         default = get_key(_defaults(), key)
-        # Stride placement and norm stand in Detectron2's own configs whatever the network.
+        # Detectron2's own configs set stride placement and norm for any network.
         if argument not in (*accepted, "stride_in_1x1", "norm") and values[argument] != default:
             by = f" ({origin(cfg, key)})" if origin(cfg, key) else ""
             raise ConfigError(
@@ -45,10 +45,10 @@ def _defaults() -> CfgNode:
 
 
 def fill_from_metadata(cfg: CfgNode, metadata: Metadata, file: str) -> None:
-    """Take the preprocessing and the network's arguments from the weights; stop where the user said otherwise.
+    """Take the preprocessing and network arguments from the weights; fail if the user set something else.
 
     Raises:
-        ConfigError: a key that the user set differs from the metadata; both values are named.
+        ConfigError: a key set by the user differs from the metadata; the message names both values.
     """
     for key, value in preprocessing_keys(metadata).items():
         current = get_key(cfg, key)
@@ -63,7 +63,7 @@ def fill_from_metadata(cfg: CfgNode, metadata: Metadata, file: str) -> None:
 
 
 def preprocessing_keys(metadata: Metadata) -> dict[str, Any]:
-    """The configuration that `metadata` implies, by key: what must agree for the weights to mean what they meant."""
+    """The configuration that `metadata` implies, by key: the values that must match for the weights to be valid."""
     keys = {
         "INPUT.FORMAT": metadata.channel_order,
         "MODEL.PIXEL_MEAN": list(metadata.pixel_mean),
@@ -78,7 +78,7 @@ def preprocessing_keys(metadata: Metadata) -> dict[str, Any]:
                 "Use the version that wrote them, or a newer one."
             )
         argument = ARGUMENTS[name]
-        # Batch norm computes the same whether it is frozen, shared over processes, or neither, once it is trained.
+        # Once trained, batch norm computes the same whether it is frozen, synchronized over processes, or neither.
         if argument.decides == "training" or name == "norm" or (argument.adjustable and metadata.kind == "classifier"):
             continue
         keys[argument.key] = value
@@ -86,7 +86,7 @@ def preprocessing_keys(metadata: Metadata) -> dict[str, Any]:
 
 
 def fill_adjustable(cfg: CfgNode, metadata: Metadata, file: str) -> None:
-    """Take from a classifier's weights what they also serve with other values, wherever the user said nothing."""
+    """Take a classifier's adjustable arguments (its weights also work with other values) unless the user set them."""
     for name, value in metadata.arguments.items():
         key = ARGUMENTS[name].key
         if ARGUMENTS[name].adjustable and name != "norm" and origin(cfg, key) is None:
@@ -94,7 +94,7 @@ def fill_adjustable(cfg: CfgNode, metadata: Metadata, file: str) -> None:
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Equality that takes 123.675 and a float32's 123.67500305 for the same and lists and tuples alike."""
+    """Equality up to float32 rounding (123.675 equals 123.67500305), treating lists and tuples alike."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(same_value(a, b) for a, b in zip(one, other, strict=True))
     if isinstance(one, float) or isinstance(other, float):

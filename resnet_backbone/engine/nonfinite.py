@@ -1,7 +1,7 @@
-"""Losses and gradients that are infinite or not a number: they change nothing, and the run says where they came from.
+"""Infinite or NaN losses and gradients: keep them out of the model and report where they came from.
 
-The device decides (`NonFiniteGuard`), so that no step waits; the host reads the decision with the metrics. Then the
-batch, which is a function of the iteration, is run again and looked at layer by layer (`Diagnosis`).
+The check runs on the device (`NonFiniteGuard`), so no step waits; the host reads the verdict along with the metrics. It
+then reruns the batch, which is a function of the iteration, and inspects it layer by layer (`Diagnosis`).
 """
 
 import logging
@@ -21,23 +21,23 @@ Losses = dict[str, torch.Tensor]
 
 
 class NonFiniteLossError(InputError, FloatingPointError):
-    """The loss or a weight is infinite or not a number: almost always, the learning rate is too high."""
+    """The loss or a weight is infinite or NaN, almost always because the learning rate is too high."""
 
 
 class NonFiniteGuard:
-    """Watches losses and gradients; from the first bad step on, nothing that a step does reaches the model.
+    """Watch losses and gradients; from the first bad step on, no step changes the model.
 
-    The decision is a tensor on the device, so no step waits for it. The optimizer takes it as `found_inf` (torch's own
-    way to skip a fused step), batch norm statistics are put back from a copy.
+    The verdict is a tensor on the device, so no step waits for it. The optimizer receives it as `found_inf` (torch's
+    own way to skip a fused step), and batch norm statistics are restored from a copy.
 
     Attributes:
-        first_bad: the first bad step, counted from `begin()`; -1 while there is none. On the device.
-        stopped: 1.0 from the first bad step on, before that 0.0. On the device.
+        first_bad: the first bad step, counted from `begin()`; -1 if there is none yet. On the device.
+        stopped: 0.0 before the first bad step, 1.0 from then on. On the device.
 
     Args:
-        model: whose batch norm statistics are kept.
-        gradients: whether gradients that are not finite count too. Not with a loss scaler, which looks for its scale by
-            means of them.
+        model: the model whose batch norm statistics are protected.
+        gradients: whether non-finite gradients count too. False with a loss scaler, which relies on them to find its
+            scale.
     """
 
     def __init__(self, model: nn.Module, *, gradients: bool = True):
@@ -47,14 +47,14 @@ class NonFiniteGuard:
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
         self.first_bad = torch.full_like(self.steps, -1)
         self.stopped = torch.zeros((), device=device)
-        # Frozen batch norms keep theirs anyway. Buffers of one type go into one flat copy: a few kernels for all.
+        # Frozen batch norms never change. Buffers of one dtype share one flat copy, so a few kernels handle them all.
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         buffers = [buffer for norm in norms for buffer in norm.buffers()]
         by_type = {dtype: [b for b in buffers if b.dtype == dtype] for dtype in {b.dtype for b in buffers}}
         self._statistics = [(group, _flat(group)) for group in by_type.values()]
 
     def judge(self, loss: torch.Tensor) -> None:
-        """After the backward pass: take the step's loss and the gradients into account, and keep statistics or not."""
+        """Check the step's loss and gradients after the backward pass; keep or restore batch norm statistics."""
         bad = ~loss.detach().isfinite()
         if self.gradients:
             gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -71,20 +71,21 @@ class NonFiniteGuard:
             torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
 
     def begin(self) -> None:
-        """Count steps from here on, and take the batch norm statistics as they are for good ones."""
+        """Start counting steps, and take the current batch norm statistics as good."""
         self.steps.zero_()
         for buffers, kept in self._statistics:
             kept.copy_(_flat(buffers))
 
 
 class Diagnosis:
-    """Says of a bad iteration where it went wrong, by running it again with the weights that it began with.
+    """Locate where a bad iteration went wrong by rerunning it with the weights that it started from.
 
     Args:
-        model: unwrapped; since the bad iteration, nothing has changed its weights.
-        replay: given an iteration, its micro-batches and the function from one to its losses, seeded as it was.
-        names: given an iteration, what this process's images are called; None if they have no names.
-        rate_at: given an iteration, its learning rate.
+        model: unwrapped; its weights have not changed since the bad iteration.
+        replay: maps an iteration to its micro-batches and a function from a micro-batch to its losses, with the
+            iteration's original seed.
+        names: maps an iteration to the names of this process's images; None if they have no names.
+        rate_at: maps an iteration to its learning rate.
     """
 
     def __init__(
@@ -101,23 +102,23 @@ class Diagnosis:
         self._rate_at = rate_at
 
     def of_all(self, iteration: int) -> NonFiniteLossError:
-        """The error to raise where all processes know that the iteration is bad; they look at it together."""
+        """The error to raise when all processes know that the iteration is bad; they diagnose it together."""
         return self._error(iteration, comm.all_gather(self._look(iteration)))
 
     def of_this_process(self, iteration: int) -> NonFiniteLossError:
-        """The error to raise where only this process knows."""
+        """The error to raise when only this process knows."""
         return self._error(iteration, [self._look(iteration)])
 
     def _look(self, iteration: int) -> tuple[str, list[str]]:
         """The cause, and the names of this process's images."""
         micro_batches, losses_of = self._replay(iteration)
         self._model.train()
-        with torch.compiler.set_stance("force_eager"):  # compiled, it has no layers to look at
+        with torch.compiler.set_stance("force_eager"):  # a compiled model has no layers to inspect
             cause = find_cause(self._model, micro_batches, losses_of)
         return cause, [] if self._names is None else list(self._names(iteration))
 
     def _error(self, iteration: int, found: list[tuple[str, list[str]]]) -> NonFiniteLossError:
-        # The process that has a cause knows the image; the others only got its gradient.
+        # The process that found a cause has the bad image; the others only received its gradient.
         cause, names = next(((c, n) for c, n in found if not c.startswith("nothing")), found[0])
         logger.error("images of iteration %d: %s", iteration, ", ".join(names) or "unknown")
         few = ", ".join(names[:4]) + (f" and {len(names) - 4} more (in the log)" if len(names) > 4 else "")
@@ -130,7 +131,7 @@ class Diagnosis:
 
 
 def check_weights(model: nn.Module, iteration: int) -> None:
-    """Raise NonFiniteLossError if a tensor of the model is infinite or not a number after `iteration`."""
+    """Raise NonFiniteLossError if any tensor of the model is infinite or NaN after `iteration`."""
     state = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
     finite = torch.stack([tensor.isfinite().all() for tensor in state.values()]).tolist()
     if not all(finite):
@@ -142,22 +143,22 @@ def check_weights(model: nn.Module, iteration: int) -> None:
 
 
 def find_cause(model: nn.Module, micro_batches: Iterable[Any], losses_of: Callable[[Any], Losses]) -> str:
-    """Name the first thing in one iteration that is infinite or not a number; change nothing in the model.
+    """Name the first infinite or NaN value in an iteration, leaving the model unchanged.
 
     Args:
-        model: with the weights that the iteration began with, in training mode.
-        micro_batches: of the iteration's batch.
-        losses_of: from a micro-batch to its losses, by way of the model.
+        model: in training mode, with the weights that the iteration started from.
+        micro_batches: the iteration's micro-batches.
+        losses_of: runs the model on a micro-batch and returns its losses.
 
     Returns:
-        The end of a sentence, for instance "the output of layer2.0.conv1".
+        The end of a sentence, such as "the output of layer2.0.conv1".
     """
     watched = _Watch(model)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad(set_to_none=True)  # those there are may hold the fault already
+    model.zero_grad(set_to_none=True)  # existing gradients may already be bad
     try:
-        # To the end, whatever is found: other processes may wait for this one in a layer that works across them.
+        # Run to the end whatever is found: other processes may be waiting for this one in a synchronized layer.
         for micro_batch in micro_batches:
             losses = losses_of(micro_batch)
             watched.note(
@@ -168,7 +169,7 @@ def find_cause(model: nn.Module, micro_batches: Iterable[Any], losses_of: Callab
             watched.note(f"the gradient of {name}" for name, gradient in named if not _is_finite(gradient))
             if not _is_finite(nn.utils.get_total_norm([gradient for _, gradient in named])):
                 watched.note(["the norm of the gradient, each value of which is finite"])
-    except FloatingPointError as error:  # by which Detectron2 refuses boxes that are not numbers
+    except FloatingPointError as error:  # how Detectron2 rejects NaN boxes
         watched.note([f"what is computed from layers' outputs, all of them finite ({error})"])
     finally:
         watched.remove()
@@ -182,7 +183,7 @@ def find_cause(model: nn.Module, micro_batches: Iterable[Any], losses_of: Callab
 
 
 class _Watch:
-    """The first output of a layer, or gradient of one, that is not finite."""
+    """Find the first non-finite layer output or gradient of one."""
 
     def __init__(self, model: nn.Module):
         self.found: str | None = None
@@ -190,7 +191,7 @@ class _Watch:
         self._handles = [module.register_forward_hook(self._look(name)) for name, module in leaves]
 
     def note(self, found: Iterable[str]) -> None:
-        """Take the first of these, unless something was found before."""
+        """Record the first of these, unless something was already found."""
         if self.found is None:
             self.found = next(iter(found), None)
 

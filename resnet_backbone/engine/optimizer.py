@@ -1,4 +1,4 @@
-"""The optimizer, by Detectron2's keys."""
+"""Build the optimizer from Detectron2's keys."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from resnet_backbone.engine.config import ConfigError
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD as Detectron2's `build_optimizer` makes it, but fused: one pass over the weights instead of five.
+    """Build SGD like Detectron2's `build_optimizer`, but fused: one pass over the weights instead of five.
 
-    Weight decay by the kind of layer (SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS), decided by module
-    type; gradient clipping by SOLVER.CLIP_GRADIENTS.
+    Weight decay depends on the module type (SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS), gradient
+    clipping on SOLVER.CLIP_GRADIENTS.
 
     Raises:
         ConfigError: SOLVER.CLIP_GRADIENTS.CLIP_TYPE is unknown.
@@ -35,8 +35,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         fused=True,
     )
     if cfg.SOLVER.MOMENTUM > 0:
-        # torch makes the buffers in the first step, and leaves them unset where that step is skipped (by a loss scale
-        # that is too high). Zeros give the same first step.
+        # torch creates the buffers in the first step and leaves them unset if that step is skipped (because the loss
+        # scale is too high). Zeros give the same first step.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -46,10 +46,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 class GradientClipping:
-    """Clip each parameter's gradient by itself, by value or by norm, as Detectron2 does; called before a step.
+    """Clip each parameter's gradient separately, by value or norm, as Detectron2 does; called before each step.
 
-    The same numbers by a handful of kernels for all parameters; Detectron2 launches several for each of them, one
-    parameter after the other.
+    The results are the same, but a handful of kernels handles all parameters, while Detectron2 launches several per
+    parameter.
     """
 
     def __init__(self, clip: CfgNode):
@@ -64,12 +64,12 @@ class GradientClipping:
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer, _arguments: Any, _named: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not parameters:  # torch's functions on lists refuse an empty one
+        if not parameters:  # torch's foreach functions reject empty lists
             return
         if self._by_value:
             nn.utils.clip_grad_value_(parameters, self._limit, foreach=True)
         else:
             gradients = [parameter.grad for parameter in parameters]
             norms = torch.stack(torch._foreach_norm(gradients, self._norm_type))
-            factors = (self._limit / (norms + 1e-6)).clamp(max=1.0)  # as `clip_grad_norm_` has it
+            factors = (self._limit / (norms + 1e-6)).clamp(max=1.0)  # as in `clip_grad_norm_`
             torch._foreach_mul_(gradients, factors.unbind())

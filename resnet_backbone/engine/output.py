@@ -1,4 +1,4 @@
-"""The output folder: checked before anything runs, log and configuration in it, the last checkpoint found again."""
+"""The output folder: up-front checks, the log, the configuration, and saving and finding checkpoints."""
 
 import json
 import logging
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
 BEST = "model_best.pth"
 LAST = "last_checkpoint"
-LOWEST_FREE_SPACE = 2**28  # bytes; below it not even a small network's checkpoints fit
+LOWEST_FREE_SPACE = 2**28  # bytes; with less, not even a small network's checkpoints fit
 
 
 def open_output(cfg: CfgNode, *, resume: bool) -> Path:
-    """Create OUTPUT_DIR, prove that it can be written to, and start logging there and to the terminal.
+    """Create OUTPUT_DIR, check that it is writable, and start logging there and to the terminal.
 
     Raises:
-        ConfigError: the folder cannot be written, its disk is full, or it holds another run and `resume` is off.
+        ConfigError: the folder is not writable, its disk is full, or it holds another run and `resume` is off.
     """
     folder = Path(cfg.OUTPUT_DIR)
     try:
@@ -47,7 +47,7 @@ def open_output(cfg: CfgNode, *, resume: bool) -> Path:
         )
     if not resume and (held := next((n for n in (LAST, FINAL) if (folder / n).exists()), None)):
         raise ConfigError(
-            f"OUTPUT_DIR {folder} holds a run already ({held}). Add --resume to go on with it, choose another "
+            f"OUTPUT_DIR {folder} already holds a run ({held}). Add --resume to go on with it, choose another "
             "OUTPUT_DIR, or delete the folder."
         )
     start_logging(folder)
@@ -55,7 +55,7 @@ def open_output(cfg: CfgNode, *, resume: bool) -> Path:
 
 
 def start_logging(folder: Path) -> None:
-    """Log Detectron2, fvcore and this package to `log.txt` in `folder`, from the main process to the terminal too.
+    """Log Detectron2, fvcore and this package to `log.txt` in `folder`, and to the terminal on the main process.
 
     A second call in the same process, for another folder, replaces the first.
     """
@@ -73,13 +73,13 @@ def start_logging(folder: Path) -> None:
         named.handlers = list(handlers)
         named.setLevel(logging.INFO)
         named.propagate = False
-    # torch announces the end of TorchScript, which Detectron2 0.6 uses at import, once per function.
+    # torch warns once per function that TorchScript, which Detectron2 0.6 uses at import, is deprecated.
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*", category=DeprecationWarning)
     logger.info(versions())
 
 
 def versions() -> str:
-    """Versions and machine, as one line."""
+    """Software versions and the device, on one line."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return (
         f"Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
@@ -88,16 +88,16 @@ def versions() -> str:
 
 
 def write_config(cfg: CfgNode, folder: Path) -> None:
-    """Write the resolved configuration to `config.yaml`: what Detectron2 needs to use the result."""
+    """Write the resolved configuration to `config.yaml`, which Detectron2 needs to use the result."""
     if comm.is_main_process():
         with atomic_write(folder / "config.yaml") as file:
             file.write(cfg.dump().encode())
 
 
 def save_training_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 0) -> Path:
-    """Write `model_0001234.pth` and note its name in `last_checkpoint`, each atomically, in this order.
+    """Write `model_0001234.pth`, then its name to `last_checkpoint`, each atomically.
 
-    Then remove all but the `keep` newest (0: none is removed). So at each moment a whole checkpoint is there.
+    Then keep only the `keep` newest checkpoints (0: all). A complete checkpoint exists at any moment.
     """
     path = folder / f"model_{checkpoint.iteration:07d}.pth"
     write_checkpoint(path, checkpoint)
@@ -112,13 +112,13 @@ def save_training_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int 
 
 
 def save_best_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write `model_best.pth`, atomically: weights to use, not to resume from."""
+    """Write `model_best.pth` atomically: weights to use, not to resume from."""
     write_checkpoint(folder / BEST, checkpoint)
     logger.info("saved %s, the best so far", folder / BEST)
 
 
 def _training_checkpoints(folder: Path) -> list[Path]:
-    """From the oldest to the newest."""
+    """Training checkpoints, oldest first."""
     found = [path for path in folder.glob("model_*.pth") if re.fullmatch(r"model_\d+\.pth", path.name)]
     return sorted(found, key=lambda path: int(path.stem.removeprefix("model_")))
 
@@ -127,11 +127,10 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint to resume from; None if the run wrote none.
 
     Raises:
-        CheckpointError: `last_checkpoint` names a file that is missing or damaged; an earlier one is named if there is
-            one.
+        CheckpointError: `last_checkpoint` names a missing or damaged file; the message names an earlier one if any.
     """
     if comm.is_main_process():
-        for torn in folder.glob(".*.tmp"):  # what a killed process was writing
+        for torn in folder.glob(".*.tmp"):  # left behind by a killed process
             torn.unlink(missing_ok=True)
     tag = folder / LAST
     if not tag.is_file():
@@ -149,7 +148,7 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def keep_metrics_before(folder: Path, iteration: int) -> None:
-    """Drop the lines of metrics.json from `iteration` on, which training writes again, and one that a kill cut off."""
+    """Drop lines of metrics.json from `iteration` on, which training rewrites, and any line truncated by a kill."""
     path = folder / "metrics.json"
     if not path.is_file():
         return

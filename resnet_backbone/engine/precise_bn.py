@@ -1,6 +1,6 @@
-"""Batch normalization statistics over training images, with the weights fixed ("precise BN").
+"""Batch normalization statistics over training images with fixed weights ("precise BN").
 
-The ResNet paper recomputes them on the training set after pretraining and fixes them in detection (appendix A).
+The ResNet paper recomputes them on the training set after pretraining and freezes them in detection (appendix A).
 """
 
 from collections.abc import Iterable
@@ -17,19 +17,19 @@ from resnet_backbone.engine.precision import autocast
 def estimate_norm_statistics(
     model: nn.Module, batches: Iterable[torch.Tensor], iterations: int, *, precision: str = "fp32"
 ) -> int:
-    """Replace the running averages of every batch normalization by the statistics over `iterations` batches.
+    """Replace every batch normalization's running averages with the statistics over `iterations` batches.
 
-    The mean is that of all values of all batches and processes, the variance that around it (divided by their number,
-    not by one less); each batch is normalized by its own statistics on the way (Wu, Johnson, arXiv 2105.07576,
-    section 3 and appendix).
+    The mean is taken over all values of all batches and processes, and the variance is the biased one around that mean
+    (divided by N, not N - 1). In these forward passes, each batch is normalized by its own statistics (Wu, Johnson,
+    arXiv 2105.07576, section 3 and appendix).
 
     Args:
-        model: in the mode in which it is trained afterwards; its training mode is restored.
-        batches: normalized images `(N, 3, H, W)` on the model's device, at least `iterations` of them.
-        precision: of the forward passes, as in training. The statistics are in float32 always.
+        model: the model; its train or eval mode is restored afterwards.
+        batches: normalized images `(N, 3, H, W)` on the model's device, at least `iterations` batches.
+        precision: precision of the forward passes, as in training. The statistics are always in float32.
 
     Returns:
-        The number of layers estimated; 0 if the network has none, and then no batch is read.
+        The number of layers estimated; 0 if the network has none, in which case no batch is read.
 
     Raises:
         ConfigError: `iterations` is below 1.
@@ -44,16 +44,16 @@ def estimate_norm_statistics(
             with autocast(precision, next(model.parameters()).device):
                 update_bn_stats(model, batches, iterations)
             _average_over_processes(layers)
-            for layer in layers:  # a channel that never changes can round to just below zero
+            for layer in layers:  # rounding can push a constant channel just below zero
                 layer.running_var.clamp_(min=0)
     model.train(was_training)
     return len(layers)
 
 
 def _average_over_processes(layers: list[nn.Module]) -> None:
-    """fvcore estimates in each process alone; the variance over all is the mean square less the squared mean.
+    """Combine fvcore's per-process estimates; the overall variance is the mean square minus the squared mean.
 
-    Each process has seen as many values as any other. In double precision, since the two terms may nearly be equal.
+    Every process has seen the same number of values. Double precision, since the two terms may be nearly equal.
     """
     processes = comm.get_world_size()
     if processes == 1:

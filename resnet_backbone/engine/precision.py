@@ -1,4 +1,4 @@
-"""The precision of a forward pass: float32, or narrower by autocast."""
+"""The precision of a forward pass: float32, or lower with autocast."""
 
 import contextlib
 
@@ -10,17 +10,17 @@ PRECISIONS = ("fp32", *AUTOCAST_TYPES)
 
 
 def precision_of(cfg: CfgNode) -> str:
-    """One of PRECISIONS, by SOLVER.AMP."""
+    """The entry of PRECISIONS that SOLVER.AMP selects."""
     return cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "fp32"
 
 
 def autocast(
     precision: str, device: torch.device | str, *, cache_enabled: bool = True
 ) -> contextlib.AbstractContextManager:
-    """Run what is in it on `device` in one of PRECISIONS.
+    """A context that runs its body on `device` in one of PRECISIONS.
 
     Args:
-        cache_enabled: keep the weights in the narrow type until the outermost context is left.
+        cache_enabled: cache the low-precision weights until the outermost context exits.
     """
     if precision not in AUTOCAST_TYPES:
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Signals that ask a run to make room: the step is finished, its state saved, and the run leaves."""
+"""Preemption: on a signal, finish the step, save the state and exit."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class _EvaluationLeft(BaseException):
-    """Raised in the middle of an evaluation, which may take longer than a queue waits."""
+    """Raised in the middle of an evaluation, which may outlast the scheduler's grace period."""
 
 
 class Preemption(HookBase):
     """On SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, raise Interrupted. A second Ctrl-C ends the run at once.
 
-    Several processes leave together, after the same iteration: they agree every `period` iterations, so that one of
-    them may be the only one that got the signal.
+    Several processes stop together, after the same iteration. They sync every `period` iterations, so it is enough
+    for one of them to get the signal.
     """
 
     def __init__(self, checkpoints: Checkpoints, period: int):
@@ -54,13 +54,13 @@ class Preemption(HookBase):
             self._leave(received, self.trainer.iter)
 
     def interruptible(self, evaluate: Callable[[], dict]) -> dict:
-        """Call `evaluate`, which ends after a signal as soon as a module is called: it is done again after the resume.
+        """Call `evaluate`, but abort it at the next module call after a signal; a resumed run evaluates again.
 
-        Not with several processes, which would wait for each other: there it runs to its end.
+        With several processes, which would wait for each other, it runs to completion.
         """
         if comm.get_world_size() > 1:
             return evaluate()
-        # The handler itself must not raise: whatever it interrupts, such as a `__del__`, may swallow that.
+        # The handler itself must not raise: the code it interrupts, such as a `__del__`, may swallow the exception.
         watch = register_module_forward_pre_hook(self._leave_evaluation)
         try:
             self._leave_evaluation()
@@ -83,12 +83,12 @@ class Preemption(HookBase):
 
     def _handle(self, number: int, _frame: Any) -> None:
         if os.getpid() != self._process:
-            return  # a loader's worker, which shares the handlers: the training process decides
+            return  # data loader workers share the handlers, but the training process decides
         again = self._received is not None
         if number == signal.SIGINT and again:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         if not again:
             self._received = signal.Signals(number).name
-            # Not by the logger, which may be in the middle of a line.
+            # Not through the logger, which may be in the middle of a line.
             os.write(2, f"{self._received}: finishing the step, then saving\n".encode())

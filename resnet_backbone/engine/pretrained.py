@@ -1,4 +1,4 @@
-"""MODEL.WEIGHTS in any format that `weights.read_weights` knows, with what the configuration says about it."""
+"""Read MODEL.WEIGHTS in any format that `weights.read_weights` supports, with overrides from the configuration."""
 
 import logging
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from resnet_backbone.weights import Checkpoint, MissingMetadata, read_weights
 
 logger = logging.getLogger(__name__)
 
-# What a file may leave open, and the key with which a user says it.
+# What a file may leave unspecified, and the key that sets it.
 OVERRIDE_KEYS = {
     "architecture": "MODEL.NETWORK.NAME",
     "channel_order": "INPUT.FORMAT",
@@ -23,24 +23,24 @@ OVERRIDE_KEYS = {
 
 
 def command_line_overrides(cfg: CfgNode) -> dict[str, Any]:
-    """What the command line says about weights, by the arguments of `read_weights`.
+    """What the command line says about the weights, keyed by `read_weights` argument.
 
-    A configuration file does not count: the recipes set a preprocessing and a stride placement of their own, which
-    were not written with anybody's file in view.
+    Configuration files don't count: the recipes set their own preprocessing and stride placement, which say nothing
+    about a user's file.
     """
     overrides = {name: get_key(cfg, key) for name, key in OVERRIDE_KEYS.items() if origin(cfg, key) == COMMAND_LINE}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in overrides.items()}
 
 
 def read_with_overrides(file: str, overrides: Mapping[str, Any]) -> Checkpoint:
-    """What is in `file`, under our names, whatever library wrote it.
+    """Read `file`, whatever library wrote it, and rename its parameters to ours.
 
-    What the file or its format's convention says is in the result's metadata, for `fill_from_metadata` to compare with
-    the configuration. Only what neither says is taken from `overrides`.
+    The result's metadata holds what the file or its format's convention says, for `fill_from_metadata` to compare with
+    the configuration. `overrides` supplies only what neither says.
 
     Raises:
-        ConfigError: something about the weights is known by nobody; the keys that would say it are named.
-        CheckpointError: the file cannot be read, or holds no network of the catalogue.
+        ConfigError: something about the weights is not specified anywhere; the message names the keys that set it.
+        CheckpointError: the file cannot be read, or holds no network from the catalogue.
     """
     needed: dict[str, Any] = {}
     while True:

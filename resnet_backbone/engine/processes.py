@@ -1,6 +1,6 @@
-"""Processes that train together: how they begin, and how all of them end when one does.
+"""Processes that train together: how they start, and how all of them end when one does.
 
-They are started here (`spawn`), or by torchrun or a scheduler, which tell each its ranks (`given_rank_info`,
+They are started here (`spawn`), or by torchrun or a scheduler, which tells each process its ranks (`given_rank_info`,
 `run_given`).
 """
 
@@ -24,19 +24,19 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
 
-EXIT_CTRL_C = 128 + signal.SIGINT  # a signal, as shells count it
+EXIT_CTRL_C = 128 + signal.SIGINT  # the shell's exit code for a signal
 COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-GRACE = 5.0  # seconds that the others have to notice by themselves that one is gone
+GRACE = 5.0  # seconds for the others to notice by themselves that one is gone
 
 
 class RankInfo(NamedTuple):
-    """One process among those that train together.
+    """One of the processes that train together.
 
     Attributes:
         rank, world_size: over all machines.
-        local_rank, local_size: on this machine. Every machine runs as many, and their ranks follow each other.
-        url: where the processes find each other, for `torch.distributed.init_process_group`.
+        local_rank, local_size: on this machine. All machines run the same number, with consecutive ranks on each.
+        url: the rendezvous address for `torch.distributed.init_process_group`.
     """
 
     rank: int
@@ -47,17 +47,17 @@ class RankInfo(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How a process ended: its exit code, and a sentence or a stack trace that says why."""
+    """How a process ended: its exit code, and a message or stack trace saying why."""
 
     code: int
     text: str = ""
 
 
 def given_rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo | None:
-    """The ranks that torchrun, or a script that sets the same variables, gave to this process; None without any.
+    """The ranks that torchrun, or a script that sets the same variables, gave this process; None if unset.
 
     Raises:
-        ConfigError: variables are missing or contradict each other.
+        ConfigError: variables are missing or inconsistent.
     """
     if "LOCAL_RANK" not in environment:
         return None
@@ -82,10 +82,10 @@ def given_rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo | N
 
 
 def run_given(info: RankInfo, call: Callable[[], object], *, on_gpu: bool) -> None:
-    """Call `call` in a process that something else started, with the process group that it belongs to.
+    """Call `call` within its process group, in a process that something else started.
 
-    If it fails, the process says why and ends at once: the others may wait for it in a collective operation, and
-    whoever started them ends them when one is gone.
+    On failure, the process reports why and exits immediately: the others may be waiting for it in a collective
+    operation, and their launcher ends them once one is gone.
     """
     torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // info.local_size)))
     ending = _work(info, call, on_gpu)
@@ -100,27 +100,27 @@ def run_given(info: RankInfo, call: Callable[[], object], *, on_gpu: bool) -> No
 
 
 def spawn(infos: Sequence[RankInfo], call: Callable[[], object], *, on_gpu: bool) -> int:
-    """Call `call` in a new process for each of this machine's ranks, with the process group that it belongs to.
+    """Call `call` within its process group, in a new process for each of this machine's ranks.
 
-    A process that fails ends the others. SIGTERM, SIGUSR1 and Ctrl-C are passed on, and what the processes then do is
-    waited for; a second Ctrl-C ends them at once.
+    If one process fails, the others are killed. SIGTERM, SIGUSR1 and Ctrl-C are forwarded, and this process waits for
+    the others to act on them; a second Ctrl-C kills them immediately.
 
     Returns:
-        The exit code: 0, or that of a process that failed, after its stack trace or signal was printed.
+        The exit code: 0, or that of a failed process, whose stack trace or signal has been printed.
 
     Raises:
         InputError: a process raised one.
-        Interrupted: the processes saved and left.
+        Interrupted: the processes saved and exited.
     """
     endings = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    with _ignored(signal.SIGINT):  # which they inherit: in the middle of their imports, Ctrl-C prints stack traces
+    with _ignored(signal.SIGINT):  # inherited, else Ctrl-C during their imports prints stack traces
         context = torch.multiprocessing.spawn(
             _process, args=(infos, call, on_gpu, endings), nprocs=len(infos), join=False
         )
     processes, said = context.processes, []
 
     def wait(seconds: float = float("inf"), *, for_all: bool = False) -> None:
-        """Until one has failed or all have ended, or else for so long; take in what they say, so that they can go."""
+        """Wait until one has failed, all have ended or time is up; drain their messages, so that they can exit."""
         end = time.monotonic() + seconds
         while True:
             running = [process.sentinel for process in processes if process.is_alive()]
@@ -144,20 +144,20 @@ def spawn(infos: Sequence[RankInfo], call: Callable[[], object], *, on_gpu: bool
 
 
 def _judge(codes: Sequence[int | None], said: Sequence[Ending], received: Sequence[signal.Signals]) -> int:
-    """The exit code for processes that ended so, after saying what there is to say.
+    """Report how the processes ended and return the exit code.
 
     Args:
-        codes: of the processes, as `multiprocessing` counts them; None for one that did not end by itself.
-        said: what they said, in this order.
-        received: the signals that were passed on to them.
+        codes: their exit codes in `multiprocessing`'s convention; None for a process that did not end by itself.
+        said: their messages, in order.
+        received: the signals that were forwarded to them.
 
     Raises:
-        InputError, Interrupted: as `spawn`.
+        InputError, Interrupted: as in `spawn`.
     """
     first = {ending.code: ending.text for ending in reversed(said)}
     if received.count(signal.SIGINT) > 1 or not any(codes):
         return EXIT_CTRL_C if any(codes) else 0
-    # Where one process stopped for an InputError, what the others then say is its consequence.
+    # If one process stopped with an InputError, the others' messages are just a consequence.
     if EXIT_BAD_INPUT in first:
         raise InputError(first[EXIT_BAD_INPUT])
     if 1 in first:
@@ -171,12 +171,12 @@ def _judge(codes: Sequence[int | None], said: Sequence[Ending], received: Sequen
         if code and not (code > 0 and code in first):
             by = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             print(f"error: process {number} ended {by}.", file=sys.stderr)
-    code = min(code for code in codes if code)  # a signal before an exit code, which may be its consequence
+    code = min(code for code in codes if code)  # prefer a signal; an exit code may be its consequence
     return code if code > 0 else 128 - code
 
 
 def _process(number: int, infos: Sequence[RankInfo], call: Callable[[], object], on_gpu: bool, endings) -> None:
-    """What a spawned process does."""
+    """Entry point of a spawned process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(max(1, torch.get_num_threads() // len(infos)))
     ending = _work(infos[number], call, on_gpu)
@@ -186,7 +186,7 @@ def _process(number: int, infos: Sequence[RankInfo], call: Callable[[], object],
 
 
 def _work(info: RankInfo, call: Callable[[], object], on_gpu: bool) -> Ending:
-    """Join the other processes, call, and part from them."""
+    """Join the process group, call `call`, and leave the group."""
     try:
         _join(info, on_gpu)
         call()
@@ -194,19 +194,19 @@ def _work(info: RankInfo, call: Callable[[], object], on_gpu: bool) -> Ending:
     except InputError as error:
         return Ending(EXIT_BAD_INPUT, str(error))
     except Interrupted as error:
-        with contextlib.suppress(RuntimeError):  # one of them may have died meanwhile
-            dist.barrier()  # it is raised in all of them; the first to go would end those that still write
+        with contextlib.suppress(RuntimeError):  # a process may have died meanwhile
+            dist.barrier()  # all processes get here; the first to exit would kill those still writing
         return Ending(EXIT_INTERRUPTED, str(error))
     except KeyboardInterrupt:
         return Ending(EXIT_CTRL_C, "interrupted")
     except Exception as error:
-        get_error_handler().record_exception(error)  # for torchrun, which shows it in its summary
+        get_error_handler().record_exception(error)  # for torchrun's summary
         return Ending(1, f"process {info.rank} of {info.world_size}:\n{traceback.format_exc()}")
     return Ending(0)
 
 
 def _join(info: RankInfo, on_gpu: bool) -> None:
-    """Take this process's GPU, enter the group of all processes, and tell Detectron2 those of this machine."""
+    """Select this process's GPU, join the global process group, and give Detectron2 this machine's group."""
     if on_gpu:
         if (seen := torch.cuda.device_count()) <= info.local_rank:
             raise ConfigError(
@@ -230,7 +230,7 @@ def _join(info: RankInfo, on_gpu: bool) -> None:
             f"{info.world_size} processes did not find each other at {where} ({reason}). Give the address of the "
             "first machine and a free port that the others can reach, and start the command on every machine."
         ) from error
-    for first in range(0, info.world_size, info.local_size):  # every process must take part in making every group
+    for first in range(0, info.world_size, info.local_size):  # all processes must help create every group
         ranks = list(range(first, first + info.local_size))
         group = dist.new_group(ranks)
         if info.rank in ranks:
@@ -238,17 +238,17 @@ def _join(info: RankInfo, on_gpu: bool) -> None:
 
 
 def _is_first_to_say() -> bool:
-    """Whether no other process has asked before; in doubt, yes."""
+    """Whether this process is the first to ask; True if in doubt."""
     try:
         return dist.distributed_c10d._get_default_store().add("resnet_backbone: something to say", 1) == 1
-    except (RuntimeError, ValueError):  # the process that keeps the count is gone, or there never was one
+    except (RuntimeError, ValueError):  # the process that hosts the store is gone, or there never was one
         return True
 
 
 def leave(code: int) -> None:
-    """End this process at once.
+    """Exit this process immediately.
 
-    At the interpreter's own end, a process group that is still referred to waits for the other processes, or aborts.
+    In a normal interpreter shutdown, a process group that is still referenced would wait for the others or abort.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -257,7 +257,7 @@ def leave(code: int) -> None:
 
 @contextlib.contextmanager
 def _ignored(number: signal.Signals) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot set handlers
         yield
         return
     former = signal.signal(number, signal.SIG_IGN)
@@ -269,7 +269,7 @@ def _ignored(number: signal.Signals) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _forwarded(processes: Sequence[BaseProcess]) -> Iterator[list[signal.Signals]]:
-    """Pass signals on to the processes; the list that is given holds those received so far."""
+    """Forward signals to the processes; yields the list of signals received so far."""
     received: list[signal.Signals] = []
 
     def handle(number: int, _frame: object) -> None:
@@ -279,7 +279,7 @@ def _forwarded(processes: Sequence[BaseProcess]) -> Iterator[list[signal.Signals
             if again:
                 process.kill()
             elif process.is_alive():
-                # From a terminal Ctrl-C has reached them already, and a second one would end them.
+                # A terminal's Ctrl-C has reached them already, and a second one would kill them.
                 os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
     if threading.current_thread() is not threading.main_thread():

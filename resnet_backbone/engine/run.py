@@ -1,4 +1,4 @@
-"""A run from the configuration to the final checkpoint: what pretraining and detection do alike."""
+"""A run from configuration to final checkpoint: what pretraining and detection have in common."""
 
 import logging
 from pathlib import Path
@@ -19,42 +19,42 @@ logger = logging.getLogger(__name__)
 
 
 class Task(TrainingTask, Protocol):
-    """What pretraining and detection do differently, besides what the loop asks for."""
+    """What pretraining and detection do differently, on top of what the loop needs."""
 
     def check(self, *, eval_only: bool) -> None:
-        """Refuse what the configuration must not ask for; a cheap call, before anything is read or written."""
+        """Reject invalid configurations; a cheap call, before anything is read or written."""
 
     def build(self, last: Checkpoint | None, *, eval_only: bool) -> nn.Module:
         """Open the data and build the model on its device, with the weights that the run starts from.
 
-        A preprocessing that no checkpoint could state is refused now, not at the first checkpoint.
+        Preprocessing that a checkpoint cannot record is rejected now, not at the first checkpoint.
 
         Args:
             last: the checkpoint to resume from; None for a new run, which starts from MODEL.WEIGHTS.
         """
 
     def try_evaluation(self, model: nn.Module) -> None:
-        """Evaluate on two images, to find out now and not after hours that evaluating fails."""
+        """Dry run: evaluate on two images, so that a broken evaluation fails now and not after hours."""
 
     def finish(self, model: nn.Module) -> None:
-        """Do to the trained model what is done once, after the last iteration."""
+        """Finalize the trained model once, after the last iteration."""
 
     def headline(self, results: dict[str, Any]) -> dict[str, float]:
-        """Those results of the evaluation that the final checkpoint holds."""
+        """The evaluation results to store in the final checkpoint."""
 
 
 def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = False) -> dict[str, Any]:
     """Train, evaluate, write `model_final.pth`; return the metrics, on the main process.
 
     Args:
-        cfg: loaded by `engine.config.load_config`; the task holds the same one.
-        resume: go on from the last checkpoint in OUTPUT_DIR, or from MODEL.WEIGHTS where there is none.
-        eval_only: evaluate on DATASETS.TEST what a run would start from; write no checkpoint.
+        cfg: loaded by `engine.config.load_config`; the same object that the task holds.
+        resume: continue from the last checkpoint in OUTPUT_DIR, or start from MODEL.WEIGHTS if there is none.
+        eval_only: evaluate the starting weights on DATASETS.TEST and write no checkpoint.
 
     Raises:
-        InputError: something in the configuration cannot be used; found before the first iteration.
+        InputError: the configuration has an unusable value; raised before the first iteration.
         NonFiniteLossError: training diverged.
-        Interrupted: a signal asked to leave; everything is saved.
+        Interrupted: a signal asked to stop; everything is saved.
     """
     check_batch(cfg)
     check_solver(cfg)

@@ -1,4 +1,4 @@
-"""Learning rate over iterations, linear rescaling for another batch size, and the table of what was resolved."""
+"""The learning rate schedule, its linear rescaling for another batch size, and a table of the resolved values."""
 
 import itertools
 import logging
@@ -27,9 +27,9 @@ WARMUP_METHODS = ("linear", "constant")
 def rescale_for_batch(cfg: CfgNode) -> None:
     """Adapt the schedule to IMS_PER_BATCH by the linear rule (Goyal et al., arXiv 1706.02677, section 2.1).
 
-    With a batch k times SOLVER.REFERENCE_IMS_PER_BATCH, the learning rate is multiplied by k, and iterations, steps,
-    warm-up and periods are divided by k (not below 1), so that the number of epochs stays. Keys set on the command line
-    are the user's last word and stay as they are. REFERENCE_IMS_PER_BATCH 0 changes nothing.
+    For a batch k times SOLVER.REFERENCE_IMS_PER_BATCH, multiply the learning rate by k and divide iterations, steps,
+    warm-up and periods by k (to at least 1), which keeps the number of epochs. Keys set on the command line are never
+    changed. REFERENCE_IMS_PER_BATCH 0 turns rescaling off.
     """
     reference, batch = cfg.SOLVER.REFERENCE_IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if reference <= 0 or reference == batch:
@@ -49,18 +49,18 @@ def rescale_for_batch(cfg: CfgNode) -> None:
     for key, value in new.items():
         if origin(cfg, key) != COMMAND_LINE and get_key(cfg, key) != value:
             set_key(cfg, key, value, f"rescaled from a batch of {reference} to {batch}")
-    # The rescaled configuration is written down; reading it back must not rescale it again.
+    # The rescaled configuration is saved; loading it must not rescale it again.
     set_key(cfg, "SOLVER.REFERENCE_IMS_PER_BATCH", batch, f"rescaled from a batch of {reference} to {batch}")
 
 
 def build_multiplier(cfg: CfgNode) -> ParamScheduler:
-    """What the base learning rate is multiplied by, as a function of the finished share of training (0…1).
+    """The factor on the base learning rate, as a function of training progress (0…1).
 
-    The same functions that Detectron2's `build_lr_scheduler` makes: warm-up ends at what the schedule has there.
+    Matches Detectron2's `build_lr_scheduler`: warm-up ends at the schedule's value at that point.
 
     Raises:
-        ConfigError: an unknown name of the schedule or the warm-up, steps that are not increasing, or a cosine that the
-            warm-up leaves no iteration.
+        ConfigError: an unknown schedule or warm-up method, steps that are not increasing, or a warm-up that leaves no
+            iterations for the cosine.
     """
     total = max(cfg.SOLVER.MAX_ITER, 1)
     if cfg.SOLVER.WARMUP_METHOD not in WARMUP_METHODS:
@@ -100,14 +100,14 @@ def build_multiplier(cfg: CfgNode) -> ParamScheduler:
 
 
 class Plateau:
-    """Divide the learning rate when a metric no longer improves ("when the error plateaus", ResNet paper, section 3.4).
+    """Divide the learning rate when a metric stops improving ("when the error plateaus", ResNet paper, section 3.4).
 
-    The rule of torch's `ReduceLROnPlateau` (mode "max", threshold mode "abs"), as a factor.
+    Same rule as torch's `ReduceLROnPlateau` (mode "max", threshold mode "abs"), as a factor.
 
     Args:
-        gamma: multiplies the factor each time.
-        patience: measurements without improvement that are put up with.
-        threshold: what counts as an improvement, in the metric's unit.
+        gamma: multiplies the factor at each plateau.
+        patience: number of measurements without improvement to tolerate.
+        threshold: smallest change that counts as an improvement, in the metric's unit.
     """
 
     def __init__(self, *, gamma: float, patience: int, threshold: float):
@@ -123,7 +123,7 @@ class Plateau:
         return self._gamma**self._drops
 
     def update(self, score: float) -> None:
-        """Take the next measurement, the higher the better, into account."""
+        """Record the next measurement (higher is better)."""
         if score > self._best + self._threshold:
             self._best, self._waited = score, 0
         else:
@@ -143,8 +143,8 @@ class WarmUpUntil:
     """Train at a low rate until the training error is below a limit (ResNet paper, section 4.2, for 110 layers).
 
     Args:
-        metric: name of the training error, in per cent.
-        limit: below it, warm-up is over for good.
+        metric: name of the training error, in percent.
+        limit: warm-up ends for good once the error falls below this.
         low: the factor until then.
     """
 
@@ -171,26 +171,26 @@ class WarmUpUntil:
 
 
 def build_plateau(cfg: CfgNode) -> Plateau | None:
-    """By SOLVER.PLATEAU_PATIENCE, PLATEAU_THRESHOLD and GAMMA; None with another schedule."""
+    """A Plateau from SOLVER.PLATEAU_PATIENCE, PLATEAU_THRESHOLD and GAMMA; None for other schedules."""
     if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupPlateauLR":
         return None
     return Plateau(gamma=cfg.SOLVER.GAMMA, patience=cfg.SOLVER.PLATEAU_PATIENCE, threshold=cfg.SOLVER.PLATEAU_THRESHOLD)
 
 
 def build_warm_up(cfg: CfgNode) -> WarmUpUntil | None:
-    """By SOLVER.WARMUP_UNTIL_ERROR and WARMUP_FACTOR; None where warm-up is by iterations."""
+    """A WarmUpUntil from SOLVER.WARMUP_UNTIL_ERROR and WARMUP_FACTOR; None if warm-up counts iterations."""
     if cfg.SOLVER.WARMUP_UNTIL_ERROR <= 0:
         return None
     return WarmUpUntil(metric="top1_error", limit=cfg.SOLVER.WARMUP_UNTIL_ERROR, low=cfg.SOLVER.WARMUP_FACTOR)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Give every parameter group its base rate times `factor`; return the first group's rate.
+    """Set every parameter group to its base rate times `factor`; return the first group's rate.
 
-    A rate that is a tensor (for CUDA graphs, which remember addresses) is changed in place.
+    A tensor rate (for CUDA graphs, which record addresses) is updated in place.
     """
     for group in optimizer.param_groups:
-        if "initial_lr" not in group:  # read once: the value of a tensor on a GPU is waited for
+        if "initial_lr" not in group:  # once: reading a tensor from a GPU waits for it
             group["initial_lr"] = float(group["lr"])
         rate = group["initial_lr"] * factor
         if isinstance(group["lr"], torch.Tensor):
@@ -201,10 +201,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def describe_schedule(cfg: CfgNode, images: int, world_size: int) -> str:
-    """A table of the resolved schedule: each value with where it came from.
+    """A table of the resolved schedule, with the origin of each value.
 
     Args:
-        images: number of training images, for the number of epochs.
+        images: number of training images, to compute epochs.
         world_size: number of processes that share a batch.
     """
     keys = [

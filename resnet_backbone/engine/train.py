@@ -1,4 +1,4 @@
-"""Train a model by the configuration: what pretraining and detection both call."""
+"""Train a model from a configuration; called by both pretraining and detection."""
 
 import logging
 import secrets
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingTask(Protocol):
-    """What the loop asks of a task.
+    """What the loop needs from a task.
 
     Attributes:
-        num_images: of the training set.
-        best_metric: of the evaluation, the higher the better; chooses `model_best.pth` and drives WarmupPlateauLR.
+        num_images: size of the training set.
+        best_metric: the evaluation metric (higher is better) that selects `model_best.pth` and drives WarmupPlateauLR.
             Empty if there is none.
     """
 
@@ -42,22 +42,22 @@ class TrainingTask(Protocol):
     best_metric: str
 
     def batches(self, start_iteration: int) -> Iterable[Any]:
-        """The batches of this process from an iteration on, without end."""
+        """This process's endless batches, from `start_iteration` on."""
 
     def losses(self, model: nn.Module, batch: Any) -> tuple[Losses, Losses]:
-        """The losses of a batch, whose sum is minimized, and further metrics for the log."""
+        """A batch's losses, whose sum is minimized, and extra metrics for the log."""
 
     def compile(self, model: nn.Module) -> None:
-        """Compile in place what SOLVER.COMPILE is about."""
+        """Compile in place the parts that SOLVER.COMPILE covers."""
 
     def image_names(self, iteration: int) -> Sequence[str]:
-        """What the images of this process at an iteration are called; empty if they have no names."""
+        """The names of this process's images in an iteration; empty if they have none."""
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """Metrics on DATASETS.TEST."""
 
     def metadata(self, iterations: int, **results: float) -> Metadata:
-        """What a checkpoint says about itself after so many iterations, with results by name."""
+        """The metadata of a checkpoint after `iterations` iterations, with results by name."""
 
 
 def train(
@@ -69,20 +69,20 @@ def train(
     folder: Path,
     resume_from: Checkpoint | None,
 ) -> nn.Module:
-    """Train `model` in place for SOLVER.MAX_ITER iterations, from `resume_from` on where it is given.
+    """Train `model` in place for SOLVER.MAX_ITER iterations, continuing from `resume_from` if given.
 
-    The task evaluates it after each TEST.EVAL_PERIOD iterations, but not after the last one. Checkpoints, metrics.json
-    and TensorBoard's files go to `folder`.
+    The task evaluates the model every TEST.EVAL_PERIOD iterations, except after the last one. Checkpoints, metrics.json
+    and TensorBoard files go to `folder`.
 
     Returns:
-        What is to be evaluated and saved: the model, or with SOLVER.EMA_DECAY the moving average of its weights.
+        The network to evaluate and save: the model, or with SOLVER.EMA_DECAY the moving average of its weights.
 
     Raises:
-        ConfigError: a SOLVER key has a value that the loop cannot use; before the first iteration.
-        CheckpointError: `resume_from` is of another model.
-        InputError: the metadata has an impossible entry.
+        ConfigError: a SOLVER key has an unusable value; raised before the first iteration.
+        CheckpointError: `resume_from` belongs to another model.
+        InputError: the metadata has an invalid entry.
         NonFiniteLossError: training diverged.
-        Interrupted: a signal asked to leave; everything is saved.
+        Interrupted: a signal asked to stop; everything is saved.
     """
     check_solver(cfg)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
@@ -144,10 +144,10 @@ def train(
         logger.info("all %d iterations are done", cfg.SOLVER.MAX_ITER)
         return result()
 
-    task.metadata(start)  # an impossible entry is found now, not at the first checkpoint
-    # In this order: what was measured after an iteration decides the next one's learning rate; what was measured before
-    # a checkpoint is written before it, since a run that resumes there does not measure it again; a checkpoint holds
-    # what the hooks before it know; a run leaves when all else is done.
+    task.metadata(start)  # catch an invalid entry now, not at the first checkpoint
+    # Hook order matters. Measurements after an iteration set the next one's learning rate. They are written before the
+    # checkpoint, since a run resumed there does not repeat them. The checkpoint includes the state of the hooks before
+    # it. Preemption comes last.
     trainer.register_hooks([evaluation, hooks.LearningRate(build_multiplier(cfg), plateau=plateau, warm_up=warm_up)])
     if comm.is_main_process():
         keep_metrics_before(folder, start)
@@ -158,19 +158,19 @@ def train(
 
 
 def _compile(cfg: CfgNode, task: TrainingTask, model: nn.Module) -> None:
-    """Compile in place what the task says, at its first call; on CPUs only where the command line says so.
+    """Have the task compile the model in place, at its first call; on a CPU, only if set on the command line.
 
-    The recipes, which are written for GPUs, ask for it. A CPU gains little, and may have no compiler.
+    The recipes turn compilation on because they target GPUs. A CPU gains little and may have no compiler.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") or origin(cfg, "SOLVER.COMPILE") == COMMAND_LINE:
         logger.info("the first iterations compile the network, which takes a minute or more")
         task.compile(model)
     else:
-        logger.info("SOLVER.COMPILE is left out on a CPU, unless it is given on the command line")
+        logger.info("SOLVER.COMPILE is ignored on a CPU unless it is set on the command line")
 
 
 def _writers(cfg: CfgNode, folder: Path, start: int) -> list[EventWriter]:
-    # Without smoothing over former iterations, which a resumed run does not have.
+    # No smoothing over past iterations, which a resumed run does not have.
     writers = [
         Progress(cfg.SOLVER.MAX_ITER, start),
         JSONWriter(str(folder / "metrics.json"), window_size=1),
@@ -182,10 +182,10 @@ def _writers(cfg: CfgNode, folder: Path, start: int) -> list[EventWriter]:
 
 
 def choose_seed(cfg: CfgNode, resume_from: Checkpoint | None) -> None:
-    """Settle cfg.SEED: the resumed run's, the user's, or (below 0) a new one that all processes share.
+    """Set cfg.SEED to the resumed run's seed, the user's, or (if below 0) a new one that all processes share.
 
     Raises:
-        ConfigError: the user's seed is not the resumed run's.
+        ConfigError: the user's seed differs from the resumed run's.
     """
     if resume_from is not None and resume_from.trainer is not None:
         seed = resume_from.trainer["seed"]
@@ -200,7 +200,7 @@ def choose_seed(cfg: CfgNode, resume_from: Checkpoint | None) -> None:
 
 
 def check_solver(cfg: CfgNode) -> None:
-    """Refuse what the loop does not have and numbers that it cannot use."""
+    """Reject SOLVER options that the loop does not support and numbers out of range."""
     solver = cfg.SOLVER
     for key, lowest in (("MAX_ITER", 0), ("LOG_PERIOD", 1), ("CHECKPOINT_KEEP", 0), ("PLATEAU_PATIENCE", 0)):
         if solver[key] < lowest:
@@ -226,21 +226,21 @@ def _check_graph(cfg: CfgNode) -> None:
 
 
 def check_batch(cfg: CfgNode) -> None:
-    """Refuse a batch that is empty or does not divide by the number of processes and of parts."""
+    """Reject a batch size that is zero or not divisible by the number of processes and micro-batches."""
     images, processes, parts = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), cfg.SOLVER.ACCUMULATE
     for key, value in (("IMS_PER_BATCH", images), ("ACCUMULATE", parts)):
         if value < 1:
             raise ConfigError(f"SOLVER.{key} is {value}, expected at least 1.")
     if images % processes:
-        raise ConfigError(f"SOLVER.IMS_PER_BATCH is {images}, which does not divide by {processes} processes.")
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH is {images}, which is not divisible by {processes} processes.")
     if images // processes % parts:
         raise ConfigError(
-            f"SOLVER.ACCUMULATE is {parts}, into which the {images // processes} images of a process do not divide."
+            f"SOLVER.ACCUMULATE is {parts}, which does not divide the {images // processes} images of a process."
         )
 
 
 def _resume(cfg: CfgNode, trainer: Trainer, checkpoint: Checkpoint) -> int:
-    """Load model and optimizer; return the next iteration."""
+    """Restore model and optimizer; return the next iteration."""
     if checkpoint.iteration is None or checkpoint.trainer is None:
         raise CheckpointError("cannot resume: the checkpoint holds weights only, no optimizer state.")
     model = unwrap(trainer.model)

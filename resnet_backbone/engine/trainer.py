@@ -27,44 +27,44 @@ logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[nn.Module, Any], tuple[Losses, Losses]]
 
-LOWEST_LOSS_SCALE = 2.0**-14  # 30 halvings below where torch starts: no scale makes such gradients finite
+LOWEST_LOSS_SCALE = 2.0**-14  # 30 halvings below torch's initial scale: no scale makes such gradients finite
 
 
 class Trainer(TrainerBase):
-    """One iteration: take a batch, compute losses, step the optimizer, add up metrics on the device.
+    """Each iteration, take a batch, compute losses, step the optimizer and accumulate metrics on the device.
 
-    A batch, and every random number drawn on the way (dropout, sampled anchors and RoIs), is a function of the seed and
-    the iteration. So the state to resume from is the model, the optimizer and one integer, and what follows from these
-    (the moving average, the loss scale, the metrics added up so far).
+    Each batch, and every random number drawn along the way (dropout, sampled anchors and RoIs), is a function of the
+    seed and the iteration. So the resume state is the model, the optimizer, one integer, and state derived from these
+    (the moving average, the loss scale, the metric sums so far).
 
-    Metrics are summed on the device and read every `log_period` iterations; in between nothing waits for the device. A
-    loss or gradient that is not finite stops all updates on the device at once (`nonfinite.py`), and the run at the
-    next reading.
+    Metrics are summed on the device and read every `log_period` iterations; nothing waits for the device in between. A
+    non-finite loss or gradient stops all updates on the device immediately (`nonfinite.py`), and the run at the next
+    reading.
 
-    Detectron2's hooks work: `before_train`, `before_step`, `after_backward` (of those that have it; once an iteration,
-    before the optimizer's step, but not when a CUDA graph is replayed), `after_step`, `after_train`.
+    Detectron2's hooks work: `before_train`, `before_step`, `after_backward` (if the hook has it; once per iteration,
+    before the optimizer step, but not when a CUDA graph is replayed), `after_step`, `after_train`.
 
     Attributes:
-        last_measured: the newest iteration in which something was measured (`store`); -1 before the first.
+        last_measured: the latest iteration that measured something (`store`); -1 before the first.
 
     Args:
-        model: what is trained; on its device, wrapped for several processes already.
-        optimizer: steps the model's parameters; its learning rate is set by a hook. Where it is not fused, each step
-            waits for the device.
-        batches: given the first iteration, an endless iterable of batches from there on. A batch is a list, or a tuple
-            of tensors and lists, of this process's images.
-        loss_fn: given model and batch, a dict of losses (means over the batch; their sum is minimized) and a dict of
-            further metrics, all scalar tensors, the same names each time.
-        images_per_batch: over all processes, for the rate.
-        seed: of the whole run.
-        precision: "fp32", "bf16" for autocast, or "fp16" for autocast with a loss scale that adapts itself.
-        log_period: iterations between two readings of the metrics.
-        accumulate: micro-batches that a batch is computed in, one after the other, before a step, to save memory. The
-            gradient is that of the whole batch, except that batch norm sees one micro-batch at a time.
-        average: of the weights, updated after each step.
-        cuda_graph: record the step as one CUDA graph. `batches` gives tuples of tensors of the same shapes then, and
-            `loss_fn` waits for nothing.
-        names: given an iteration, what to call its images (of this process), for messages.
+        model: the model to train, on its device and already wrapped for several processes.
+        optimizer: updates the model's parameters; a hook sets its learning rate. Unless it is fused, each step waits
+            for the device.
+        batches: maps the first iteration to an endless iterable of batches from there on. A batch holds this process's
+            images, as a list or as a tuple of tensors and lists.
+        loss_fn: maps model and batch to a dict of losses (means over the batch; their sum is minimized) and a dict of
+            extra metrics, all scalar tensors, with the same names each time.
+        images_per_batch: batch size over all processes, for the throughput.
+        seed: seed of the whole run.
+        precision: "fp32", "bf16" for autocast, or "fp16" for autocast with dynamic loss scaling.
+        log_period: iterations between metrics readings.
+        accumulate: micro-batches per step, computed in sequence to save memory. The gradient is that of the whole
+            batch, except that batch norm sees one micro-batch at a time.
+        average: moving average of the weights, updated after each step.
+        cuda_graph: capture the step as one CUDA graph. `batches` must then yield tuples of tensors of constant shapes,
+            and `loss_fn` must not wait for the device.
+        names: maps an iteration to the names of this process's images, for messages.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class Trainer(TrainerBase):
         self._iterator: Iterator[Any] | None = None
 
     def train(self, start_iter: int, max_iter: int) -> None:
-        """Run the iterations from `start_iter` up to, not including, `max_iter`, with the hooks around each.
+        """Run iterations `start_iter` up to but excluding `max_iter`, with hooks around each.
 
-        As Detectron2's, but what is meant for the user leaves no stack trace in the log.
+        Like Detectron2's, but errors meant for the user leave no stack trace in the log.
         """
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
@@ -117,7 +117,7 @@ class Trainer(TrainerBase):
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                self.iter += 1  # hooks tell by it in after_train that training came to its end
+                self.iter += 1  # tells hooks in after_train that training finished
             except (InputError, Interrupted):
                 raise
             except Exception:
@@ -146,7 +146,7 @@ class Trainer(TrainerBase):
         seed_iteration(self.seed, self.iter, comm.get_rank(), self._device)
         try:
             (self._step if self._graph is None else self._graph)(batch)
-        except FloatingPointError as error:  # by which Detectron2 refuses boxes that are not numbers
+        except FloatingPointError as error:  # how Detectron2 rejects NaN boxes
             raise self._diagnosis.of_this_process(self.iter) from error
         self._metrics.count += 1
         self._throughput.count_iteration(waited)
@@ -154,7 +154,7 @@ class Trainer(TrainerBase):
             self.read_metrics()
 
     def _step(self, batch: Any) -> None:
-        """Everything of an iteration that happens on the device; nothing here waits for it."""
+        """The part of an iteration that runs on the device; nothing here waits for it."""
         self.optimizer.zero_grad(set_to_none=True)
         micro_batches = split(batch, self.accumulate)
         metrics = []
@@ -174,16 +174,16 @@ class Trainer(TrainerBase):
             self.average.update()
 
     def _backward(self, total: torch.Tensor, share: torch.Tensor) -> None:
-        """Add the gradient of a micro-batch's share of the loss."""
+        """Accumulate the gradient of a micro-batch's share of the loss."""
         if self._scaler.is_enabled():
-            # A gradient that is not finite is the scaler's sign to skip: for a bad loss, which need not give one by
-            # itself, and for all that comes after it.
+            # A non-finite gradient makes the scaler skip the step. Force one for a bad loss, which need not cause one
+            # by itself, and for every step after it.
             bad = (self._guard.stopped > 0) | ~total.detach().isfinite()
             share = self._scaler.scale(share * torch.where(bad, math.nan, 1.0))
         share.backward()
 
     def after_backward(self) -> None:
-        """Let hooks see the gradients; Detectron2 0.6 itself has no such point, its later versions have."""
+        """Let hooks see the gradients; later Detectron2 versions have this hook, 0.6 does not."""
         for hook in self._hooks:
             if hasattr(hook, "after_backward"):
                 hook.after_backward()
@@ -199,18 +199,18 @@ class Trainer(TrainerBase):
             self.optimizer.step()
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision that a forward pass runs in."""
-        # A graph must hold the weights' conversion to the narrow type itself.
+        """The autocast context for a forward pass."""
+        # A graph must itself contain the conversion of the weights to lower precision.
         return autocast(self._precision, self._device, cache_enabled=self._graph is None)
 
     def read_metrics(self) -> None:
         """Average the metrics since the last reading over iterations and processes, and store them.
 
-        The one place that waits for the device.
+        The only place that waits for the device.
 
         Raises:
-            NonFiniteLossError: the loss or a gradient of an iteration since the last reading is infinite or not a
-                number; with a loss scale, a gradient is so whatever the scale.
+            NonFiniteLossError: since the last reading, a loss or gradient was infinite or NaN; with a loss scale, a
+                gradient counts only if it is so at any scale.
         """
         if not self._metrics.count:
             return
@@ -224,38 +224,38 @@ class Trainer(TrainerBase):
         self.store(measured)
 
     def store(self, measured: dict[str, float]) -> None:
-        """Store what was measured, for the writers to write after this iteration."""
+        """Store measurements, for the writers to write after this iteration."""
         self.storage.put_scalars(**measured, smoothing_hint=False)
         self.last_measured = self.iter
 
     def share_metrics(self) -> None:
-        """Give every process the mean of their metrics, so that a checkpoint, which one writes, holds them all."""
+        """Average the metrics over processes, so that the checkpoint, which one process writes, covers all of them."""
         self._metrics.share()
 
     @contextlib.contextmanager
     def _outside_of_the_rate(self) -> Iterator[None]:
-        """Evaluations and checkpoints are not part of the rate at which images are trained on."""
+        """Exclude evaluations and checkpoints from the training throughput."""
         start = time.perf_counter()
         yield
         self._throughput.leave_out(time.perf_counter() - start)
 
     def check_finite(self) -> None:
-        """Find out whether the weights are worth keeping; asked before they are saved or evaluated, in all processes.
+        """Check that the weights are worth keeping; called in all processes before they are saved or evaluated.
 
         Raises:
-            NonFiniteLossError: a loss or gradient since the last reading, or a weight, is infinite or not a number.
+            NonFiniteLossError: a loss or gradient since the last reading, or a weight, is infinite or NaN.
         """
         self._check_guard()
         check_weights(unwrap(self.model), self.iter)
 
     def _check_guard(self) -> None:
-        """Raise NonFiniteLossError if an iteration was bad, in all processes."""
+        """Raise NonFiniteLossError in all processes if an iteration was bad."""
         first = int(self._guard.first_bad)
         if first >= 0:
             raise self._diagnosis.of_all(self.start_iter + first)
 
     def _replay(self, iteration: int) -> tuple[list[Any], Callable[[Any], Losses]]:
-        """The micro-batches of an iteration and how losses follow from one, with the random numbers that it had."""
+        """An iteration's micro-batches and a function from one to its losses, with the original random numbers."""
         batch = next(iter(self._batches(iteration)))
         seed_iteration(self.seed, iteration, comm.get_rank(), self._device)
 
@@ -276,10 +276,10 @@ class Trainer(TrainerBase):
 
     def after_train(self) -> None:
         super().after_train()
-        self._iterator = None  # ends the loader's workers
+        self._iterator = None  # stops the loader's workers
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the model and the iteration."""
+        """The state needed to resume, besides the model and the iteration."""
         state = {"optimizer": self.optimizer.state_dict(), "seed": self.seed}
         if self._scaler.is_enabled():
             state["scaler"] = self._scaler.state_dict()
@@ -290,11 +290,11 @@ class Trainer(TrainerBase):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the optimizer's state, but with the parameter groups' settings of this run."""
+        """Restore the optimizer's state, but keep this run's parameter group settings."""
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            # The file's settings must go altogether: its initial_lr would outlive a changed SOLVER.BASE_LR.
+            # Drop all settings from the file: its initial_lr would override a changed SOLVER.BASE_LR.
             parameters = group["params"]
             group.clear()
             group.update(own, params=parameters)
@@ -307,7 +307,7 @@ class Trainer(TrainerBase):
 
 
 def split(batch: Any, parts: int) -> list[Any]:
-    """A batch (a list, or a tuple of tensors and lists) in equal micro-batches, in order."""
+    """Split a batch (a list, or a tuple of tensors and lists) into equal micro-batches, in order."""
     if parts == 1:
         return [batch]
     if isinstance(batch, list):
@@ -320,8 +320,8 @@ def split(batch: Any, parts: int) -> list[Any]:
 def seed_iteration(seed: int, iteration: int, rank: int, device: torch.device | str = "cpu") -> None:
     """Make every random number of this iteration, on the CPU and on `device`, a function of seed, iteration and rank.
 
-    The numbers are those that `torch.manual_seed` gives. It is not called, since it seeds every kind of device that
-    torch was built for, which takes longer than all else that the loop does in an iteration.
+    The numbers match `torch.manual_seed`, which we don't call: it seeds every device type that torch was built for,
+    which takes longer than everything else the loop does in an iteration.
     """
     words = [int(word) for word in np.random.SeedSequence((seed, iteration, rank)).generate_state(2, np.uint64)]
     torch.default_generator.manual_seed(words[0])

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.json and TensorBoard: lines of progress, Weights & Biases."""
+"""Metric writers besides metrics.json and TensorBoard: progress lines and Weights & Biases."""
 
 import datetime
 import logging
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(EventWriter):
-    """One line of progress: the time left (eta), losses, images per second, the share of time spent waiting for data.
+    """Progress line: time left (eta), losses, images per second, fraction of time spent waiting for data.
 
-    Written once for each reading of the metrics. The time left counts evaluations and checkpoints in.
+    Written once per metrics reading. The time left includes evaluations and checkpoints.
     """
 
     def __init__(self, max_iter: int, start_iter: int):
@@ -32,7 +32,7 @@ class Progress(EventWriter):
         self._last = done
         seconds = (time.perf_counter() - self._start_time) / (done - self._start_iter)
         latest = {name: value for name, (value, _) in stored.items()}
-        # An evaluation's loss is older, and a loss scale is none.
+        # Skip an evaluation's loss, which is older, and the loss scale, which is not a loss.
         read = [name for name, (_, iteration) in stored.items() if iteration == done - 1 and name != "loss_scale"]
         losses = [f"{name} {latest[name]:.3f}" for name in read if "loss" in name]
         others = [f"{name} {latest[name]:.3g}" for name in ("top1_error", "lr") if name in latest]
@@ -42,7 +42,7 @@ class Progress(EventWriter):
 
 
 class WeightsAndBiases(EventWriter):
-    """Sends each metric once to a project of Weights & Biases; a resumed run goes on as the same one.
+    """Send each metric once to a Weights & Biases project; a resumed run continues the same W&B run.
 
     Raises:
         ConfigError: wandb is not installed.

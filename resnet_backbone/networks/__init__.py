@@ -1,4 +1,4 @@
-"""The networks, in plain torch: the same modules classify in pretraining and extract features in detection."""
+"""The networks in plain torch. The same modules classify in pretraining and extract features in detection."""
 
 from resnet_backbone.networks.catalogue import (
     ARGUMENTS,

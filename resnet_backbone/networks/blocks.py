@@ -1,8 +1,8 @@
 """The residual building blocks, with torchvision's parameter names.
 
-All blocks take the same arguments, so that a network is told only which one to repeat: input channels, `channels` (of
-the 3×3 convolutions, before `width_per_group`; the output has `expansion` times as many), stride and dilation of
-the 3×3, and the options that all blocks of a network share.
+All blocks take the same arguments, so a network only needs to know which one to repeat: input channels, `channels` (of
+the 3×3 convolutions, before `width_per_group`; the output has `expansion` times as many), the stride and dilation of
+the 3×3, and the options shared by all blocks of a network.
 """
 
 from collections.abc import Callable
@@ -20,15 +20,15 @@ SHORTCUTS = ("A", "B", "C")
 
 @dataclass(frozen=True, kw_only=True)
 class BlockOptions:
-    """What all blocks of a network have in common.
+    """Options shared by all blocks of a network.
 
     Attributes:
-        norm: makes a normalization layer from its number of channels.
+        norm: builds a normalization layer for a given number of channels.
         shortcut: "A", "B" or "C" (He et al. 2015, section 4.1: zero padding, projections where the shape changes,
-            projections everywhere); None for a plain network without any.
-        stride_in_1x1: whether a bottleneck's stride is in its first 1×1 convolution instead of its 3×3.
-        groups: of a bottleneck's 3×3 convolution (ResNeXt, arXiv 1611.05431: the cardinality).
-        width_per_group: channels of a group in a bottleneck's 3×3 where `channels` is 64, else in proportion.
+            projections everywhere); None for a plain network without shortcuts.
+        stride_in_1x1: whether a bottleneck strides in its first 1×1 convolution instead of its 3×3.
+        groups: number of groups in a bottleneck's 3×3 convolution (the cardinality of ResNeXt, arXiv 1611.05431).
+        width_per_group: channels per group in a bottleneck's 3×3 when `channels` is 64; scales with `channels`.
     """
 
     norm: NormFactory
@@ -42,12 +42,12 @@ class BlockOptions:
             raise InputError(f"shortcut is {self.shortcut!r}, expected one of {', '.join(SHORTCUTS)}")
 
     def grouped_channels(self, channels: int) -> int:
-        """Channels of the 3×3 convolution in a bottleneck of this many `channels`."""
+        """Return the channels of the 3×3 convolution in a bottleneck with `channels` channels."""
         return max(1, channels * self.width_per_group // 64) * self.groups
 
 
 class PaddedShortcut(nn.Module):
-    """Option A's shortcut: every `stride`-th pixel, and zeros for the additional channels. It has no parameters."""
+    """Option A's parameter-free shortcut: take every `stride`-th pixel and zero-pad the additional channels."""
 
     def __init__(self, additional_channels: int, stride: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class PaddedShortcut(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut (Figure 5, left): `(N, in, H, W)` to `(N, channels, H/stride, W/stride)`.
 
-    The stride is always in the first 3×3: there is no 1×1 before it, so `stride_in_1x1` has no effect.
+    The first 3×3 always carries the stride. There is no 1×1 before it, so `stride_in_1x1` has no effect.
     """
 
     expansion = 1
@@ -96,8 +96,8 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1×1, 3×3, 1×1 convolutions and a shortcut (Figure 5, right): `(N, in, H, W)` to `(N, 4 channels, H/stride, …)`.
 
-    `stride_in_1x1` puts the stride in the first 1×1, as the paper and its released weights have it; else it is in the
-    3×3, as in torchvision: some 6 % more multiply-adds (ResNet-50), and the main path skips no pixel.
+    `stride_in_1x1` puts the stride in the first 1×1, as in the paper and its released weights. Otherwise it is in the
+    3×3, as in torchvision, which costs about 6% more multiply-adds (ResNet-50) but skips no pixels on the main path.
     """
 
     expansion = 4
@@ -134,8 +134,8 @@ class Bottleneck(nn.Module):
 class PreActBasicBlock(nn.Module):
     """Norm and ReLU before each of two 3×3 convolutions, and nothing after the addition (arXiv 1603.05027, Figure 4e).
 
-    A block that changes the shape takes its input already normalized and activated, since its projection branches off
-    behind that: the stage before ends with the norm, and this block has no `bn1`.
+    A block that changes the shape has no `bn1`: its projection branches off after the norm and ReLU, so it expects
+    input that the previous stage has already normalized and activated.
     """
 
     expansion = 1
@@ -160,7 +160,7 @@ class PreActBasicBlock(nn.Module):
 
 
 class PreActBottleneck(nn.Module):
-    """Norm and ReLU before each of the 1×1, 3×3 and 1×1 convolutions; else as `PreActBasicBlock` and `Bottleneck`."""
+    """Norm and ReLU before each 1×1, 3×3 and 1×1 convolution; otherwise like `PreActBasicBlock` and `Bottleneck`."""
 
     expansion = 4
     preactivation = True
@@ -192,7 +192,7 @@ Block = BasicBlock | Bottleneck | PreActBasicBlock | PreActBottleneck
 
 
 def changes_shape(in_channels: int, out_channels: int, stride: int) -> bool:
-    """Whether a block's output cannot be added to its input as it is."""
+    """Return whether a block's output has a different shape than its input, so the two cannot be added directly."""
     return stride != 1 or in_channels != out_channels
 
 
@@ -207,7 +207,7 @@ def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, options: BlockOptions) -> nn.Module | None:
-    """The module of a shortcut that is more than the identity (section 4.1, options A to C), else None."""
+    """Return the shortcut module (section 4.1, options A to C), or None for the identity or no shortcut."""
     changes = changes_shape(in_channels, out_channels, stride)
     if options.shortcut is None or not (changes or options.shortcut == "C"):
         return None
@@ -219,5 +219,5 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, options: BlockOp
 def _add_shortcut(block: BasicBlock | Bottleneck, out: Tensor, x: Tensor) -> Tensor:
     if not block.residual:
         return out
-    out += x if block.downsample is None else block.downsample(x)  # in place: nothing needs the branch's output itself
+    out += x if block.downsample is None else block.downsample(x)  # in place: nothing else reads the branch's output
     return out

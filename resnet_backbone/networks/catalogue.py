@@ -1,4 +1,4 @@
-"""The table of all networks by name, and the one function that builds them."""
+"""The table of all networks by name, and the function that builds them."""
 
 import inspect
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from resnet_backbone.networks.vgg import VGG
 
 
 class Argument(NamedTuple):
-    """A constructor argument that rows of the catalogue leave to the user.
+    """A constructor argument that catalogue rows leave to the user.
 
     Attributes:
-        default: what the constructors take where it is not given.
-        decides: "tensors" if a tensor's presence or shape shows the value, so that weights tell it; "computation" if it
-            decides what is computed from the same tensors, so that weights cannot tell it; "training" if it has no
-            effect on what trained weights compute.
-        key: of the configuration that sets it; None if it has none.
-        adjustable: whether a classifier's weights serve another value too: without pool5 they take smaller crops, and a
-            detector may dilate res5. A detector's weights serve the value that they were trained with.
+        default: the constructors' default.
+        decides: "tensors" if the value can be inferred from weights, from a tensor's presence or shape; "computation"
+            if it changes what is computed from the same tensors, so weights do not reveal it; "training" if it does
+            not affect what trained weights compute.
+        key: the configuration key that sets it; None if there is none.
+        adjustable: whether a classifier's weights also work with another value: without pool5 they take smaller crops,
+            and a detector may dilate res5. A detector's weights only work with the value they were trained with.
     """
 
     default: Any
@@ -36,7 +36,7 @@ ARGUMENTS: dict[str, Argument] = {
     "width": Argument(1.0, "tensors", "MODEL.NETWORK.WIDTH"),
     "shortcut": Argument("B", "tensors", "MODEL.NETWORK.SHORTCUT"),
     "stride_in_1x1": Argument(False, "computation", "MODEL.RESNETS.STRIDE_IN_1X1"),
-    # Shows as far as it matters: SyncBN has BN's tensors and computes the same. Detectors freeze it.
+    # Tensors show the norm, except SyncBN versus BN, which compute the same. Detectors freeze it.
     "norm": Argument("BN", "tensors", "MODEL.RESNETS.NORM", adjustable=True),
     "zero_init_last_norm": Argument(False, "training", "MODEL.NETWORK.ZERO_INIT_LAST_NORM"),
     "res5_dilation": Argument(1, "computation", "MODEL.RESNETS.RES5_DILATION", adjustable=True),
@@ -47,13 +47,13 @@ ARGUMENTS: dict[str, Argument] = {
 
 
 class Row(NamedTuple):
-    """A network of the catalogue.
+    """A network in the catalogue.
 
     Attributes:
-        network_class: builds it.
-        arguments: those that make it this network; the class's other arguments are the user's.
-        image_size: side, in pixels, of the images that it was published for.
-        num_classes: of the data set that it was published for.
+        network_class: the class that builds it.
+        arguments: the arguments that define this network; the class's other arguments are left to the user.
+        image_size: side, in pixels, of the images it was published for.
+        num_classes: number of classes in the data set it was published for.
     """
 
     network_class: type[StagedNetwork]
@@ -77,7 +77,7 @@ def _vgg(plan: Sequence[int], **arguments: Any) -> Row:
 
 
 _PLAIN = {"shortcut": None, "zero_init_last_norm": False}
-# Their projections are bare convolutions, and their branches end in a convolution, not in a norm.
+# Pre-activation projections are bare convolutions, and residual branches end in a convolution, not a norm.
 _PREACT = {"shortcut": "B", "zero_init_last_norm": False}
 
 CATALOGUE: dict[str, Row] = {
@@ -89,7 +89,7 @@ CATALOGUE: dict[str, Row] = {
     "resnet152": _imagenet(Bottleneck, (3, 8, 36, 3)),
     "plain18": _imagenet(BasicBlock, (2, 2, 2, 2), **_PLAIN),
     "plain34": _imagenet(BasicBlock, (3, 4, 6, 3), **_PLAIN),
-    # Xie et al. 2016 (arXiv 1611.05431), Table 1; 101 32×8d as released with arXiv 1805.00932.
+    # Xie et al. 2016 (arXiv 1611.05431), Table 1; 101-32×8d as released with arXiv 1805.00932.
     "resnext50_32x4d": _imagenet(Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4),
     "resnext101_32x8d": _imagenet(Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8),
     # Zagoruyko, Komodakis 2016 (arXiv 1605.07146), Table 8: bottlenecks with twice the inner channels.
@@ -107,9 +107,9 @@ CATALOGUE: dict[str, Row] = {
     # He et al. 2015, section 4.2: 6n + 2 layers, option A.
     **{f"cifar_resnet{6 * n + 2}": _cifar(BasicBlock, (n, n, n), shortcut="A") for n in (3, 5, 7, 9, 18, 200)},
     **{f"cifar_plain{6 * n + 2}": _cifar(BasicBlock, (n, n, n), **_PLAIN) for n in (3, 5, 7, 9, 18)},
-    # A common walk-through: ResNet-18's depths at a quarter of its channels, behind a 3×3 stem that pads three pixels.
+    # A common tutorial network: ResNet-18's depths, a quarter of its channels, and a 3×3 stem with padding 3.
     "cifar_resnet18": _cifar(BasicBlock, (2, 2, 2, 2), stem=CIFAR_STEM._replace(padding=3)),
-    # He et al. 2016 (arXiv 1603.05027), Table 2: 110 layers in basic blocks, 164 in bottlenecks.
+    # He et al. 2016 (arXiv 1603.05027), Table 2: 110 layers with basic blocks, 164 with bottlenecks.
     "cifar_preact_resnet110": _cifar(PreActBasicBlock, (18, 18, 18), **_PREACT),
     "cifar_preact_resnet164": _cifar(PreActBottleneck, (18, 18, 18), **_PREACT),
     # Zagoruyko, Komodakis 2016, Table 5: ten times the channels, without dropout.
@@ -117,33 +117,33 @@ CATALOGUE: dict[str, Row] = {
 }
 
 
-# By name the default of each argument that shows in no tensor and decides what is computed from them.
+# Defaults of the arguments that change the computation but leave no trace in the tensors.
 HIDDEN_ARGUMENTS = {name: argument.default for name, argument in ARGUMENTS.items() if argument.decides == "computation"}
 
 
 def list_networks() -> list[str]:
-    """Return the names that `build_network` takes."""
+    """Return the names that `build_network` accepts."""
     return list(CATALOGUE)
 
 
 def find_row(name: str) -> Row:
-    """Return the row of this name; an unknown one is an InputError that offers the nearest."""
+    """Return the row named `name`; raise an InputError that suggests the closest match if there is none."""
     if name not in CATALOGUE:
         raise InputError(f"no network is named {name!r}{_nearest(name, CATALOGUE)}; list_networks() gives all names")
     return CATALOGUE[name]
 
 
 def accepted_arguments(name: str) -> tuple[str, ...]:
-    """Return the keyword arguments that `build_network` takes for this network, besides `num_classes`."""
+    """Return the keyword arguments that `build_network` accepts for this network, besides `num_classes`."""
     row = find_row(name)
     parameters = inspect.signature(row.network_class).parameters
     return tuple(parameter for parameter in parameters if parameter not in (*row.arguments, "num_classes"))
 
 
 def build_network(name: str, num_classes: int = 1000, **arguments: Any) -> StagedNetwork:
-    """Build the network of this name, with random weights.
+    """Build the network named `name` with random weights.
 
-    `arguments` are those of the network's class (`ResNet`, `VGG`) that the row leaves open: see `accepted_arguments`.
+    `arguments` are the arguments of its class (`ResNet`, `VGG`) that the row leaves open; see `accepted_arguments`.
     """
     row, accepted = find_row(name), accepted_arguments(name)
     for argument in arguments:
@@ -156,7 +156,7 @@ def build_network(name: str, num_classes: int = 1000, **arguments: Any) -> Stage
 
 
 def _nearest(word: str, known) -> str:
-    """Return a question that offers the known word nearest to `word`, or nothing where none is near."""
+    """Return a "did you mean" suffix with the known word closest to `word`, or "" if none is close."""
     word = str(word).lower()
     longer = [name for name in known if len(word) > 4 and word in name]  # resnet110 for cifar_resnet110
     matches = longer or get_close_matches(word, known, n=1)

@@ -1,4 +1,4 @@
-"""Normalization layers: batch normalization with fixed statistics, and the table that networks choose from."""
+"""Normalization layers: frozen batch normalization, and the table that networks choose from."""
 
 import math
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from resnet_backbone.errors import InputError
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalization of `(N, C, H, W)` whose statistics, scale and shift are constants.
+    """Batch normalization of `(N, C, H, W)` with constant statistics, scale and shift.
 
-    All four are buffers: no optimizer sees them, `train()` changes nothing, and gradients flow to the input only.
-    State dicts are interchangeable with `nn.BatchNorm2d`'s, but for `num_batches_tracked`, which is ignored on loading.
+    All four are buffers: no optimizer sees them, `train()` has no effect, and gradients flow only to the input.
+    State dicts are interchangeable with `nn.BatchNorm2d`'s, except for `num_batches_tracked`, which loading ignores.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):
@@ -28,7 +28,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> "FrozenBatchNorm2d":
-        """Return a frozen copy of `norm`: same values, epsilon, device and dtype."""
+        """Return a frozen copy of `norm` with the same values, epsilon, device and dtype."""
         if norm.running_mean is None:
             raise InputError(
                 "this batch normalization keeps no running statistics, so there is nothing to freeze: "
@@ -42,15 +42,15 @@ class FrozenBatchNorm2d(nn.Module):
         return frozen.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not `x * scale + shift`: that is two passes over memory instead of one, rounds otherwise than nn.BatchNorm2d,
-        # and under autocast either promotes a bf16 map to fp32 or rounds the scale to bf16. Its one merit, not keeping
+        # `x * scale + shift` would take two passes over memory instead of one, round differently than nn.BatchNorm2d,
+        # and under autocast either promote a bf16 map to fp32 or round the scale to bf16. Its one advantage, not saving
         # `x` for the backward pass, is left to a fused kernel.
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # nn.Module hands over its own copy of the dict, so that this takes nothing from the caller's.
+        # nn.Module passes its own copy of the dict, so this leaves the caller's intact.
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -59,7 +59,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def freeze_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace each BatchNorm2d and SyncBatchNorm in `module` by its frozen copy; return `module` or its replacement."""
+    """Replace each BatchNorm2d and SyncBatchNorm in `module` with a frozen copy; return `module` or its replacement."""
     if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
         return FrozenBatchNorm2d.from_batch_norm(module)
     for name, child in module.named_children():
@@ -68,9 +68,9 @@ def freeze_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def group_norm(num_channels: int) -> nn.GroupNorm:
-    """Group normalization with 32 groups (Wu and He 2018, Table 3).
+    """Return group normalization with 32 groups (Wu and He 2018, Table 3).
 
-    Where 32 does not divide the channels, as in a narrow network, with their greatest common divisor.
+    If the channels are not divisible by 32, as in a narrow network, use their greatest common divisor.
     """
     return nn.GroupNorm(math.gcd(32, num_channels), num_channels)
 
@@ -84,7 +84,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def norm_factory(norm: str) -> Callable[[int], nn.Module]:
-    """Return the function that makes a normalization layer of this name from its number of channels."""
+    """Return the function that builds the normalization layer named `norm` for a given number of channels."""
     if norm not in NORMS:
         raise InputError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
     return NORMS[norm]

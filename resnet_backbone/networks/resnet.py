@@ -25,39 +25,39 @@ class Stem(NamedTuple):
 IMAGENET_STEM = Stem(channels=64, kernel_size=7, stride=2, padding=3, pooling=True)  # Table 1
 CIFAR_STEM = Stem(channels=16, kernel_size=3, stride=1, padding=1, pooling=False)  # section 4.2
 
-# The stages behind the stem, and the modules that they are in torchvision's networks.
+# The stages after the stem, and their module names in torchvision.
 LAYERS = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
 
 
 class ResNet(StagedNetwork):
-    """A stem and stages of blocks, each stage with half the resolution and twice the channels of the one before.
+    """A stem followed by stages of blocks; each stage halves the resolution and doubles the channels.
 
     Stages: "stem" (conv1, batch norm, ReLU and, for ImageNet, max pooling: stride 4), then "res2", "res3" and so on
-    (the paper's conv2_x, conv3_x: strides 4, 8, 16, 32; CIFAR's: 1, 2, 4). Parameters are named as torchvision's:
-    conv1, bn1, layer1 to layer4, fc. A pre-activation network's stage ends with the norm and ReLU that its blocks leave
-    out, under the name `norm` (layer1.norm to layer4.norm), so that every stage's output is activated.
+    (the paper's conv2_x, conv3_x: strides 4, 8, 16, 32; CIFAR's: 1, 2, 4). Parameters are named as in torchvision:
+    conv1, bn1, layer1 to layer4, fc. Every stage's output is activated: stages of a pre-activation network end with the
+    norm and ReLU that their blocks leave out. That norm is called `norm` (layer1.norm to layer4.norm).
 
     Args:
-        block: repeated in every stage.
+        block: the block repeated in every stage.
         depths: number of blocks in each stage.
         stem: the first layers.
-        channels: of the 3×3 convolutions in res2's blocks; each later stage has twice as many.
-        num_classes: outputs of the classifier; without effect where `stages` leaves that out.
-        width: factor on the channels of the stem and of every block, each rounded to a multiple of 8, at least 8.
+        channels: channels of the 3×3 convolutions in res2's blocks; each later stage doubles them.
+        num_classes: outputs of the classifier; no effect if `stages` omits the classifier.
+        width: multiplier on the channels of the stem and every block, each rounded to a multiple of 8, at least 8.
         shortcut: "A" (zero padding where the shape changes), "B" (projections there) or "C" (projections in every
             block), section 4.1; None for a plain network without shortcuts.
-        stride_in_1x1: whether a bottleneck that halves the resolution does so in its first 1×1 convolution (the paper,
-            its released weights) or in its 3×3 (torchvision). Basic blocks have the stride in their first 3×3 always.
-        groups, width_per_group: of the bottlenecks' 3×3 convolutions (ResNeXt, wide ResNet), as in torchvision.
-        norm: a name of `norms.NORMS`.
-        zero_init_last_norm: whether the last norm of every residual branch starts at zero, so that each block begins as
-            the identity (arXiv 1706.02677, section 5.1).
+        stride_in_1x1: whether a bottleneck that halves the resolution does so in its first 1×1 convolution (the paper
+            and its released weights) or in its 3×3 (torchvision). Basic blocks always stride in their first 3×3.
+        groups, width_per_group: for the bottlenecks' 3×3 convolutions (ResNeXt, wide ResNet), as in torchvision.
+        norm: a key of `norms.NORMS`.
+        zero_init_last_norm: whether the last norm of every residual branch starts at zero, so each block starts as the
+            identity (arXiv 1706.02677, section 5.1).
         res5_dilation: 2 keeps res5 at stride 16 and dilates all its 3×3 convolutions, as Detectron2's DC5 models do.
-            (torchvision's `replace_stride_with_dilation` leaves the first of them undilated.)
+            (torchvision's `replace_stride_with_dilation` leaves the first one undilated.)
         stages: None for the whole network with its classifier, or a contiguous run of stage names to build alone.
 
     Raises:
-        InputError: an argument has an impossible value.
+        InputError: an argument has an invalid value.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class ResNet(StagedNetwork):
         in_channels, stride = scale_channels(stem.channels, width), stem.stride * (2 if stem.pooling else 1)
         if "stem" in self.stage_names:
             res2_channels = scale_channels(channels, width) * block.expansion
-            # Before a pre-activation block that keeps the shape there is no norm: its shortcut is the bare convolution.
+            # No norm before a pre-activation block that keeps the shape: its shortcut is the raw convolution output.
             normalized = not block.preactivation or changes_shape(in_channels, res2_channels, 1)
             pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if stem.pooling else nn.Identity()
             self.conv1 = nn.Conv2d(
                 3, in_channels, kernel_size=stem.kernel_size, stride=stem.stride, padding=stem.padding, bias=False
             )
-            # The norm and ReLU that a pre-activation network's first block leaves out come after the pooling.
+            # A pre-activation network pools before the norm and ReLU that its first block leaves out.
             self.prepool = pool if block.preactivation else nn.Identity()
             self.bn1 = norm_layer(in_channels) if normalized else nn.Identity()
             self.relu = nn.ReLU(inplace=True) if normalized else nn.Identity()
@@ -107,7 +107,7 @@ class ResNet(StagedNetwork):
             self.feature_info["stem"] = FeatureInfo(in_channels, stride)
 
         for i, (name, depth) in enumerate(zip(self.all_stages[1:], depths, strict=True)):
-            # The stem has brought res2 to its resolution; every later stage halves it in its first block.
+            # res2 keeps the stem's resolution; every later stage halves it in its first block.
             dilation = res5_dilation if name == "res5" else 1
             first_stride = 1 if i == 0 or dilation > 1 else 2
             stride *= first_stride
@@ -131,10 +131,10 @@ class ResNet(StagedNetwork):
         self._initialize(zero_init_last_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits `(N, num_classes)` of normalized images `(N, 3, H, W)`.
+        """Return logits `(N, num_classes)` for normalized images `(N, 3, H, W)`.
 
-        Stages built without the stem, such as a detector's per-region head, have no images to classify: they take the
-        output of the stage before them and return that of their last.
+        Stages built without the stem, such as a detector's per-region head, do not classify images: they take the
+        previous stage's output and return that of their last stage.
         """
         self.require_classifier()
         for name in self.stage_names:
@@ -142,9 +142,9 @@ class ResNet(StagedNetwork):
         return self.run_classifier(x) if self.has_classifier else x
 
     def forward_features(self, x: Tensor, out_features: Sequence[str]) -> dict[str, Tensor]:
-        """Return the outputs of the stages `out_features`, in that order; no stage after the last of them is computed.
+        """Return the outputs of the stages in `out_features`, in that order; stop after the last one needed.
 
-        `x` holds images `(N, 3, H, W)`, or, where the stem was not built, the output of the stage before.
+        `x` holds images `(N, 3, H, W)`, or the previous stage's output if the stem was not built.
         """
         outputs: dict[str, Tensor] = {}
         for name in self.stages_up_to(out_features):
@@ -154,19 +154,19 @@ class ResNet(StagedNetwork):
         return {name: outputs[name] for name in out_features}
 
     def run_stage(self, name: str, x: Tensor) -> Tensor:
-        """Apply one stage to the output of the stage before it, the stem to images."""
+        """Apply one stage to the previous stage's output, or the stem to images."""
         if name == "stem":
             return self.maxpool(self.relu(self.bn1(self.prepool(self.conv1(x)))))
         return getattr(self, LAYERS[name])(x)
 
     def run_classifier(self, x: Tensor) -> Tensor:
-        """Average `(N, C, H, W)` over its pixels and return logits `(N, num_classes)`."""
+        """Average-pool `(N, C, H, W)` and return logits `(N, num_classes)`."""
         return self.fc(self.avgpool(x).flatten(1))
 
     def dense_logits(self, x: Tensor) -> Tensor:
-        """Return logits at every position of images `(N, 3, H, W)`, `(N, num_classes, h, w)`; of the whole network.
+        """Return logits `(N, num_classes, h, w)` at every position of images `(N, 3, H, W)`; needs the whole network.
 
-        The classifier is linear, so their mean over the positions is what the network says of the whole image.
+        The classifier is linear, so their mean over positions equals the network's logits for the whole image.
         """
         for name in self.stage_names:
             x = self.run_stage(name, x)
@@ -176,10 +176,10 @@ class ResNet(StagedNetwork):
         return [self.conv1, self.bn1] if name == "stem" else [getattr(self, LAYERS[name])]
 
     def _initialize(self, zero_init_last_norm: bool) -> None:
-        """Draw the initial weights: He et al. (arXiv 1502.01852, section 2.2) for convolutions, as the paper says.
+        """Initialize the weights: convolutions by He et al. (arXiv 1502.01852, section 2.2), as the paper says.
 
-        It keeps the gradient's variance (fan_out), as torchvision does. For the classifier, which no ReLU follows, the
-        paper names nothing; a standard deviation of 0.01 with zero bias is what later work of its authors gives for
+        The fan_out mode preserves the gradient's variance, as in torchvision. The paper specifies nothing for the
+        classifier, which no ReLU follows; later work by its authors uses a standard deviation of 0.01 and zero bias for
         this network (arXiv 1706.02677, section 5.1). Batch norms start with scale 1 and shift 0.
         """
         for module in self.modules():

@@ -1,4 +1,4 @@
-"""What ResNet and VGG have in common: named stages, of which any contiguous run can be built and frozen."""
+"""The shared base of ResNet and VGG: named stages; any contiguous run of them can be built and frozen."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from resnet_backbone.networks.norms import freeze_batch_norm
 
 
 class FeatureInfo(NamedTuple):
-    """Shape of a stage's output: channels, and pixels of the image per pixel of the output."""
+    """Shape of a stage's output: channels, and image pixels per output pixel."""
 
     channels: int
     stride: int
@@ -24,15 +24,15 @@ def scale_channels(channels: int, width: float) -> int:
 
 
 class StagedNetwork(nn.Module):
-    """A network of named stages; a subclass builds the modules of those in `stage_names` and runs them.
+    """A network of named stages; subclasses build and run the modules of the stages in `stage_names`.
 
     `all_stages` names the stages of the whole network, input side first. `stages=None` builds all of them and the
-    classifier; a contiguous run of names builds these stages alone.
+    classifier; a contiguous run of names builds only those stages.
 
     Attributes:
-        stage_names: the stages that were built, in the order in which they run.
+        stage_names: the stages that were built, in execution order.
         has_classifier: whether the classifier was built.
-        feature_info: shapes of the outputs of those stages in `stage_names` that give feature maps.
+        feature_info: output shapes of the stages in `stage_names` that produce feature maps.
     """
 
     def __init__(self, all_stages: Sequence[str], stages: Sequence[str] | None) -> None:
@@ -43,13 +43,13 @@ class StagedNetwork(nn.Module):
         self.feature_info: dict[str, FeatureInfo] = {}
 
     def stage_modules(self, name: str) -> list[nn.Module]:
-        """Return modules of the stage `name`: at least those that hold its parameters and statistics, as they run."""
+        """Return the modules of stage `name` in execution order, at least those with parameters or statistics."""
         if name not in self.stage_names:
             raise InputError(f"no stage {name!r} was built, expected one of {', '.join(self.stage_names)}")
         return self._stage_modules(name)
 
     def stages_up_to(self, out_features: Sequence[str]) -> tuple[str, ...]:
-        """Return the stages that `out_features` need: those up to the last of them."""
+        """Return the stages that `out_features` need: all up to the last one."""
         if isinstance(out_features, str):
             raise InputError(f"out_features is the string {out_features!r}, expected a sequence of names")
         unknown = [name for name in out_features if name not in self.feature_info]
@@ -69,9 +69,9 @@ class StagedNetwork(nn.Module):
             )
 
     def freeze(self, count: int) -> "StagedNetwork":
-        """Fix the first `count` stages of the whole network (those of them built here), and return the network.
+        """Freeze the first `count` stages of the whole network (those built here), and return the network.
 
-        Detectron2's meaning of FREEZE_AT: 0 nothing, 1 the stem (VGG: conv1), 2 the next stage too, and so on.
+        `count` follows Detectron2's FREEZE_AT: 0 freezes nothing, 1 the stem (VGG: conv1), 2 the next stage too, etc.
         Parameters stop requiring gradients; batch normalization becomes FrozenBatchNorm2d under the same names.
         """
         if not 0 <= count <= len(self.all_stages):
@@ -88,7 +88,7 @@ class StagedNetwork(nn.Module):
 
 
 def _contiguous_run(all_stages: tuple[str, ...], stages: Sequence[str]) -> tuple[str, ...]:
-    """Return `stages` as a tuple after checking that they follow one another in `all_stages`."""
+    """Return `stages` as a tuple after checking that they are consecutive in `all_stages`."""
     if isinstance(stages, str):
         raise InputError(f"stages is the string {stages!r}, expected a sequence of names such as ({stages!r},)")
     run = tuple(stages)

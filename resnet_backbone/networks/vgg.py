@@ -9,33 +9,33 @@ from resnet_backbone.errors import InputError
 from resnet_backbone.networks.norms import norm_factory
 from resnet_backbone.networks.stages import FeatureInfo, StagedNetwork, scale_channels
 
-# Table 1: channels of the five blocks of 3×3 convolutions, and of the two hidden fully connected layers. The pooling in
-# front of a block belongs to it, so pool5 is a block without convolutions.
+# Table 1: channels of the five blocks of 3×3 convolutions and the two hidden fully connected layers. A block includes
+# the pooling before it, so pool5 is a block without convolutions.
 BLOCK_CHANNELS = {"conv1": 64, "conv2": 128, "conv3": 256, "conv4": 512, "conv5": 512, "pool5": 512}
 FC_CHANNELS = 4096
-# fc6 sees this many pixels, in the classifier (224 / 32) and as a detector's RoI features alike.
+# Side of fc6's input in pixels, both in the classifier (224 / 32) and for a detector's RoI features.
 FC_RESOLUTION = 7
 
 
 class VGG(StagedNetwork):
     """Blocks of 3×3 convolutions between max poolings, then fc6, fc7 and the classifier.
 
-    Stages: "conv1" to "conv5" (strides 1, 2, 4, 8, 16; each ends with its last ReLU, before the pooling, so that conv5
-    is VGG-16's conv5_3), "pool5" (stride 32), "fc6" and "fc7" (each with its ReLU and dropout; vectors, so not among
-    the features). Parameters are named as torchvision's: features.N, classifier.{0,3,6}.
+    Stages: "conv1" to "conv5" (strides 1, 2, 4, 8, 16; each ends with its last ReLU, before the pooling, so conv5 is
+    VGG-16's conv5_3), "pool5" (stride 32), "fc6" and "fc7" (each with its ReLU and dropout; they output vectors, so
+    they are not features). Parameters are named as in torchvision: features.N, classifier.{0,3,6}.
 
-    A run that begins at fc6 takes RoI features `(N, C, 7, 7)`, or the same flattened to `(N, 49 C)`.
+    A run of stages that starts at fc6 takes RoI features `(N, C, 7, 7)`, also flattened to `(N, 49 C)`.
 
     Args:
         plan: convolutions per block, conv1 to conv5.
-        num_classes: outputs of the classifier; without effect where `stages` leaves that out.
-        width: factor on the channels of the convolutions and of fc6 and fc7, rounded to multiples of 8, at least 8.
-        pool5: whether there is the last max pooling, between conv5 and fc6. For crops of about 112 pixels and below
-            leave it out: at 112 pixels conv5 is 7×7, so that fc6 sees the resolution that it will see as a detector's
-            head on 7×7 RoI features from conv5_3. With it, a 64-pixel crop leaves 2×2, and fc6 learns from copies of
-            four values a channel. No parameter's name or shape depends on it.
-        dropout: probability after fc6 and fc7.
-        norm: a name of `norms.NORMS`, after every convolution and before its ReLU; None for the published network.
+        num_classes: outputs of the classifier; no effect if `stages` omits the classifier.
+        width: multiplier on the channels of the convolutions, fc6 and fc7, rounded to multiples of 8, at least 8.
+        pool5: whether to include the last max pooling, between conv5 and fc6. Omit it for crops of about 112 pixels or
+            less: at 112 pixels conv5 is 7×7, the resolution that fc6 will see as a detector's head on 7×7 RoI features
+            from conv5_3. With pool5, a 64-pixel crop shrinks to 2×2, and fc6 learns from copies of four values per
+            channel. No parameter's name or shape depends on it.
+        dropout: dropout probability after fc6 and fc7.
+        norm: a key of `norms.NORMS`, after every convolution and before its ReLU; None for the published network.
         stages: None for the whole network with its classifier, or a contiguous run of stage names to build alone.
     """
 
@@ -57,7 +57,7 @@ class VGG(StagedNetwork):
         norm_layer = None if norm is None else norm_factory(norm)
 
         self.features = nn.Sequential()
-        # Each stage's layers are numbered as in the whole network, also where only some stages are built.
+        # Layers are numbered as in the whole network, even if only some stages are built.
         self.layer_numbers = {"fc6": range(3), "fc7": range(3, 6)}
         number, channels, stride = 0, 3, 1
         for name, depth in depths.items():
@@ -88,14 +88,14 @@ class VGG(StagedNetwork):
         self._initialize()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits `(N, num_classes)` of images `(N, 3, H, W)`; of stages without conv1 as in `ResNet`."""
+        """Return logits `(N, num_classes)` for images `(N, 3, H, W)`; without conv1, like `ResNet` without its stem."""
         self.require_classifier()
         for name in self.stage_names:
             x = self.run_stage(name, x)
         return self.run_classifier(x) if self.has_classifier else x
 
     def forward_features(self, x: Tensor, out_features: Sequence[str]) -> dict[str, Tensor]:
-        """Return the outputs of the stages `out_features` in that order, computing no stage after the last of them."""
+        """Return the outputs of the stages in `out_features`, in that order; stop after the last one needed."""
         outputs: dict[str, Tensor] = {}
         for name in self.stages_up_to(out_features):
             x = self.run_stage(name, x)
@@ -104,7 +104,7 @@ class VGG(StagedNetwork):
         return {name: outputs[name] for name in out_features}
 
     def run_stage(self, name: str, x: Tensor) -> Tensor:
-        """Apply one stage; fc6 takes feature maps `(N, C, H, W)`, brought to 7×7, or vectors `(N, 49 C)`."""
+        """Apply one stage; fc6 takes feature maps `(N, C, H, W)`, which it pools to 7×7, or vectors `(N, 49 C)`."""
         if name == "fc6" and x.dim() == 4:
             x = self.avgpool(x).flatten(1)
         for layer in self._stage_modules(name):
@@ -116,10 +116,10 @@ class VGG(StagedNetwork):
         return self.classifier[-1](x)
 
     def dense_logits(self, x: Tensor) -> Tensor:
-        """Return logits at every position of images `(N, 3, H, W)`, `(N, num_classes, h, w)`; of the whole network.
+        """Return logits `(N, num_classes, h, w)` at every position of images `(N, 3, H, W)`; needs the whole network.
 
-        The fully connected layers run as convolutions, fc6 of 7×7 and the others of 1×1 (arXiv 1409.1556, section
-        3.2): each position has the logits of one 7×7 window of the features.
+        The fully connected layers run as convolutions, fc6 as 7×7 and the others as 1×1 (arXiv 1409.1556, section
+        3.2), so each position holds the logits of one 7×7 feature window.
 
         Raises:
             InputError: the features are smaller than that window.
@@ -145,11 +145,11 @@ class VGG(StagedNetwork):
         return [getattr(layers, str(number)) for number in self.layer_numbers[name]]
 
     def _initialize(self) -> None:
-        """Draw the initial weights: He et al. (arXiv 1502.01852, equation 10) for all layers that a ReLU follows.
+        """Initialize the weights: He et al. (arXiv 1502.01852, equation 10) for all layers followed by a ReLU.
 
-        It keeps the activations' variance (fan_in), so that the network trains from random weights as a whole without
-        batch norm; the VGG paper's own draw of 0.01 everywhere needed a shallower trained network to start from
-        (section 3.1). The classifier keeps that 0.01. Biases are zero.
+        The fan_in mode preserves the activations' variance, so the whole network trains from scratch without batch
+        norm. With the VGG paper's 0.01 everywhere, training had to start from a shallower trained network (section
+        3.1). The classifier keeps that 0.01. Biases are zero.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -160,10 +160,10 @@ class VGG(StagedNetwork):
 
 
 def _conv_block(in_channels: int, channels: int, depth: int, norm_layer, pool_first: bool) -> list[nn.Module]:
-    """Return one block's layers: max pooling (if any), then `depth` 3×3 convolutions, each with norm and ReLU."""
+    """Return a block's layers: optional max pooling, then `depth` 3×3 convolutions, each with norm and ReLU."""
     layers: list[nn.Module] = [nn.MaxPool2d(kernel_size=2, stride=2)] if pool_first else []
     for i in range(depth):
-        # With a bias also before a batch norm, where it has no effect, because torchvision's vgg16_bn has it.
+        # The bias has no effect before a batch norm, but torchvision's vgg16_bn has it.
         layers.append(nn.Conv2d(in_channels if i == 0 else channels, channels, kernel_size=3, padding=1))
         if norm_layer is not None:
             layers.append(norm_layer(channels))

@@ -1,4 +1,4 @@
-"""From random weights to a classifier whose checkpoint says how to feed it."""
+"""Pretraining: from random weights to a classifier whose checkpoint describes its preprocessing."""
 
 from resnet_backbone import engine  # isort: skip  (first: it says how to install a missing Detectron2)
 from resnet_backbone.pretraining.config import get_config

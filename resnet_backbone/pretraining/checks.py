@@ -1,4 +1,4 @@
-"""Whether a configuration works and how fast it is, found out in a folder that is gone afterwards."""
+"""Check that a configuration works and how fast it runs, in a temporary folder."""
 
 import contextlib
 import itertools
@@ -28,14 +28,14 @@ from resnet_backbone.pretraining.network import train_new
 from resnet_backbone.pretraining.pipelines import build_pipeline
 from resnet_backbone.pretraining.task import run
 
-TEST_BATCHES = 2  # that try_run evaluates on
-SOME = "some images of DATASETS.TEST"  # the name of their data set
+TEST_BATCHES = 2  # number of batches that try_run evaluates
+SOME = "some images of DATASETS.TEST"  # the name of the data set that try_run evaluates
 
 
 def try_run(cfg: CfgNode, *, iterations: int) -> None:
-    """Train, save, evaluate on a few batches, resume in the middle; print that it works, the time and the memory.
+    """Train, save, evaluate on a few batches and resume halfway; then print "works", the time and the memory.
 
-    Everything runs as it will, at the learning rate of the first iteration, except that the run is short.
+    Everything runs as in a real run, except that it is short and stays at the first iteration's learning rate.
 
     Raises:
         InputError: something does not work.
@@ -50,7 +50,7 @@ def try_run(cfg: CfgNode, *, iterations: int) -> None:
             folder,
             {
                 "SOLVER.LOG_PERIOD": min(cfg.SOLVER.LOG_PERIOD, half),
-                "SOLVER.CHECKPOINT_PERIOD": 0,  # after the last iteration only, which is where the resume begins
+                "SOLVER.CHECKPOINT_PERIOD": 0,  # only after the last iteration, where the resume starts
                 "TEST.EVAL_PERIOD": max(1, half // 2),
                 "TEST.PRECISE_BN.NUM_ITER": min(cfg.TEST.PRECISE_BN.NUM_ITER, iterations),
             },
@@ -69,7 +69,7 @@ def try_run(cfg: CfgNode, *, iterations: int) -> None:
 
 
 def throughput(cfg: CfgNode, *, iterations: int) -> None:
-    """Print the training images a second, with the data and with one batch repeated, after as long a warm-up.
+    """Print training images per second, on the data and on one repeated batch, after an equally long warm-up.
 
     Raises:
         InputError: something in the configuration cannot be used.
@@ -82,7 +82,7 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
             cfg,
             folder,
             {
-                "SOLVER.BASE_LR": 0.0,  # the weights stay: no rate is too high to measure at
+                "SOLVER.BASE_LR": 0.0,  # the weights do not change, so training cannot diverge
                 "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
                 "SOLVER.WARMUP_UNTIL_ERROR": 0.0,
                 "SOLVER.MAX_ITER": 2 * iterations,
@@ -104,7 +104,7 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
             target = folder / str(len(rows))
             target.mkdir(exist_ok=True)
             train_new(short, len(source.class_names), feed, pipeline.images_of, target)
-            comm.synchronize()  # the main process has written
+            comm.synchronize()  # wait for the main process to write
             measured = json.loads((target / "metrics.json").read_text().splitlines()[-1])
             rows.append((title, measured["images_per_second"], 100 * measured["data_share"]))
     if comm.is_main_process():
@@ -117,7 +117,7 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
 
 
 def _shortened(cfg: CfgNode, folder: Path, keys: Mapping[str, Any]) -> CfgNode:
-    """A copy with these keys that writes to `folder` and stays at the learning rate of the first iteration."""
+    """Return a copy with these keys that writes to `folder` and stays at the first iteration's learning rate."""
     short = cfg.clone()
     short.defrost()
     rescale_for_batch(short)
@@ -137,10 +137,10 @@ def _shortened(cfg: CfgNode, folder: Path, keys: Mapping[str, Any]) -> CfgNode:
 
 
 def _test_on_few(cfg: CfgNode) -> None:
-    """Let `cfg` test on a few batches of what it tests on."""
+    """Limit the test data of `cfg` to a few batches."""
     count = TEST_BATCHES * (cfg.TEST.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH)
     cfg.DATASETS.HOLD_OUT = min(cfg.DATASETS.HOLD_OUT, count)
-    if len(cfg.DATASETS.TEST) == 1:  # or the run says what is wrong
+    if len(cfg.DATASETS.TEST) == 1:  # otherwise the run reports the error
         entry = cfg.DATASETS.TEST[0]
 
         def open_some(_: Path) -> Subset:
@@ -153,7 +153,7 @@ def _test_on_few(cfg: CfgNode) -> None:
 
 @contextlib.contextmanager
 def _temporary_folder(cfg: CfgNode) -> Iterator[Path]:
-    """A folder that all processes share, on the disk of OUTPUT_DIR."""
+    """Yield a temporary folder, shared by all processes, on the same disk as OUTPUT_DIR."""
     folder = ""
     if comm.is_main_process():
         parent = next(parent for parent in Path(cfg.OUTPUT_DIR).absolute().parents if parent.is_dir())
@@ -170,11 +170,11 @@ def _temporary_folder(cfg: CfgNode) -> Iterator[Path]:
         stack.callback(_close_log_files)
         yield Path(folder)
         _close_log_files()
-        comm.synchronize()  # nobody writes any more
+        comm.synchronize()  # all processes are done writing
 
 
 def _close_log_files() -> None:
-    """An open file of a network's disk outlives the folder that it is in."""
+    """Close log files: on a network disk, open files outlive their folder."""
     for name in ("detectron2", "fvcore", "resnet_backbone"):
         logger = logging.getLogger(name)
         for handler in list(logger.handlers):
@@ -184,7 +184,7 @@ def _close_log_files() -> None:
 
 
 def _peak_memory() -> int:
-    """The most bytes that this process has held, on its GPU if it has one."""
+    """Return this process's peak memory in bytes, on its GPU if it has one."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier, or of several together."""
+"""Accuracy of a classifier or an ensemble."""
 
 import contextlib
 import datetime
@@ -36,12 +36,12 @@ from resnet_backbone.weights import Metadata, MissingMetadata, load_state, read_
 logger = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 10.0
-# Of an image's ten crops or five scales, so much is loaded at once; a worker holds several such loads.
+# Limit on the size of one load of images with multiple crops or scales; a worker holds several loads.
 LOAD_BYTES = 64 * 2**20
 
 
 class Member(NamedTuple):
-    """A classifier, and what makes its input, on its device, of uint8 images in the order INPUT.FORMAT."""
+    """A classifier and its preprocessing, from uint8 images in INPUT.FORMAT order to its input on its device."""
 
     model: nn.Module
     prepare: Callable[[torch.Tensor], torch.Tensor]
@@ -57,19 +57,19 @@ def evaluate_classifier(
     precision: str = "fp32",
     images: int = 0,
 ) -> dict[str, float]:
-    """Accuracy over all images of all processes; each image counts once.
+    """Return the accuracy over all images of all processes; each image counts once.
 
-    An image's prediction is the mean of the members' softmax probabilities over its crops.
+    An image's prediction is the mean softmax probability over members and crops.
 
     Args:
-        members: evaluated in eval mode, their training mode is restored; all on one device, with the same classes.
+        members: run in eval mode, then restored to their previous mode; on the same device, with the same classes.
         batches: this process's images, `(N, 3, H, W)` uint8 or groups of their crops, and labels `(N,)`.
-        dense, max_pixels: of `log_probabilities`.
-        precision: "fp32", or "bf16" or "fp16" for autocast. Probabilities are computed in float64 always.
-        images: how many `batches` will hold, for the progress.
+        dense, max_pixels: see `log_probabilities`.
+        precision: "fp32", or "bf16" or "fp16" for autocast. Probabilities are always computed in float64.
+        images: number of images in `batches`, for progress logs.
 
     Returns:
-        "top1" and "top5" in percent, "test_loss", the mean cross entropy, and "images", how many were counted.
+        "top1" and "top5" in percent, "test_loss" (the mean cross entropy) and "images" (the number counted).
     """
     device = next(members[0].model.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -95,20 +95,20 @@ def evaluate_classifier(
 
 
 class Evaluator:
-    """Measure accuracy on one data set, or on its first two images to find out early whether that will work.
+    """Measure accuracy on a data set, or try its first two images to fail early.
 
     Args:
         source: the images.
-        prepare: makes the evaluated network's input of them.
-        ensemble: further classifiers, whose predictions are averaged with the network's (`load_ensemble`).
-        crops: what is taken of an image.
-        max_pixels: that a network sees at once (see `log_probabilities`).
-        batch_size: images of this process that are loaded at once.
-        workers: number of loading processes.
-        device: that the networks are on.
-        keep_on_device: load the images once and keep them there; where `crops` gives one of a fixed size.
+        prepare: turns them into the evaluated network's input.
+        ensemble: additional classifiers whose predictions are averaged with the network's (`load_ensemble`).
+        crops: the crops to take from each image.
+        max_pixels: maximum pixels per forward pass (see `log_probabilities`).
+        batch_size: number of images that this process loads at once.
+        workers: number of worker processes.
+        device: the networks' device.
+        keep_on_device: load the images once and keep them on the device; needs `crops` to give one crop of fixed size.
         precision: "fp32", "bf16" or "fp16".
-        rank, world_size: which share of the images is this process's.
+        rank, world_size: determine this process's share of the images.
     """
 
     def __init__(
@@ -141,9 +141,9 @@ class Evaluator:
         self._kept: ResidentEvaluation | None = None
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Evaluate the network, together with the ensemble where there is one."""
+        """Evaluate the network, together with the ensemble if there is one."""
         images = EvaluationSampler(len(self._source), batch_size=1, **self._share)
-        with torch.compiler.set_stance("force_eager"):  # its shapes are not those of training
+        with torch.compiler.set_stance("force_eager"):  # shapes differ from training
             results = self._evaluate(model, self._batches(), images=len(images))
         logger.info(
             "top-1 %.2f %%, top-5 %.2f %%, cross entropy %.4f of %d images (%s, %s%s)",
@@ -155,8 +155,8 @@ class Evaluator:
         return results
 
     def try_two_images(self, model: nn.Module) -> None:
-        """Evaluate two images in this process, so that what does not fit is found before the training."""
-        # A process without images takes part all the same: the others wait for its counts.
+        """Evaluate two images in this process, to find problems before training."""
+        # Processes without images take part too: the others wait for their counts.
         self._evaluate(model, itertools.islice(self._loader(2, workers=0), 1))
 
     def _batches(self) -> Iterable:
@@ -197,19 +197,19 @@ def build_evaluator(
     *,
     ensemble: Sequence[Member] = (),
 ) -> Evaluator:
-    """The evaluation that INPUT and TEST ask for, of this process's share of `source`.
+    """Return the evaluator configured by INPUT and TEST, for this process's share of `source`.
 
     Args:
-        prepare: makes the evaluated network's input of images in the order INPUT.FORMAT.
-        ensemble: of `Evaluator`.
+        prepare: turns images in INPUT.FORMAT order into the evaluated network's input.
+        ensemble: see `Evaluator`.
 
     Raises:
-        ConfigError: a key of INPUT or TEST cannot be used.
+        ConfigError: a key of INPUT or TEST has an unusable value.
     """
     crops = build_evaluation_crops(cfg)
     height, width = crop_size(cfg)
     world_size = comm.get_world_size()
-    # TEST.IMS_PER_BATCH counts over all processes, a loader's batch is its process's share.
+    # TEST.IMS_PER_BATCH is the total over all processes.
     batch_size = max(1, (cfg.TEST.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH) // world_size)
     max_pixels = batch_size * height * width
     if crops.pixels > height * width:
@@ -231,10 +231,10 @@ def build_evaluator(
 
 
 def load_ensemble(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
-    """The classifiers of TEST.ENSEMBLE on MODEL.DEVICE, each as its own metadata says that it is built and fed.
+    """Load the classifiers in TEST.ENSEMBLE onto MODEL.DEVICE, each built and preprocessed according to its metadata.
 
     Raises:
-        ConfigError: a file is no classifier of `class_names`, or does not say how its network was fed.
+        ConfigError: a file is not a classifier of `class_names`, or does not describe its preprocessing.
         CheckpointError: a file cannot be read.
     """
     channel_order, device = cfg.INPUT.FORMAT, cfg.MODEL.DEVICE
@@ -268,7 +268,7 @@ def load_ensemble(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
 def _preparation(
     metadata: Metadata, *, channel_order: str, device: torch.device | str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make the input of the network that `metadata` describes of images in the given order of channels."""
+    """Return the preprocessing of the network that `metadata` describes, for images in the given channel order."""
     normalize = Normalize(mean=metadata.pixel_mean, std=metadata.pixel_std, device=device)
     if metadata.channel_order == channel_order:
         return normalize
@@ -276,7 +276,7 @@ def _preparation(
 
 
 def _difference(theirs: list[str], ours: list[str]) -> str:
-    """In what two lists of class names differ; empty where they do not."""
+    """Describe how two lists of class names differ; empty if they do not."""
     if len(theirs) != len(ours):
         return f"{len(theirs)} classes, not the {len(ours)}"
     for number, (one, other) in enumerate(zip(theirs, ours, strict=True)):
@@ -296,7 +296,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _with_progress(batches: Iterable[tuple], images: int) -> Iterator[tuple]:
-    """Pass batches on, and log about every 10 seconds how many of `images` are done and how long the rest will take."""
+    """Yield the batches; about every 10 seconds, log how many of `images` are done and the estimated time left."""
     start = last = time.monotonic()
     done = 0
     for batch in batches:

@@ -1,4 +1,4 @@
-"""What a classifier is trained by."""
+"""The training loss of a classifier."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +13,12 @@ ImagesOf = Callable[[Any], tuple[torch.Tensor, torch.Tensor]]
 
 
 class ClassificationLosses:
-    """Compute, from a network and a batch, the cross entropy and, for the log, the training error in percent.
+    """Compute the cross entropy of a network on a batch and, for the log, the training error in percent.
 
     Args:
-        images_of: from a batch to images `(n, 3, H, W)` uint8 and labels `(n,)` on the device.
-        normalize: from such images to the network's input.
-        label_smoothing: the share of a label that is spread over all classes.
+        images_of: turns a batch into images `(n, 3, H, W)` uint8 and labels `(n,)` on the device.
+        normalize: turns these images into the network's input.
+        label_smoothing: the fraction of a label's weight that is spread over all classes.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ClassificationLosses:
         return self._step(model, images, labels)
 
     def compile(self) -> None:
-        """Compile all from the uint8 images to the loss as one; the network itself stays as it is for other uses."""
+        """Compile everything from uint8 images to loss together; the network itself stays uncompiled for other uses."""
         self._step = torch.compile(self._step)
 
     def _step(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> tuple[Losses, Losses]:

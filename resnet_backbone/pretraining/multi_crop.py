@@ -1,4 +1,4 @@
-"""Test-time augmentation: predictions averaged over one crop, ten, or the whole image at several scales."""
+"""Test-time augmentation: average predictions over one crop, ten crops, or the whole image at several scales."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from resnet_backbone.pretraining.preprocessing import crop_size
 
 
 class CropGroup(NamedTuple):
-    """Crops of one shape, of different images: `(n, 3, h, w)` uint8, and `(n,)`, the images' numbers in their batch."""
+    """Same-shaped crops of different images, `(n, 3, h, w)` uint8, and the images' indices in the batch, `(n,)`."""
 
     pixels: torch.Tensor
     image_indices: torch.Tensor
 
 
 class TenCrops(EvalTransform):
-    """Resize the shorter side, then crop the four corners and the center, of the mirrored image too.
+    """Resize the shorter side, then crop the four corners and the center, also of the mirrored image.
 
-    Gives ten `(3, *crop)` uint8, in torchvision's order.
+    Returns ten `(3, *crop)` uint8 tensors in torchvision's order.
     """
 
     def __call__(self, image: np.ndarray, *, seed: int = 0, position: int = 0) -> list[torch.Tensor]:
@@ -43,7 +43,7 @@ class TenCrops(EvalTransform):
 
 
 class WholeImages:
-    """Resize the shorter side to each of `scales` in turn; gives one `(3, h, w)` uint8 for each."""
+    """Resize the shorter side to each of `scales`; return one `(3, h, w)` uint8 tensor per scale."""
 
     def __init__(self, *, scales: Sequence[int], channel_order: str) -> None:
         if any(not isinstance(scale, int) or scale < 1 for scale in scales):
@@ -58,14 +58,14 @@ class WholeImages:
 
 @dataclass(frozen=True)
 class EvaluationCrops:
-    """What is taken of an image for its prediction.
+    """The crops that an image's prediction is computed from.
 
     Attributes:
-        transform: from an image to its crops, `(3, h, w)` uint8 each, or to the only one.
-        pixels: of an image's crops together, about.
-        dense: whether the crops are whole images: the network runs on them and on their mirror images fully
-            convolutionally, its logits averaged over the positions (VGG paper, section 3.2: "dense evaluation").
-        description: for the log.
+        transform: turns an image into its crops, `(3, h, w)` uint8 each, or into its only crop.
+        pixels: approximate total pixels in an image's crops.
+        dense: whether the crops are whole images. The network then runs fully convolutionally on them and on their
+            mirror images and averages logits over positions (VGG paper, section 3.2: "dense evaluation").
+        description: text for the log.
     """
 
     transform: Callable[..., torch.Tensor | list[torch.Tensor]]
@@ -75,10 +75,10 @@ class EvaluationCrops:
 
 
 def build_evaluation_crops(cfg: CfgNode) -> EvaluationCrops:
-    """TEST.CROPS crops, or with TEST.SCALES the whole image at each of these shorter sides.
+    """Return TEST.CROPS crops or, with TEST.SCALES, the whole image at each of these shorter sides.
 
     Raises:
-        ConfigError: the sizes do not fit each other, or both crops and scales were asked for.
+        ConfigError: the sizes are incompatible, or both crops and scales are requested.
     """
     crops, scales, crop = cfg.TEST.CROPS, cfg.TEST.SCALES, crop_size(cfg)
     if crops not in (1, 10):
@@ -99,11 +99,11 @@ def build_evaluation_crops(cfg: CfgNode) -> EvaluationCrops:
 
 
 def collate(samples: Sequence[tuple]) -> tuple[list[CropGroup], torch.Tensor]:
-    """Put samples of `(crops, label, …)` together: crops of one shape in groups, and labels `(N,)` int64."""
+    """Collate samples `(crops, label, …)` into groups of same-shaped crops and labels `(N,)` int64."""
     groups: dict[tuple, list[tuple[torch.Tensor, int]]] = {}
     for image_index, (crops, *_) in enumerate(samples):
         for number, crop in enumerate([crops] if isinstance(crops, torch.Tensor) else crops):
-            # An image is at most once in a group, so that what is added up for it does not depend on an order.
+            # Each image appears at most once per group, so its sum does not depend on the order.
             groups.setdefault((number, crop.shape), []).append((crop, image_index))
     stacked = [
         CropGroup(torch.stack([crop for crop, _ in members]), torch.tensor([index for _, index in members]))
@@ -121,16 +121,16 @@ def log_probabilities(
     dense: bool = False,
     max_pixels: int | None = None,
 ) -> torch.Tensor:
-    """The logarithm of each image's softmax probabilities, averaged over its crops, `(num_images, classes)` float64.
+    """Return the log of each image's softmax probabilities averaged over crops, `(num_images, classes)` float64.
 
-    Logarithms because a probability may be too small for any number, and the differences between such still rank.
+    Log space still ranks probabilities that would underflow.
 
     Args:
-        prepare: from uint8 images to what the network is fed, on its device.
-        groups: every image with equally many crops.
-        num_images: in the batch.
-        dense: as in `EvaluationCrops`.
-        max_pixels: that the network sees at once, unless one crop (with its mirror image) has more; None: no limit.
+        prepare: turns uint8 images into the network's input on its device.
+        groups: the crops; every image has the same number.
+        num_images: number of images in the batch.
+        dense: see `EvaluationCrops`.
+        max_pixels: pixel limit per forward pass, unless one crop (with its mirror image) has more; None: no limit.
     """
     device = next(network.parameters()).device
     total: torch.Tensor | None = None
@@ -146,4 +146,4 @@ def log_probabilities(
             if total is None:
                 total = torch.full((num_images, seen.shape[1]), -torch.inf, dtype=seen.dtype, device=device)
             total[of] = torch.logaddexp(total[of], seen)
-    return total.log_softmax(1)  # each crop's probabilities add up to 1, so this divides by their number
+    return total.log_softmax(1)  # each crop's probabilities sum to 1, so this divides by the number of crops

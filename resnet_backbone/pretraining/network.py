@@ -1,4 +1,4 @@
-"""A classifier by the configuration: built, described, and trained on whatever is handed out."""
+"""Build a classifier from the configuration, describe it, and train it on a given feed."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from resnet_backbone.weights import Metadata
 
 
 def build_classifier(cfg: CfgNode, num_classes: int) -> tuple[nn.Module, dict[str, bool | float | str]]:
-    """The network on the CPU, with random weights, and the arguments that it was built with.
+    """Return the network, on the CPU with random weights, and the arguments it was built with.
 
     Raises:
         ConfigError: MODEL.NETWORK has a value that the network cannot use.
@@ -41,12 +41,12 @@ def describe_classifier(
     iterations: int,
     **results: float,
 ) -> Metadata:
-    """What a classifier's checkpoint says about itself.
+    """Return the metadata of a classifier's checkpoint.
 
     Args:
-        arguments: that the network was built with.
-        iterations: finished ones.
-        results: of the evaluation, by name.
+        arguments: the arguments the network was built with.
+        iterations: number of completed iterations.
+        results: evaluation results by name.
     """
     return Metadata(
         kind="classifier",
@@ -74,11 +74,11 @@ Feed = Callable[[nn.Module, torch.optim.Optimizer, ClassificationLosses], Iterab
 
 
 def train_new(cfg: CfgNode, num_classes: int, feed: Feed, images_of: ImagesOf, folder: Path) -> None:
-    """Train a new network on what `feed(model, optimizer, losses)` hands out, with all hooks: to measure, not to keep.
+    """Train a new network, with all hooks, on batches from `feed(model, optimizer, losses)`, only for measurement.
 
     Args:
-        images_of: from a batch to images `(n, 3, H, W)` uint8 and labels `(n,)` on the device.
-        folder: for metrics.json and what else a run writes.
+        images_of: turns a batch into images `(n, 3, H, W)` uint8 and labels `(n,)` on the device.
+        folder: folder for metrics.json and the run's other output.
     """
     model, arguments = build_classifier(cfg, num_classes)
     model = model.to(cfg.MODEL.DEVICE, memory_format=torch.channels_last)
@@ -91,7 +91,7 @@ def train_new(cfg: CfgNode, num_classes: int, feed: Feed, images_of: ImagesOf, f
 
 
 class _Measured:
-    """What the loop must know of a network that is trained to measure its speed."""
+    """The training loop's task for a network that is trained only to measure its speed."""
 
     best_metric = ""
 

@@ -1,4 +1,4 @@
-"""Input pipelines: where training images are decoded and augmented, by DATALOADER.PIPELINE."""
+"""Input pipelines: DATALOADER.PIPELINE selects where training images are decoded and augmented."""
 
 import functools
 import itertools
@@ -24,26 +24,26 @@ PIPELINES = ("workers", "device", "resident")
 
 
 class Pipeline(Protocol):
-    """Training batches of this process, without end. What a batch holds is the pipeline's own business.
+    """Endless training batches for this process; what a batch contains is up to the pipeline.
 
     Attributes:
-        num_images: of the data set.
+        num_images: number of images in the data set.
     """
 
     num_images: int
 
     def __call__(self, start_iteration: int) -> Iterator[Any]:
-        """Iterate over the batches from an iteration on."""
+        """Iterate over the batches, starting at an iteration."""
 
     def images_of(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give a batch's images `(n, 3, H, W)` uint8 and labels `(n,)` on the device."""
+        """Return a batch's images `(n, 3, H, W)` uint8 and labels `(n,)` on the device."""
 
     def names(self, iteration: int) -> list[str]:
-        """What the images of this process at an iteration are called."""
+        """Return the names of this process's images at an iteration."""
 
 
 class _Sampled:
-    """The part that all pipelines share: a source and the order in which its images are drawn."""
+    """Base class of all pipelines: a source and the order in which its images are drawn."""
 
     def __init__(self, source: ClassificationSource, *, batch_size: int, seed: int, rank: int, world_size: int):
         self.num_images = len(source)
@@ -55,18 +55,18 @@ class _Sampled:
 
 
 class WorkersPipeline(_Sampled):
-    """Loading processes decode and augment; a batch is a `Batch` in the host's memory.
+    """Worker processes decode and augment; a batch is a `Batch` in host memory.
 
     Args:
         source: the images.
         transform: the augmentation.
-        batch_size: images in a batch of all processes together.
-        seed: of the order and the augmentation.
-        device: that the training runs on.
-        workers: number of loading processes; 0: load in this one.
-        reduced_decoding, on_corrupt: of `train_loader`.
-        count_corrupt: sees every batch, and ends the run when too many images could not be read.
-        rank, world_size: which share of a batch is this process's.
+        batch_size: total batch size over all processes.
+        seed: seed for the order and the augmentation.
+        device: the training device.
+        workers: number of worker processes; 0: load in this process.
+        reduced_decoding, on_corrupt: see `train_loader`.
+        count_corrupt: called on every batch; stops the run if too many images could not be read.
+        rank, world_size: determine this process's share of a batch.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class WorkersPipeline(_Sampled):
 
 
 class DevicePipeline(_Sampled):
-    """Loading processes only read files, the device decodes and augments; a batch is `(images, labels)` there.
+    """Worker processes only read files; the device decodes and augments. A batch is `(images, labels)` on the device.
 
-    The arguments are those of WorkersPipeline.
+    Arguments are as in WorkersPipeline.
     """
 
     def __init__(
@@ -143,9 +143,9 @@ class DevicePipeline(_Sampled):
 
 
 class ResidentPipeline(_Sampled):
-    """All images lie on the device; a batch is `BatchCrops`, which name the images and say how they are cropped.
+    """All images stay on the device; a batch is `BatchCrops`, which selects the images and their crops.
 
-    The arguments are those of WorkersPipeline.
+    Arguments are as in WorkersPipeline.
     """
 
     def __init__(
@@ -171,10 +171,10 @@ class ResidentPipeline(_Sampled):
 
 
 def build_pipeline(cfg: CfgNode, source: ClassificationSource) -> Pipeline:
-    """The pipeline that DATALOADER.PIPELINE names, for this process's share of SOLVER.IMS_PER_BATCH.
+    """Return the pipeline named by DATALOADER.PIPELINE, for this process's share of SOLVER.IMS_PER_BATCH.
 
     Raises:
-        ConfigError: keys of INPUT or DATALOADER that do not fit each other.
+        ConfigError: keys of INPUT or DATALOADER are invalid or incompatible.
     """
     name, on_corrupt = cfg.DATALOADER.PIPELINE, cfg.DATALOADER.ON_CORRUPT
     if name not in PIPELINES:

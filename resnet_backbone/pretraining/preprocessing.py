@@ -1,4 +1,4 @@
-"""What INPUT and MODEL.PIXEL_* say about images: crop size, training augmentation, normalization."""
+"""Preprocessing configured by INPUT and MODEL.PIXEL_*: crop size, training augmentation, normalization."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from resnet_backbone.engine.config import ConfigError, as_config_error
 
 
 class Normalize:
-    """Make the network's input of uint8 images `(N, 3, H, W)` on the device: `(image - mean) / std`, channels last.
+    """Turn uint8 images `(N, 3, H, W)` on the device into network input: `(image - mean) / std`, channels last.
 
     Args:
-        mean, std: of each channel, in the order of the images' channels, in 0…255.
+        mean, std: per channel, in the images' channel order, on the 0…255 scale.
     """
 
     def __init__(self, *, mean: Sequence[float], std: Sequence[float], device: torch.device | str):
@@ -26,15 +26,15 @@ class Normalize:
 
 
 def build_normalize(cfg: CfgNode) -> Normalize:
-    """The normalization by MODEL.PIXEL_MEAN and PIXEL_STD."""
+    """Return the normalization by MODEL.PIXEL_MEAN and PIXEL_STD."""
     return Normalize(mean=cfg.MODEL.PIXEL_MEAN, std=cfg.MODEL.PIXEL_STD, device=cfg.MODEL.DEVICE)
 
 
 def build_train_transform(cfg: CfgNode) -> TrainTransform | PaddedCropTransform:
-    """The augmentation that INPUT asks for.
+    """Return the augmentation configured by INPUT.
 
     Raises:
-        ConfigError: keys of INPUT that cannot be used or do not fit each other.
+        ConfigError: keys of INPUT are invalid or incompatible.
     """
     flip, crop_type = cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.TYPE
     if flip not in ("horizontal", "none"):
@@ -58,7 +58,7 @@ def build_train_transform(cfg: CfgNode) -> TrainTransform | PaddedCropTransform:
 
 
 def crop_size(cfg: CfgNode) -> tuple[int, int]:
-    """INPUT.CROP.SIZE as height and width in pixels (Detectron2's default is a share of the image).
+    """Return INPUT.CROP.SIZE as height and width in pixels (Detectron2's default is a fraction of the image).
 
     Raises:
         ConfigError: it is not in pixels.

@@ -1,4 +1,4 @@
-"""The classifier as a task: from random weights, or others, to a checkpoint that says how to feed it."""
+"""Classifier training as a task: from random or given weights to a checkpoint that describes its preprocessing."""
 
 import itertools
 import logging
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[str, float]:
-    """Pretrain a classifier by the configuration (`engine.run.run`); return top-1 and top-5 in per cent.
+    """Pretrain a classifier as configured (`engine.run.run`); return top-1 and top-5 in percent.
 
-    With SOLVER.MAX_ITER 0 the result is the initialized network with BN statistics from training images.
+    With SOLVER.MAX_ITER 0, the result is the initialized network with BN statistics from training images.
     """
     return engine_run.run(cfg, Classification(cfg), resume=resume, eval_only=eval_only)
 
@@ -112,7 +112,7 @@ class Classification:
         )
 
     def finish(self, model: nn.Module) -> None:
-        """Replace batch norm's running averages by statistics over training images (ResNet paper, appendix A)."""
+        """Replace batch norm's running averages with statistics over training images (ResNet paper, appendix A)."""
         precise_bn = self._cfg.TEST.PRECISE_BN
         if not precise_bn.ENABLED:
             return
@@ -128,7 +128,7 @@ class Classification:
 
 
 def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSource]:
-    """Training and test data, checked against each other and the configuration."""
+    """Open the training and test data, and check them against each other and the configuration."""
     for key, names in (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST)):
         if len(names) != 1:
             raise ConfigError(
@@ -160,7 +160,7 @@ def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSou
 def _read_weights(
     cfg: CfgNode, last: Checkpoint | None, test_source: ClassificationSource, *, eval_only: bool
 ) -> Checkpoint | None:
-    """What the network starts from, its preprocessing entered into `cfg`; None for random weights."""
+    """Read the initial weights and copy their preprocessing into `cfg`; return None for random weights."""
     if last is None and not cfg.MODEL.WEIGHTS:
         if eval_only:
             raise ConfigError("MODEL.WEIGHTS is empty, so --eval-only would test random weights. Name a checkpoint.")
@@ -190,7 +190,7 @@ def _read_weights(
 def _build_model(
     cfg: CfgNode, weights: Checkpoint | None, num_classes: int
 ) -> tuple[nn.Module, dict[str, bool | float | str]]:
-    """The network on its device, with the weights that it starts from, and the arguments that it was built with."""
+    """Return the network on its device with its initial weights, and the arguments it was built with."""
     model, arguments = build_classifier(cfg, num_classes)
     if weights is not None:
         file = cfg.MODEL.WEIGHTS if weights.trainer is None else "the last checkpoint"

@@ -1,4 +1,4 @@
-"""Checkpoints that say what they are: metadata, safe reading, atomic writing, loading that counts."""
+"""Self-describing checkpoints: metadata, safe reading, atomic writing, and loading that counts tensors."""
 
 from resnet_backbone.weights.architectures import MissingMetadata
 from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint

@@ -1,4 +1,4 @@
-"""Which network of the catalogue a set of tensors belongs to."""
+"""Identify the catalogue network that a set of tensors belongs to."""
 
 import functools
 import re
@@ -19,11 +19,11 @@ _CLASSIFIERS = ("fc.", "classifier.6.", "classifier.")
 
 
 class MissingMetadata(CheckpointError):
-    """Something must be known about weights that neither their file nor its format says.
+    """A required fact about the weights is in neither the file nor its format.
 
     Attributes:
         fact: what was found, without advice.
-        missing: the arguments of `read_weights` that would say it.
+        missing: the `read_weights` arguments that would supply it.
     """
 
     def __init__(self, fact: str, advice: str, missing: Sequence[str]):
@@ -34,12 +34,12 @@ class MissingMetadata(CheckpointError):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A row of the catalogue.
+    """A catalogue row.
 
     Attributes:
-        name: in the catalogue.
-        arguments: those that show in the tensors' names and shapes: width, and shortcut where it is a choice.
-        num_classes: outputs of the classifier; None where the tensors have none.
+        name: its catalogue name.
+        arguments: those visible in tensor names and shapes: width, plus shortcut where there is a choice.
+        num_classes: the classifier's output count; None if the tensors include no classifier.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class _Difference:
-    """How tensors differ from a network's: a sentence's parts, as "lacks fc.bias"; empty if they do not."""
+    """How tensors differ from a network's, as phrases like "lacks fc.bias"; empty if they match."""
 
     parts: tuple[str, ...]
 
@@ -59,17 +59,17 @@ class _Difference:
 
 
 def find_architecture(model: Mapping[str, torch.Tensor], *, name: str | None, source: str) -> Architecture:
-    """The network that has exactly these tensors, by names and shapes.
+    """Find the network whose tensor names and shapes match exactly.
 
     Args:
-        model: tensors under our names; `num_batches_tracked` does not count.
-        name: what the user says that it is; None to look through the catalogue.
+        model: tensors under our names; `num_batches_tracked` is ignored.
+        name: the network the user named; None searches the catalogue.
         source: the file's name in messages.
 
     Raises:
-        CheckpointError: no network fits, or the one named does not.
+        CheckpointError: no network fits, or the named one does not.
         MissingMetadata: more than one fits.
-        InputError: there is no network of this name.
+        InputError: no network has this name.
     """
     shapes = {n: tuple(t.shape) for n, t in model.items() if not n.endswith("num_batches_tracked")}
     names = [name] if name else [row for row in list_networks() if _depths_of(row) == _depths(shapes)]
@@ -97,7 +97,7 @@ def find_architecture(model: Mapping[str, torch.Tensor], *, name: str | None, so
 
 
 def has_bottleneck_blocks(model: Iterable[str]) -> bool:
-    """Whether tensors of these names, ours, are of a network in which the place of a block's stride is a choice."""
+    """Whether these tensor names (ours) come from a network where the position of a block's stride is a choice."""
     return any(".conv3." in name for name in model)
 
 
@@ -119,9 +119,9 @@ def _depths_of(row: str) -> tuple[int, ...]:
 
 
 def _candidates(row: str, shapes: Shapes) -> Iterator[Architecture]:
-    """The networks of this row that have as many classes as the tensors, and about their width."""
+    """Yield this row's networks with the tensors' class count and approximate width."""
     arguments = accepted_arguments(row)
-    # From the classifier only the number of classes: whether it is whole shows in the comparison.
+    # Take only the class count from the classifier; the comparison shows whether it is complete.
     classifiers = [shapes[n] for n in ("fc.weight", "classifier.6.weight") if shapes.get(n)]
     num_classes = classifiers[0][0] if classifiers else None
     for shortcut in ("B", "A", "C") if "shortcut" in arguments else (None,):
@@ -131,9 +131,9 @@ def _candidates(row: str, shapes: Shapes) -> Iterator[Architecture]:
 
 
 def _width(full: Shapes, shapes: Shapes) -> float:
-    """The width at which a network of the shapes `full` has the channels of `shapes`; 1 if there is none."""
-    # The outputs of these layers are proportional to the width but for the rounding to multiples of 8, before
-    # the multiplication by a bottleneck's expansion.
+    """The width that scales the shapes in `full` to the channels in `shapes`; 1 if no layers match."""
+    # These layers' outputs scale with the width, rounded to multiples of 8 before a bottleneck's expansion is
+    # applied.
     expansion, last = (4, 3) if "layer1.0.conv3.weight" in full else (1, 2)
     pattern = re.compile(rf"conv1\.weight|layer\d\.0\.conv{last}\.weight|features\.\d+\.weight|classifier\.3\.weight")
     pairs = [(n, full[n], shapes[n]) for n in full if pattern.fullmatch(n) and len(shapes.get(n, ())) == len(full[n])]
@@ -142,10 +142,10 @@ def _width(full: Shapes, shapes: Shapes) -> float:
     bounds = []
     for name, (ours, *_), (theirs, *_) in pairs:
         step = 8 if name == "conv1.weight" else 8 * expansion
-        # At least 8 channels are kept: that many say nothing about how small the width is.
+        # At least 8 channels are always kept, so that minimum gives no lower bound on the width.
         bounds.append((max(0, theirs - step / 2) / ours if theirs > step else 0.0, (theirs + step / 2) / ours))
     low, high = max(low for low, _ in bounds), min(high for _, high in bounds)
-    # The widest layer's own ratio is a round number more often than the middle of what is possible.
+    # The widest layer's own ratio is more often a round number than the middle of the possible range.
     _, (ours, *_), (theirs, *_) = max(pairs, key=lambda pair: pair[1][0])
     return theirs / ours if low <= theirs / ours < high else (low + high) / 2
 
@@ -172,7 +172,7 @@ def _compare(shapes: Shapes, candidate: Architecture) -> _Difference:
 
 @functools.lru_cache(maxsize=32)
 def _shapes(name: str, num_classes: int | None, **arguments: Any) -> Shapes:
-    """The shapes of a network's tensors, without their memory."""
+    """The shapes of a network's tensors, without allocating them."""
     with torch.device("meta"):
         state = build_network(name, num_classes or 1, **arguments).state_dict()
     return {n: tuple(t.shape) for n, t in state.items() if not n.endswith("num_batches_tracked")}

@@ -1,6 +1,6 @@
-"""The project's checkpoint file: a torch zip archive with weights, metadata and, while training, the trainer's state.
+"""The project's checkpoint file: a torch zip archive of weights, metadata and, during training, trainer state.
 
-Detectron2's `DetectionCheckpointer` reads the same file: it looks for the key `model` and leaves the rest alone.
+Detectron2's `DetectionCheckpointer` reads the same file: it uses the key `model` and ignores the rest.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ class CheckpointError(InputError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """The contents of a checkpoint file.
 
     Attributes:
         model: parameter and buffer names to tensors.
-        metadata: what the weights mean.
-        iteration: the last finished iteration, counted from 0; None in a file that is not for resuming.
-        trainer: optimizer and hooks; None in a file that is not for resuming.
+        metadata: describes the weights.
+        iteration: the last finished iteration, counted from 0; None if the file is not for resuming.
+        trainer: optimizer and hooks; None if the file is not for resuming.
     """
 
     model: Mapping[str, torch.Tensor]
@@ -49,10 +49,10 @@ class Checkpoint:
 
 
 def write_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
-    """Write atomically: `path` holds the whole new file or what it held before.
+    """Write atomically: `path` holds either the complete new file or its previous contents.
 
     Raises:
-        CheckpointError: the file cannot be written, for instance because the disk is full.
+        CheckpointError: the file cannot be written, for example because the disk is full.
     """
     payload = {
         "format": FORMAT,
@@ -68,7 +68,7 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
         with atomic_write(path) as file:
             torch.save(payload, file)
     except (OSError, RuntimeError) as error:
-        # torch.save turns a failed write into a RuntimeError of its own, with the OSError as context.
+        # torch.save raises its own RuntimeError for a failed write, with the OSError as context.
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
@@ -79,10 +79,10 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Read a file that `write_checkpoint` wrote, onto the CPU, executing nothing in it.
+    """Read a file written by `write_checkpoint` onto the CPU, without executing anything in it.
 
     Raises:
-        CheckpointError: the file is missing, cut off, altered, or of another format.
+        CheckpointError: the file is missing, truncated, altered, or in another format.
     """
     path = Path(path)
     head = read_head(path)
@@ -99,12 +99,12 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def is_ours(payload: Any) -> bool:
-    """Whether what a torch file holds was written by `write_checkpoint`."""
+    """Whether `write_checkpoint` wrote this torch file's contents."""
     return isinstance(payload, dict) and payload.get("format") == FORMAT
 
 
 def checkpoint_from(payload: Mapping[str, Any], path: Path) -> Checkpoint:
-    """The checkpoint that `write_checkpoint` made `payload` of; raises CheckpointError, which names `path`."""
+    """Rebuild the checkpoint that `write_checkpoint` stored in `payload`; a CheckpointError names `path`."""
     version = payload.get("version")
     if not isinstance(version, int) or version != VERSION:
         raise CheckpointError(
@@ -122,10 +122,10 @@ def checkpoint_from(payload: Mapping[str, Any], path: Path) -> Checkpoint:
 
 
 def read_head(path: Path) -> bytes:
-    """The first bytes of a file that is there, can be read, and is neither empty nor a web page.
+    """Read the first bytes of a file that exists, is readable, and is neither empty nor a web page.
 
     Raises:
-        CheckpointError: it is not so.
+        CheckpointError: one of these does not hold.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}; {_what_is_near(path)}.")
@@ -145,7 +145,7 @@ def read_head(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Turn what the readers of formats say about a file into a CheckpointError that names it."""
+    """Turn format readers' errors about a file into a CheckpointError that names it."""
     try:
         yield
     except Unreadable as error:

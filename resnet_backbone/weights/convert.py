@@ -1,4 +1,4 @@
-"""Read weights of other libraries as our checkpoints, with every tensor accounted for."""
+"""Read other libraries' weights as our checkpoints, accounting for every tensor."""
 
 import json
 import os
@@ -26,23 +26,23 @@ from resnet_backbone.weights.preprocessing import (
 from resnet_backbone.weights.readers import TensorFile, read_tensors
 from resnet_backbone.weights.writers import METADATA_KEY, OWN, output_format, write_weights
 
-# What every network here is built with. The difference to another epsilon goes into the running variance.
+# Every network here is built with this epsilon. Any difference from another one is folded into the running variance.
 EPSILON = 1e-5
 _EPSILONS = {"keras": 1.001e-5}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a file.
+    """The result of converting a file.
 
     Attributes:
-        checkpoint: weights under our names, and what they mean.
+        checkpoint: weights under our names, with their metadata.
         source: the file's name.
-        container: what kind of file it is (`readers.TensorFile`).
-        format: whose names its tensors have: one of `names.FORMATS`, or "resnet_backbone".
-        mapped: names in the file to our names; several go to one where a bias is folded into a norm.
-        dropped: names in the file to the reason why the network has no use for them.
-        said_by: who says what the preprocessing is, by entry.
+        container: the kind of file (`readers.TensorFile`).
+        format: the naming scheme of its tensors: one of `names.FORMATS`, or "resnet_backbone".
+        mapped: names in the file to our names; several map to one where a bias is folded into a norm.
+        dropped: names in the file to the reason the network does not need them.
+        said_by: the source of each preprocessing entry.
     """
 
     checkpoint: Checkpoint
@@ -54,7 +54,7 @@ class Conversion:
     said_by: Mapping[str, str]
 
     def summary(self) -> str:
-        """What was found, in a few lines for the terminal or the log."""
+        """Summarize the findings in a few lines for the terminal or the log."""
         metadata = self.checkpoint.metadata
         classes = f"{len(metadata.class_names)} classes" if metadata.class_names else "no classifier"
         arguments = ", ".join(f"{k}={v}" for k, v in sorted(metadata.arguments.items()))
@@ -84,22 +84,22 @@ def read_weights(
     stride_in_1x1: bool | None = None,
     norm_epsilon: float | None = None,
 ) -> Conversion:
-    """Read weights of any format in `names.FORMATS` or of this project, and say what they are.
+    """Read and identify weights in this project's format or any in `names.FORMATS`.
 
-    An override counts where the file itself says nothing, and goes before its format's convention.
+    An override applies where the file itself says nothing, and takes precedence over its format's convention.
 
     Args:
         path: the file.
-        architecture: name in the catalogue, where the tensors leave a choice.
-        preprocessing: a name in `preprocessing.PRESETS`, which sets the following four at once.
+        architecture: catalogue name, where the tensors are ambiguous.
+        preprocessing: a name in `preprocessing.PRESETS`, which sets the next four at once.
         channel_order: "RGB" or "BGR".
         pixel_mean, pixel_std: in that order, in the range 0…255.
         stride_in_1x1: whether a bottleneck's stride is in its first 1×1 convolution.
-        norm_epsilon: of the batch normalization that the weights were trained with.
+        norm_epsilon: the batch norm epsilon that the weights were trained with.
 
     Raises:
-        CheckpointError: the file cannot be read, has tensors that nothing explains, or fits no network.
-        InputError: what must be known about the weights is known by nobody, or contradicts the file.
+        CheckpointError: the file cannot be read, has unexplained tensors, or fits no network.
+        InputError: a required fact about the weights is unknown or contradicts the file.
     """
     overrides = {
         "channel_order": channel_order,
@@ -125,14 +125,14 @@ def read_weights(
 def convert(
     source: str | os.PathLike, target: str | os.PathLike, *, format: str | None = None, **overrides: Any
 ) -> tuple[Conversion, str]:
-    """Read `source` as `read_weights(source, **overrides)` does and write it to `target` as `write_weights` does.
+    """Read `source` with `read_weights(source, **overrides)` and write it to `target` with `write_weights`.
 
     Returns:
-        What was found, and what the reader of `target` must be told.
+        The conversion, and what the reader of `target` must be told.
     """
     if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
         raise InputError(f"{target} is the file to read. Give the result another name.")
-    output_format(Path(target), format)  # refuses before minutes of reading
+    output_format(Path(target), format)  # fail before minutes of reading
     conversion = read_weights(source, **overrides)
     return conversion, write_weights(target, conversion.checkpoint, format)
 
@@ -145,7 +145,7 @@ def _read_foreign(
     overrides: Mapping[str, Any],
     norm_epsilon: float | None,
 ) -> Conversion:
-    """What somebody else wrote, with metadata from its format's convention and from overrides."""
+    """Convert another library's file, with metadata from its format's convention and the overrides."""
     format = recognize(file.tensors)
     if format is None:
         raise CheckpointError(
@@ -171,7 +171,7 @@ def _read_foreign(
         preset=preset,
         source=source,
     )
-    # What a network has besides, without any effect on the tensors, is as everybody builds it.
+    # Arguments that do not affect the tensors keep everybody's defaults.
     accepted = accepted_arguments(found.name)
     arguments = {name: value for name, value in HIDDEN_ARGUMENTS.items() if name in accepted}
     if has_bottlenecks:
@@ -194,7 +194,7 @@ def _read_foreign(
         pixel_std=known.values["pixel_std"],
         norm_statistics=statistics,
         norm_epsilon=None if statistics == "none" else EPSILON,
-        # No format names them. A data set's own names would claim an order that nobody vouches for.
+        # No format stores class names, and a data set's own names would imply an order that nobody vouches for.
         class_names=tuple(f"class {i}" for i in range(found.num_classes or 0)),
         origin={
             "converted_from": {
@@ -211,7 +211,7 @@ def _read_foreign(
 
 
 def _metadata_beside(file: TensorFile, source: str) -> Metadata | None:
-    """The metadata that `write_weights` wrote along in another format; None in a foreign file."""
+    """The metadata that `write_weights` embedded in another format; None for a foreign file."""
     text = file.header.get(METADATA_KEY)
     if text is None:
         return None
@@ -225,7 +225,7 @@ def _metadata_beside(file: TensorFile, source: str) -> Metadata | None:
 
 
 def _read_own(file: TensorFile, metadata: Metadata, source: str, dropped: Mapping[str, str]) -> Conversion:
-    """What this project wrote, as it is: nothing is computed, so that every bit stays."""
+    """Return this project's own weights bit for bit, without computing anything."""
     format, mapped = OWN, {name: name for name in file.tensors}
     if file.container == "pickle":
         format, mapped = "detectron2", _map_keys("detectron2", file, source).mapped
@@ -235,7 +235,7 @@ def _read_own(file: TensorFile, metadata: Metadata, source: str, dropped: Mappin
 
 
 def _map_keys(format: str, file: TensorFile, source: str) -> KeyMapping:
-    """`names.map_keys` of all tensors; raises CheckpointError for one that is left over or comes twice."""
+    """Apply `names.map_keys` to all tensors; raises CheckpointError for a leftover or duplicate."""
     keys = map_keys(format, file.tensors)
     if keys.unknown:
         raise CheckpointError(
@@ -254,7 +254,7 @@ def _map_keys(format: str, file: TensorFile, source: str) -> KeyMapping:
 
 
 def _in_our_layout(format: str, file: TensorFile, mapped: Mapping[str, str]) -> tuple[dict[str, Tensor], bool]:
-    """The tensors under our names and in our layout, and whether some norm had no statistics."""
+    """Return the tensors under our names and in our layout, and whether any norm lacked statistics."""
     arrange = {"keras": _from_keras, "timm": _from_timm}.get(format, lambda ours, tensor: tensor)
     model = {ours: arrange(ours, file.tensors[name]) for name, ours in mapped.items()}
     for ours in [name for name in model if name.endswith(".scale_factor")]:
@@ -266,21 +266,21 @@ def _in_our_layout(format: str, file: TensorFile, mapped: Mapping[str, str]) -> 
     if format in ("caffe2", "keras", "caffe"):
         for ours in [name for name in model if name.endswith(".bias")]:
             mean = f"{_norm_behind(ours)}.running_mean"
-            # Of another shape it stays, and the comparison with the network names it.
+            # A mismatched shape is left for the comparison with the network to report.
             if mean in model and model[mean].shape == model[ours].shape:
                 model[mean] = (model[mean].double() - model.pop(ours).double()).to(model[mean].dtype)
     return model, folded
 
 
 def _take_up_epsilon(model: dict[str, Tensor], epsilon: float) -> None:
-    """Put the difference between the source's epsilon and ours into the variances, rounded once."""
+    """Fold the difference between the source's epsilon and ours into the variances, rounding once."""
     if epsilon != EPSILON:
         for ours in [name for name in model if name.endswith(".running_var")]:
             model[ours] = (model[ours].double() + (epsilon - EPSILON)).to(model[ours].dtype)
 
 
 def _from_keras(ours: str, tensor: Tensor) -> Tensor:
-    """Kernels (H, W, in, out) to (out, in, H, W), and (in, out) to (out, in); fc6 reads channel by channel."""
+    """Convert (H, W, in, out) kernels to (out, in, H, W), (in, out) to (out, in); our fc6 reads channel by channel."""
     if tensor.dim() == 4:
         return tensor.permute(3, 2, 0, 1).contiguous()
     if tensor.dim() != 2:
@@ -291,12 +291,12 @@ def _from_keras(ours: str, tensor: Tensor) -> Tensor:
 
 
 def _from_timm(ours: str, tensor: Tensor) -> Tensor:
-    """timm writes fully connected layers as convolutions."""
+    """Undo timm's storing of fully connected layers as convolutions."""
     return tensor.flatten(1) if ours.startswith(("fc.", "classifier.")) and tensor.dim() == 4 else tensor
 
 
 def _divide_statistics(model: dict[str, Tensor], scale_factor: str) -> None:
-    """Caffe keeps sums of the statistics and the number that they are to be divided by."""
+    """Divide Caffe's summed statistics by the divisor it stores with them."""
     norm = scale_factor.removesuffix("scale_factor")
     factor = model.pop(scale_factor).double()
     if factor.numel() != 1 or factor <= 0:
@@ -310,10 +310,10 @@ def _divide_statistics(model: dict[str, Tensor], scale_factor: str) -> None:
 
 
 def _add_folded_statistics(model: dict[str, Tensor], norm: str) -> bool:
-    """Give a norm that is scale and shift alone the statistics with which it is just that; return whether it was one.
+    """Give a norm with only scale and shift neutral statistics; return whether it was one.
 
-    A variance of 1 - epsilon makes the divisor sqrt(variance + epsilon) 1, to the last bit in float32. Detectron2's
-    frozen batch norm starts with the same.
+    A variance of 1 - epsilon makes the divisor sqrt(variance + epsilon) exactly 1 in float32. Detectron2's frozen
+    batch norm starts the same way.
     """
     if f"{norm}running_mean" in model or f"{norm}running_var" in model:
         return False
@@ -329,7 +329,7 @@ def _is_norm(ours: str) -> bool:
 
 
 def _norm_behind(ours: str) -> str | None:
-    """The norm behind a convolution of a residual network, by its name; None for anything else."""
+    """The name of the norm after a residual network's convolution; None for anything else."""
     place, _, last = ours.rpartition(".")[0].rpartition(".")
     prefix = f"{place}." if place else ""
     if last in ("conv1", "conv2", "conv3"):
@@ -338,13 +338,13 @@ def _norm_behind(ours: str) -> str | None:
 
 
 def _norm_statistics(model: Mapping[str, Tensor], *, folded: bool) -> str:
-    """`Metadata.norm_statistics` of a file that does not say it, from the values."""
+    """Infer `Metadata.norm_statistics` from the values when the file does not state it."""
     norms = [name.removesuffix("running_var") for name in model if name.endswith(".running_var")]
     if not norms:
         return "none"
     if folded:
         return "folded"
-    # As a network is built, before any image: mean 0 and variance 1, or 1 - epsilon in Detectron2's frozen norm.
+    # The initial values, before any image: mean 0 and variance 1, or 1 - epsilon in Detectron2's frozen norm.
     untouched = all(
         not model[f"{norm}running_mean"].any() and ((model[f"{norm}running_var"] - 1).abs() <= 1.5 * EPSILON).all()
         for norm in norms
@@ -359,7 +359,7 @@ def _norm_statistics(model: Mapping[str, Tensor], *, folded: bool) -> str:
 
 
 def _kept_in(file: TensorFile, dropped: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
-    """The pixel mean and deviation that older Detectron2 detectors keep among their tensors."""
+    """The pixel mean and standard deviation that older Detectron2 detectors store among their tensors."""
     names = [name for name in ("pixel_mean", "pixel_std") if name in dropped and file.tensors[name].numel() == 3]
-    # float32 holds 103.53 as 103.52999878; the digits that were written come back.
+    # float32 stores 103.53 as 103.52999878; rounding restores the original digits.
     return {name: tuple(round(value, 4) for value in file.tensors[name].flatten().tolist()) for name in names}

@@ -1,4 +1,4 @@
-"""Files that are complete or absent."""
+"""Write files atomically: they are complete or absent."""
 
 import contextlib
 import errno
@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; when the block ends, flush it to disk and rename it onto `path`.
+    """Open a temporary file next to `path`; when the block ends, flush it to disk and rename it to `path`.
 
-    If the block raises, `path` stays as it was and the temporary file is removed. A reader never sees half a file,
-    even when the process is killed or the disk fills up. A missing folder is made. A killed process leaves its
+    If the block raises, `path` is untouched and the temporary file is removed. Readers never see a partial file,
+    even if the process is killed or the disk fills up. A missing folder is created. A killed process leaves its
     temporary file (`.NAME.….tmp`) behind.
 
     Raises:
@@ -30,7 +30,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(descriptor)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's file is for its owner alone
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp restricts access to the owner
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -40,13 +40,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. Numbers that JSON lacks (NaN, infinity) become null."""
+    """Write `value` atomically as indented JSON. Numbers that JSON lacks (NaN, infinity) become null."""
     with atomic_write(path) as file:
         file.write((json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 def _finite(value: Any) -> Any:
-    """`value` with null in place of numbers that JSON lacks, such as the AP of a size that no object has."""
+    """Replace numbers that JSON lacks with null, such as the AP for a size that no object has."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -66,7 +66,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
             raise
     finally:
         os.close(descriptor)

@@ -1,7 +1,7 @@
-"""Copy tensors from a file into a module, by name, counted.
+"""Copy tensors from a file into a module by name, and count them.
 
-A run of a network's stages has the names of the whole network, so the same file fills a classifier, a backbone, and
-the part of a RoI head.
+A contiguous run of stages keeps the full network's names, so the same file fills a classifier, a backbone, and part
+of an RoI head.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,9 +18,9 @@ class LoadReport:
     """How much of a module came from a file.
 
     Attributes:
-        part: what the module is, for messages ("backbone", "roi_heads.res5").
-        loaded: names in the file of the tensors that were copied.
-        missing: names that the file lacks and was allowed to lack.
+        part: the module's name in messages ("backbone", "roi_heads.res5").
+        loaded: the copied tensors' names in the file.
+        missing: names that the file was allowed to lack, and does.
     """
 
     part: str
@@ -43,18 +43,18 @@ def load_state(
 ) -> LoadReport:
     """Copy `state` into every parameter and buffer of `module`, all or nothing.
 
-    `num_batches_tracked` is copied where both sides have it but not counted: it does not take part in any output.
+    `num_batches_tracked` is copied where both sides have it, but not counted: it affects no output.
 
     Args:
-        module: what to fill.
+        module: the module to fill.
         state: names to tensors, as in the file.
         part: the module's name in messages.
         source: the file's name in messages.
-        may_miss: prefixes of names that the file may lack or hold in another shape (a predictor for other
-            classes, say); they stay as initialized.
+        may_miss: prefixes of names that the file may lack or hold in a different shape (say, a predictor for
+            other classes); these stay as initialized.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape; nothing has been copied then.
+        CheckpointError: a tensor is missing or has the wrong shape; nothing has been copied.
     """
     may_miss = tuple(may_miss)
     found: list[str] = []

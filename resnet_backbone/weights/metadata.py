@@ -1,4 +1,4 @@
-"""What a checkpoint says about its weights."""
+"""Metadata that a checkpoint stores about its weights."""
 
 import math
 import numbers
@@ -15,28 +15,28 @@ NORM_STATISTICS = ("none", "never", "running", "precise", "folded")
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What must be known to use a file of weights.
+    """The facts needed to use a file of weights.
 
     Attributes:
-        kind: "classifier" (parameter names as torchvision's) or "detector" (names of the Detectron2 model).
-        architecture: the network's name in the catalogue.
-        arguments: what the network was built with beyond its name, e.g. `{"width": 0.25, "stride_in_1x1": False}`.
-        channel_order: "RGB" or "BGR", the order in which the network was fed.
+        kind: "classifier" (torchvision's parameter names) or "detector" (the Detectron2 model's names).
+        architecture: the network's catalogue name.
+        arguments: build arguments beyond the name, e.g. `{"width": 0.25, "stride_in_1x1": False}`.
+        channel_order: "RGB" or "BGR", the order of the network's input.
         pixel_mean: subtracted from each channel, in that order, in the range 0…255.
-        pixel_std: each channel is divided by it after the subtraction, in the range 0…255.
-        norm_statistics: "none" (no batch normalization in the network), "never" (never estimated), "running" (averages
-            kept in training), "precise" (computed over training images with the weights fixed) or "folded" (taken up
-            into scale and shift by whoever wrote the weights, so that mean 0 and variance 1 - epsilon remain).
-        norm_epsilon: epsilon of the batch normalization; None where there is none.
-        class_names: in the order of the outputs.
+        pixel_std: divides each channel after the subtraction, in the range 0…255.
+        norm_statistics: "none" (the network has no batch norm), "never" (never estimated), "running" (averages
+            kept during training), "precise" (computed over training images with fixed weights) or "folded" (whoever
+            wrote the weights folded them into scale and shift, leaving mean 0 and variance 1 - epsilon).
+        norm_epsilon: the batch norm epsilon; None if there is no batch norm.
+        class_names: in output order.
         crop: height and width in pixels of the training images; None for detectors.
-        origin: where the weights come from (versions, data set, iterations, seed, accuracy); plain values, for reading.
+        origin: provenance of the weights (versions, data set, iterations, seed, accuracy); plain, informational values.
 
-    `arguments` and `origin` hold strings, numbers, booleans, None, and lists, tuples and dicts of them; NumPy's numbers
-    become Python's.
+    `arguments` and `origin` hold strings, numbers, booleans, None, and lists, tuples and dicts of these; NumPy numbers
+    become Python numbers.
 
     Raises:
-        InputError: an entry is impossible; the message names it, what it is and what was expected.
+        InputError: an entry is invalid; the message gives its name, its value and what was expected.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class Metadata:
             object.__setattr__(self, name, _plain(getattr(self, name), name))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers and numbers only, so that the file can be read without executing anything."""
+        """Convert to plain containers and numbers, so that the file can be read without executing anything."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("pixel_mean", "pixel_std", "class_names", "crop"):
             plain[name] = None if plain[name] is None else list(plain[name])
@@ -90,7 +90,7 @@ class Metadata:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Metadata":
-        """The inverse of `to_dict`; raises InputError that names a missing, unknown or impossible entry."""
+        """Invert `to_dict`; raises an InputError that names a missing, unknown or invalid entry."""
         if not isinstance(plain, Mapping):
             raise InputError(f"metadata is {type(plain).__name__}, expected entries by name.")
         known = {f.name for f in fields(cls)}
@@ -106,7 +106,7 @@ class Metadata:
         return cls(**values)
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Describe the metadata in one line for the log."""
         arguments = ", ".join(f"{k}={v}" for k, v in sorted(self.arguments.items()))
         mean = ", ".join(f"{v:g}" for v in self.pixel_mean)
         std = ", ".join(f"{v:g}" for v in self.pixel_std)
@@ -125,7 +125,7 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """`value` in the types that `torch.load(weights_only=True)` reads back, which are no subclasses."""
+    """Convert `value` to types that `torch.load(weights_only=True)` reads back, which excludes subclasses."""
     if value is None or isinstance(value, bool):
         return value
     for kind, plain in ((str, str), (numbers.Integral, int), (numbers.Real, float)):

@@ -1,6 +1,6 @@
-"""What other libraries call the tensors of these networks, and what we call them.
+"""Map other libraries' tensor names to ours.
 
-Our names are torchvision's. On the way there are three entries that our networks lack and `convert` folds into a norm:
+Our names are torchvision's. The mapping also yields entries that our networks lack and `convert` folds into a norm:
 `conv1.bias` and the like where a norm follows the convolution, and Caffe's `bn1.scale_factor`.
 """
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-# A name that only this format has. The order counts: timm's VGG has torchvision's features.0.weight too.
+# A name unique to each format. Order matters: timm's VGG has torchvision's features.0.weight too.
 _SIGNATURES = {
     "caffe2": r"conv1_w",
     "keras": r"(conv1_conv|block1_conv1)/kernel(:0)?",
@@ -36,11 +36,11 @@ _DROPPED = {
 
 @dataclass(frozen=True)
 class KeyMapping:
-    """Every key of a file, in one of three places.
+    """All keys of a file, each in one of three places.
 
     Attributes:
         mapped: the file's keys to ours.
-        dropped: the file's keys to the reason why the network has no use for them.
+        dropped: the file's keys to the reason the network does not need them.
         unknown: keys that the format's rules do not explain.
     """
 
@@ -50,9 +50,9 @@ class KeyMapping:
 
 
 def recognize(names: Iterable[str]) -> str | None:
-    """The format whose names these are; None if it is none of `FORMATS`.
+    """Recognize the format these names belong to; None if it is not in `FORMATS`.
 
-    timm's ResNets have torchvision's names, and so have our own: they are recognized as "torchvision".
+    timm's ResNets and our own use torchvision's names, so they are recognized as "torchvision".
     """
     names = list(names)
     for format, pattern in _SIGNATURES.items():
@@ -62,7 +62,7 @@ def recognize(names: Iterable[str]) -> str | None:
 
 
 def map_keys(format: str, names: Iterable[str]) -> KeyMapping:
-    """Our key for every key of a file in `format`, as far as its rules go."""
+    """Map every key of a file in `format` to ours where its rules cover it."""
     names = list(names)
     translate = _TRANSLATORS[format](names)
     mapped, dropped, unknown = {}, {}, []
@@ -78,7 +78,7 @@ def map_keys(format: str, names: Iterable[str]) -> KeyMapping:
 
 
 def detectron2_name(ours: str) -> str | None:
-    """Detectron2's name for a tensor of a residual network; None where its networks have nothing of the kind."""
+    """Detectron2's name for a residual network's tensor; None if its networks have no counterpart."""
     stem = re.fullmatch(r"(conv1|bn1)\.(\w+)", ours)
     if stem:
         return f"stem.conv1.{'norm.' if stem[1] == 'bn1' else ''}{stem[2]}"
@@ -93,7 +93,7 @@ def detectron2_name(ours: str) -> str | None:
 
 
 def _residual(stage: str | int, block: str | int, conv: str | int, is_norm: bool, entry: str) -> str:
-    """Our name in stage `stage` (2 to 5, or 1 for the stem); convolution 0 is the shortcut's."""
+    """Our name for an entry in stage `stage` (2 to 5, or 1 for the stem); convolution 0 is the shortcut's."""
     place = "" if int(stage) == 1 else f"layer{int(stage) - 1}.{block}."
     if int(conv) == 0:
         return f"{place}downsample.{int(is_norm)}.{entry}"
@@ -108,10 +108,10 @@ def _torchvision(names: list[str]) -> Translator:
 
 
 def _timm(names: list[str]) -> Translator:
-    """timm's VGG, whose classifier is convolutional, and its pre-activation networks.
+    """Translate timm's VGG, whose classifier is convolutional, and its pre-activation networks.
 
-    Where a stage begins with a projection, timm counts the norm in front of it to the block; with us it ends the stage
-    before, or the stem.
+    Where a stage starts with a projection, timm puts the norm before it in the block; ours ends the previous stage or
+    the stem.
     """
     stages = 1 + max((int(m[1]) for name in names if (m := re.match(r"stages\.(\d+)\.", name))), default=0)
     is_vgg = "features.0.weight" in names
@@ -141,10 +141,10 @@ def _timm(names: list[str]) -> Translator:
 
 
 def _detectron2(names: list[str]) -> Translator:
-    """A backbone alone, within a detector, or, for C4 detectors, with its last stage among the RoI heads."""
+    """Translate a backbone alone, inside a detector, or, for C4 detectors, with its last stage in the RoI heads."""
     place = r"(?:backbone\.(?:bottom_up\.)?|roi_heads\.(?=res5\.))?(?:stem|res([2-5])\.(\d+))"
     layer = re.compile(place + r"\.(?:conv(\d)|shortcut)\.(norm\.)?(\w+)")
-    # Its own classifier is `linear`; its script for torchvision's files leaves `stem.fc`.
+    # Detectron2's own classifier is `linear`; its script for converting torchvision files leaves `stem.fc`.
     classifier = re.compile(r"(?:backbone\.(?:bottom_up\.)?)?(?:linear|stem\.fc)\.(weight|bias)")
 
     def translate(name: str) -> str | None:
@@ -158,11 +158,11 @@ def _detectron2(names: list[str]) -> Translator:
 
 
 def _caffe2(names: list[str]) -> Translator:
-    """MSRA's and Detectron's names, in the variants that Detectron2 reads."""
+    """Translate MSRA's and Detectron's names, in the variants that Detectron2 reads."""
     conv_entries = {"w": "weight", "b": "bias"}
     norm_entries = {
         **{"s": "weight", "gamma": "weight", "b": "bias", "beta": "bias"},
-        # Called the inverse variance, but Caffe2 keeps the variance there, and Detectron2 loads it as that.
+        # Despite the name (inverse variance), Caffe2 stores the variance here, and Detectron2 loads it as such.
         **{"rm": "running_mean", "running_mean": "running_mean", "riv": "running_var", "running_var": "running_var"},
     }
     stem = re.compile(r"(?:conv1|res_(conv1)_bn)_([a-z_]+)")
@@ -184,7 +184,7 @@ def _caffe2(names: list[str]) -> Translator:
 
 
 def _keras(names: list[str]) -> Translator:
-    """keras.applications' ResNet-50/101/152 and VGG-16/19, with Keras 2's suffix `:0` or without, as in Keras 3."""
+    """Translate keras.applications' ResNet-50/101/152 and VGG-16/19, with Keras 2's `:0` suffix or Keras 3's none."""
     conv_entries = {"kernel": "weight", "bias": "bias"}
     norm_entries = {
         **{"gamma": "weight", "beta": "bias"},
@@ -207,7 +207,7 @@ def _keras(names: list[str]) -> Translator:
 
 
 def _caffe(names: list[str]) -> Translator:
-    """A layer's name in the published prototxt and the number of its blob, as in `res4b22_branch2a/0`."""
+    """Translate a published prototxt's layer name plus blob number, as in `res4b22_branch2a/0`."""
     conv_entries = {"0": "weight", "1": "bias"}
     entries = {
         "res": conv_entries,
@@ -222,7 +222,7 @@ def _caffe(names: list[str]) -> Translator:
         if match := re.fullmatch(r"(?:(bn|scale)_)?conv1", layer):
             kind = match[1] or "res"
             return _joined("conv1" if kind == "res" else "bn1", entries[kind].get(blob))
-        # Blocks are lettered, or, in the deeper networks, a, b1, b2 and so on.
+        # Blocks are lettered, or named a, b1, b2, ... in the deeper networks.
         if match := re.fullmatch(r"(res|bn|scale)([2-5])([a-z])(\d*)_branch(1|2[abc])", layer):
             kind, stage, letter, number, branch = match.groups()
             block = int(number) if number else ord(letter) - ord("a")
@@ -250,15 +250,15 @@ def _joined(module: str | None, entry: str | None) -> str | None:
 
 
 def _vgg_numbers(names: list[str], pattern: str) -> dict[str, str]:
-    """Layer names of a VGG without batch norm to `features.N`, given a pattern that finds block and convolution."""
+    """Map layer names of a VGG without batch norm to `features.N`; `pattern` captures block and convolution."""
     places = sorted(
         {(int(m[1]), int(m[2]), name.partition("/")[0]) for name in names if (m := re.match(pattern, name))}
     )
-    # Every convolution has its ReLU behind it, and every block but the first a pooling before it.
+    # A ReLU follows every convolution, and a pooling layer precedes every block but the first.
     return {layer: f"features.{2 * i + block - 1}" for i, (block, _, layer) in enumerate(places)}
 
 
 def some(names: Iterable[str], most: int = 4) -> str:
-    """The first few of many names, for messages."""
+    """List the first few names, for messages."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

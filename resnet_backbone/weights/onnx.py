@@ -1,4 +1,4 @@
-"""Export a classifier to ONNX, preprocessing included, and check what was exported."""
+"""Export a classifier with its preprocessing to ONNX, and verify the export."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from resnet_backbone.weights.files import atomic_write
 from resnet_backbone.weights.loading import load_state
 from resnet_backbone.weights.metadata import Metadata
 
-# Largest difference of logits to torch's, over the largest logit. Sums in another order differ by about 1e-6.
+# Largest deviation from torch's logits, relative to the largest logit. Reordered sums differ by about 1e-6.
 TOLERANCE = 1e-4
 
 
 class FromPixels(nn.Module):
-    """A classifier behind its preprocessing: RGB images `(N, 3, H, W)` in 0…255 to logits `(N, num_classes)`."""
+    """A classifier with preprocessing: RGB images `(N, 3, H, W)` in 0…255 to logits `(N, num_classes)`."""
 
     def __init__(self, network: nn.Module, metadata: Metadata):
         super().__init__()
@@ -35,18 +35,18 @@ class FromPixels(nn.Module):
 
 
 def write_onnx(path: str | os.PathLike, checkpoint: Checkpoint) -> float:
-    """Write the classifier as ONNX, atomically, after onnxruntime has given torch's logits on random images.
+    """Write the classifier as ONNX, atomically, once onnxruntime reproduces torch's logits on random images.
 
-    Input `images`: RGB, float32, 0…255, `(N, 3, H, W)` with any N, and any H and W but for VGG, whose fc6 fixes them
-    to the training crop. Output `logits`: `(N, num_classes)`. Color order, mean and deviation are part of the graph;
-    the metadata is in the file's properties under `resnet_backbone`.
+    Input `images`: RGB, float32, 0…255, `(N, 3, H, W)` with any N, and any H and W except for VGG, whose fc6 fixes them
+    to the training crop. Output `logits`: `(N, num_classes)`. Color order, mean and standard deviation are in the
+    graph; the metadata is in the file's properties under `resnet_backbone`.
 
     Returns:
-        The largest difference of the logits, relative to the largest logit.
+        The largest logit difference, relative to the largest logit.
 
     Raises:
         CheckpointError: the checkpoint holds no classifier, onnx or onnxruntime is not installed, or the exported
-            network gives other logits; nothing is written then.
+            network's logits differ; nothing is written.
     """
     try:
         import onnx
@@ -63,7 +63,7 @@ def write_onnx(path: str | os.PathLike, checkpoint: Checkpoint) -> float:
     sizes = {0: "n"} if isinstance(network, VGG) else {0: "n", 2: "h", 3: "w"}
     example = torch.rand(2, 3, height, width) * 255
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter about its own inside
+        warnings.simplefilter("ignore")  # the exporter's, about its own internals
         program = torch.onnx.export(
             model,
             (example,),

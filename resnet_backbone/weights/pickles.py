@@ -1,6 +1,6 @@
-"""Pickles of NumPy arrays, read without calling anything that they name but the few functions below.
+"""Read pickles of NumPy arrays, calling nothing they name except the few functions below.
 
-NumPy's own types are not among them: with the state of a dtype a file could make NumPy take numbers for addresses.
+NumPy's own types are excluded: through a dtype's state, a file could make NumPy treat numbers as addresses.
 """
 
 import math
@@ -12,16 +12,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-MOST_OPERATIONS = 1_000_000  # ResNet-1202 with its optimizer's state takes a third of it
+MOST_OPERATIONS = 1_000_000  # ResNet-1202 with its optimizer state needs a third of this
 NUMBERS = {f"{kind}{size}" for kind in "fiu" for size in (2, 4, 8)} | {"i1", "u1", "b1"}
 
 
 class Unreadable(Exception):
-    """A file cannot be used as weights; the message goes on after the file's name and says what to do."""
+    """A file cannot be used as weights; the message continues after the file's name and says what to do."""
 
 
 class Array:
-    """Stands in for a NumPy array. Its data may be text, which stands for bytes of the same numbers, in latin1."""
+    """Stands in for a NumPy array. Its data may be text, which represents bytes of the same values, in latin1."""
 
     def __init__(self) -> None:
         self.dtype, self.shape, self.fortran, self.data = NumberType("u1"), (0,), False, b""
@@ -40,7 +40,7 @@ class Array:
         return len(self.data)
 
     def numpy(self) -> np.ndarray:
-        """The array itself, in the machine's byte order; read-only where no conversion was needed."""
+        """Return the array in native byte order; read-only if no conversion was needed."""
         data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
         array = np.frombuffer(data, self.dtype.numpy).reshape(self.shape, order="F" if self.fortran else "C")
         return array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -61,10 +61,10 @@ class NumberType:
 
 
 def read_arrays(file: BinaryIO) -> Any:
-    """Read a pickle of NumPy arrays, written by Python 2 or 3; arrays come as `Array`, NumPy's numbers as Python's.
+    """Read a Python 2 or 3 pickle of NumPy arrays; arrays become `Array`, NumPy numbers become Python numbers.
 
     Raises:
-        Unreadable: the pickle is damaged, too long, or asks for something else.
+        Unreadable: the pickle is damaged, too long, or requests anything else.
     """
     check_pickle(file)
     if left := len(file.read()):
@@ -79,10 +79,10 @@ def read_arrays(file: BinaryIO) -> Any:
 
 
 def check_pickle(file: BinaryIO) -> None:
-    """Go through one pickle without executing it, and leave `file`, in memory or mapped, behind it.
+    """Scan one pickle without executing it, leaving `file` (in memory or mapped) positioned after it.
 
-    `pickletools` compares all lengths with the file. Numbers of places are compared with the number of operations,
-    since Python's unpickler reserves memory for all places below the highest.
+    `pickletools` checks all lengths against the file. Memo indices are checked against the number of operations,
+    since Python's unpickler allocates memory for every index below the highest.
     """
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
@@ -93,14 +93,14 @@ def check_pickle(file: BinaryIO) -> None:
                 )
             if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and argument > MOST_OPERATIONS:
                 raise ValueError(f"place {argument:,}")
-            if opcode.name == "GLOBAL" and argument.endswith(" bytearray"):  # torch lets files make one of any length
+            if opcode.name == "GLOBAL" and argument.endswith(" bytearray"):  # torch lets files create one of any length
                 raise refused(argument.replace(" ", "."))
     except (ValueError, IndexError, UnicodeDecodeError) as error:
         raise damaged(error) from error
 
 
 def refused(name: str) -> Unreadable:
-    """For a file that asks for a function or class."""
+    """The error for a file that requests a function or class."""
     return Unreadable(
         f"is a pickle that asks for {name[:80]!r}, which weights do not need; nothing in it was executed. If you trust "
         "whoever made it, load it with Python and save its tensors alone."
@@ -125,7 +125,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Function:
-    """A function that a pickle can call but not change: it may set attributes of everything that it gets."""
+    """A function that a pickle can call but not modify: a pickle may set attributes on any object it gets."""
 
     __slots__ = ("_call",)
 
@@ -154,14 +154,14 @@ def _scalar(dtype: Any, data: Any) -> float | int | bool:
 
 
 def _encode(text: Any, codec: Any) -> str:
-    """Protocol 2 of Python 3 writes bytes so. The text stands for them, since each copy would take memory."""
+    """Read bytes as Python 3's protocol 2 writes them. The text stands in for them, since each copy takes memory."""
     if type(text) is not str or codec != "latin1":
         raise TypeError("bytes in another code than latin1")
     return text
 
 
 def _no_bytes() -> str:
-    """How protocol 2 of Python 3 writes bytes of length 0. Other lengths would take memory, so there is no argument."""
+    """Read empty bytes as Python 3's protocol 2 writes them. No argument, since other lengths would take memory."""
     return ""
 
 

@@ -1,4 +1,4 @@
-"""How networks of known origin were fed, and who says so for the weights at hand."""
+"""Preprocessing of networks of known origin, and the source of each value for the given weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ MSRA = {
 }
 # Detectron2's X-101-32x8d.pkl (its model zoo's configs say so).
 _CAFFE2_RESNEXT = {**MSRA, "pixel_std": (57.375, 57.12, 58.395), "stride_in_1x1": False}
-# VGG's published mean, which Keras took over for its ResNets.
+# VGG's published mean, which Keras adopted for its ResNets.
 _VGG_MEAN = {**MSRA, "pixel_mean": (103.939, 116.779, 123.68)}
-# The channels' means of the mean image that was published with MSRA's Caffe networks.
+# Per-channel means of the mean image published with MSRA's Caffe networks.
 _MSRA_MEAN_IMAGE = {**MSRA, "pixel_mean": (103.0626, 115.9029, 123.1516)}
 _HALF = {**IMAGENET, "pixel_mean": (127.5, 127.5, 127.5), "pixel_std": (127.5, 127.5, 127.5)}
 
@@ -37,7 +37,7 @@ _BOTH = (
     *("resnet18", "resnet34", *_BOTTLENECKS, "resnext50_32x4d", "resnext101_32x8d"),
     *("wide_resnet50_2", "wide_resnet101_2", *_VGGS),
 )
-# The networks that a format's library hands out, each with the one preprocessing that all its weights share. timm has
+# The networks that each format's library publishes, with the one preprocessing that all their weights share. timm has
 # no weights for preact_resnet152, hence no known preprocessing.
 _KNOWN: dict[str, dict[str, Mapping[str, Any]]] = {
     "torchvision": dict.fromkeys(_BOTH, IMAGENET),
@@ -48,7 +48,7 @@ _KNOWN: dict[str, dict[str, Mapping[str, Any]]] = {
     "caffe": {**dict.fromkeys(_BOTTLENECKS, _MSRA_MEAN_IMAGE), "vgg16": _VGG_MEAN, "vgg19": _VGG_MEAN},
 }
 
-# What must be known, in the words of the tool's flags.
+# The required facts, as the tool's flags.
 FLAGS = {
     "channel_order": "--channel-order",
     "pixel_mean": "--pixel-mean",
@@ -62,15 +62,15 @@ class Preprocessing:
     """What is known about how weights were trained.
 
     Attributes:
-        values: by the names of `FLAGS`.
-        sources: who says so, by the same names.
+        values: keyed by the names in `FLAGS`.
+        sources: where each value comes from, under the same keys.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, Any], source: str) -> None:
-        """Enter what is not known yet."""
+        """Add values that are not known yet."""
         for name, value in values.items():
             if name not in self.values:
                 self.values[name], self.sources[name] = value, source
@@ -87,20 +87,20 @@ def settle(
     preset: str | None,
     source: str,
 ) -> Preprocessing:
-    """Everything of `FLAGS` that matters to this network, each with who says so.
+    """Settle every entry of `FLAGS` that matters to this network, each with its source.
 
     Args:
         architecture: the network.
-        format: of `names.FORMATS`.
-        container: of `readers.TensorFile`.
-        has_bottlenecks: whether the place of the stride matters.
-        overrides: what the user says of each, which goes before the preset and before the format's convention.
-        in_file: what the file itself says, which must not be contradicted.
+        format: one of `names.FORMATS`.
+        container: as in `readers.TensorFile`.
+        has_bottlenecks: whether the position of the stride matters.
+        overrides: the user's values, which take precedence over the preset and the format's convention.
+        in_file: the file's own values, which must not be contradicted.
         preset: a name in `PRESETS` or None.
         source: the file's name in messages.
 
     Raises:
-        InputError: something is known by nobody, or the user contradicts the file.
+        InputError: a value is unknown, or the user contradicts the file.
     """
     in_preset = preset_values(preset)
     for name, value in in_file.items():
@@ -109,7 +109,7 @@ def settle(
     known.add(in_file, "the file")
     known.add(overrides, "override")
     known.add(in_preset, f"--preprocessing {preset}")
-    # torchvision hands out .pth only; of timm's resnet34, which also comes as .safetensors, one was trained with 0.5.
+    # torchvision publishes only .pth; one of timm's resnet34 weights, also in .safetensors, was trained with 0.5.
     two_origins = (format, container, architecture.name) == ("torchvision", "safetensors", "resnet34")
     if _is_published(architecture) and not two_origins:
         convention = _KNOWN[format].get(architecture.name, {})
@@ -128,20 +128,20 @@ def settle(
 
 
 def preprocessing_of(metadata: Metadata) -> dict[str, Any]:
-    """The entries of `FLAGS` that `metadata` has."""
+    """Extract the entries of `FLAGS` that `metadata` has."""
     values = {name: getattr(metadata, name, metadata.arguments.get(name)) for name in FLAGS}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def preset_values(name: str | None) -> Mapping[str, Any]:
-    """What a name in `PRESETS` sets; nothing for None."""
+    """The values that a name in `PRESETS` sets; empty for None."""
     if name is not None and name not in PRESETS:
         raise InputError(f"--preprocessing is {name}, expected one of {', '.join(PRESETS)}.")
     return {} if name is None else PRESETS[name]
 
 
 def refuse_contradiction(name: str, override: Any, found: Any, source: str) -> None:
-    """Raise InputError if the user says something else than the file."""
+    """Raise InputError if the user contradicts the file."""
     if override is None:
         return
     if isinstance(found, (tuple, list)):
@@ -156,7 +156,7 @@ def refuse_contradiction(name: str, override: Any, found: Any, source: str) -> N
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """`values` in one line, for messages."""
+    """Format `values` in one line, for messages."""
     texts = {
         "channel_order": "{}",
         "pixel_mean": "mean {}",
@@ -169,7 +169,7 @@ def describe(values: Mapping[str, Any]) -> str:
 
 
 def _is_published(architecture: Architecture) -> bool:
-    """Whether this is the network as its name says: nobody hands out a narrow one or one with other shortcuts."""
+    """Whether this is the standard network: nobody publishes narrow ones or ones with other shortcuts."""
     return architecture.arguments["width"] == 1 and architecture.arguments.get("shortcut", "B") == "B"
 
 

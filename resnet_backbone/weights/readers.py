@@ -1,7 +1,7 @@
-"""Open a file of weights of any format and give its raw tensors, without knowing what network they are.
+"""Read the raw tensors from a weights file in any format, without knowing the network.
 
-The format is told by the content, never by the file's name. Nothing in a file is executed. How much memory a file may
-take is bounded by its length.
+The format is detected from the content, never from the file's name. Nothing in a file is executed. A file's length
+bounds the memory it may take.
 """
 
 import mmap
@@ -21,9 +21,9 @@ from resnet_backbone.weights.pickles import Array, Unreadable, read_arrays
 from resnet_backbone.weights.torch_files import LEGACY_START, load_torch, open_zip, unreadable
 
 MOST_BYTES = 16 * 2**30  # ResNet-1001 in float64 takes 82 MB, VGG-19 1.2 GB
-# Trained weights compress to about nine tenths; a network of zeros or ones, as in tests, to a thousandth.
+# Trained weights compress to about 90% of their size; a network of zeros or ones, as in tests, to a thousandth.
 MOST_EXPANSION = 100
-SMALL_BYTES = 64 * 2**20  # so little may come from a file of any length
+SMALL_BYTES = 64 * 2**20  # always allowed, whatever the file's length
 
 _MOST_DIMENSIONS = 5
 _TYPES = ("float16", "bfloat16", "float32", "float64", "int64")
@@ -32,15 +32,15 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "blobs
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a file of weights holds.
+    """The contents of a weights file.
 
     Attributes:
         container: "resnet_backbone" (this project's checkpoint), "torch", "safetensors", "pickle" or "npz".
-        tensors: names to tensors on the CPU, finite; each owns its memory. Wrappers such as
-            "state_dict" and the prefix "module." are removed.
-        header: what else the file says: the metadata of safetensors; text, numbers and booleans beside the tensors
-            of torch files and pickles, such as "epoch" or "__author__".
-        checkpoint: all that a checkpoint of this project says; None for other files.
+        tensors: names to finite CPU tensors; each owns its memory. Wrappers such as "state_dict" and the prefix
+            "module." are removed.
+        header: the file's other contents: safetensors metadata; text, numbers and booleans alongside the tensors in
+            torch files and pickles, such as "epoch" or "__author__".
+        checkpoint: the full contents of this project's checkpoint; None for other files.
     """
 
     container: str
@@ -50,13 +50,13 @@ class TensorFile:
 
 
 def read_tensors(path: str | os.PathLike) -> TensorFile:
-    """Read the tensors of a torch file (zip or older), .safetensors, .pkl, .npz or checkpoint of this project.
+    """Read the tensors of a torch file (zip or older), .safetensors, .pkl, .npz or this project's checkpoint.
 
-    The tensors may take 16 GiB together, and 100 times the file's length (or 64 MiB if that is more), so that a small
-    file cannot unpack to a large one.
+    The tensors may total at most 16 GiB and at most 100 times the file's length (or 64 MiB if that is more), so a small
+    file cannot unpack to a huge one.
 
     Raises:
-        CheckpointError: the file is missing, cut off, hostile or of no known format, or its tensors are no weights.
+        CheckpointError: the file is missing, truncated, hostile or of unknown format, or its tensors are not weights.
     """
     path = Path(path)
     head = read_head(path)
@@ -66,12 +66,12 @@ def read_tensors(path: str | os.PathLike) -> TensorFile:
             return _read(path, head, most)
         except (Unreadable, CheckpointError):
             raise
-        except Exception as error:  # whatever a library meets in a damaged file
+        except Exception as error:  # a library may raise anything on a damaged file
             raise unreadable(error) from error
 
 
 def _read(path: Path, head: bytes, most: int) -> TensorFile:
-    # First, since a header of 0x4b50 or 0x280 bytes makes a safetensors file start like a zip archive or a pickle.
+    # Checked first: a header of 0x4b50 or 0x280 bytes makes a safetensors file start like a zip archive or a pickle.
     if head[6:9] == b"\0\0{":
         return _read_safetensors(path, most)
     if head.startswith(b"PK"):
@@ -97,28 +97,28 @@ def _read_torch(path: Path, most: int) -> TensorFile:
 def _read_pickle(path: Path, most: int) -> TensorFile:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         state, header = _unwrap(read_arrays(content), Array)
-    _check_total((array.nbytes for array in state.values()), most)  # before text becomes bytes, once for each name
+    _check_total((array.nbytes for array in state.values()), most)  # before text becomes bytes, once per name
     arrays = {name: array.numpy() for name, array in state.items()}
     return TensorFile("pickle", _collect(arrays, most), header)
 
 
 def _read_npz(path: Path, archive: zipfile.ZipFile, most: int) -> TensorFile:
-    _check_total((member.file_size for member in archive.infolist()), most + 2**20)  # headers beside
+    _check_total((member.file_size for member in archive.infolist()), most + 2**20)  # plus headers
     with np.load(path, allow_pickle=False) as arrays:
         native = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
         return TensorFile("npz", _collect(native, most))
 
 
 def _read_safetensors(path: Path, most: int) -> TensorFile:
-    """By the format's own library, which compares the header with the file and gives views of the mapped file."""
+    """Read with the format's own library, which checks the header against the file and returns views of its mapping."""
     with safe_open(path, framework="pt", device="cpu") as file:
-        names = file.keys()  # it is no dict
+        names = file.keys()  # not a dict
         tensors = {name: file.get_tensor(name) for name in names}
         return TensorFile("safetensors", _collect(tensors, most), file.metadata() or {})
 
 
 def _unwrap(payload: Any, kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors by name, of type `kind`, and the plain entries beside them."""
+    """Split into the tensors (of type `kind`) by name and the plain entries alongside them."""
     if not isinstance(payload, dict):
         raise Unreadable(f"holds a {type(payload).__name__}, expected tensors by name. Save a state dict.")
     wrappers = [name for name in _WRAPPERS if isinstance(payload.get(name), dict)]
@@ -141,13 +141,13 @@ def _unwrap(payload: Any, kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _plain(payload: Mapping[Any, Any]) -> dict[str, Any]:
-    """The entries that are text, numbers or booleans."""
+    """Keep the entries that are text, numbers or booleans."""
     plain = (str, int, float, bool, type(None))
     return {name: value for name, value in payload.items() if type(name) is str and type(value) in plain}
 
 
 def _collect(values: Mapping[str, torch.Tensor | np.ndarray], most: int) -> dict[str, torch.Tensor]:
-    """Copies of the tensors, after a look at all of them."""
+    """Copy the tensors after checking all of them."""
     if not values:
         raise Unreadable("holds no tensors. Give a file of weights.")
     _check_total((value.nbytes for value in values.values()), most)
@@ -174,7 +174,7 @@ def _collect(values: Mapping[str, torch.Tensor | np.ndarray], most: int) -> dict
 
 
 def _copy(value: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """With memory of its own: tensors may be views of one storage, or of the mapped file."""
+    """Copy into its own memory: tensors may be views of one storage or of the mapped file."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone(memory_format=torch.contiguous_format)
     return torch.tensor(value)

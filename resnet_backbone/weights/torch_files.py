@@ -1,7 +1,7 @@
-"""Files of `torch.save`, which `torch.load` reads with `weights_only`, after a look at what it would not notice.
+"""Read `torch.save` files using `torch.load` with `weights_only`, after checking what it would miss.
 
-That is altered bytes, compressed records and data behind the end. In torch's zip format the tensors lie in the mapped
-file, so that a claim of more than it has cannot take memory, or reach beyond it.
+It misses altered bytes, compressed records and trailing data. In torch's zip format the tensors live in the mapped
+file, so a false size claim can neither take memory nor read past the file.
 """
 
 import io
@@ -19,12 +19,12 @@ DAMAGED = "Copy or download it again, or use an earlier checkpoint."
 
 
 def load_torch(path: Path) -> Any:
-    """What `torch.save` wrote to `path`, in its zip format or the one before torch 1.6, onto the CPU.
+    """Load a `torch.save` file onto the CPU, in the zip format or the one before torch 1.6.
 
-    Executes nothing. Tensors of the zip format lie in the mapped file: see `owned`.
+    Executes nothing. Zip-format tensors live in the mapped file: see `owned`.
 
     Raises:
-        Unreadable: the file is cut off, altered, hostile, or holds more than tensors and plain containers.
+        Unreadable: the file is truncated, altered, hostile, or holds more than tensors and plain containers.
     """
     with path.open("rb") as file:
         try:
@@ -32,7 +32,7 @@ def load_torch(path: Path) -> Any:
                 _check_zip(path)
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             file.seek(0)
-            for _ in range(5):  # magic number, version, machine, content, keys; the tensors' data follow
+            for _ in range(5):  # magic number, version, machine, content, keys; tensor data follows
                 check_pickle(file)
             file.seek(0)
             payload = torch.load(file, map_location="cpu", weights_only=True)
@@ -41,18 +41,18 @@ def load_torch(path: Path) -> Any:
             return payload
         except Unreadable:
             raise
-        except Exception as error:  # whatever torch's reader meets in a foreign file
+        except Exception as error:  # torch's reader may raise anything on a foreign file
             if name := re.search(r"GLOBAL (\S+)", str(error)):
                 raise refused(name[1]) from error
             raise unreadable(error) from error
 
 
 def owned(value: Any) -> Any:
-    """The same containers with copies of the tensors, each with memory of its own, whatever becomes of the file."""
+    """Copy containers and tensors; each tensor owns its memory, independent of the file."""
     if isinstance(value, torch.Tensor):
         if value.nbytes > value.untyped_storage().nbytes():
             raise Unreadable(f"is damaged: a tensor of {value.nbytes:,} bytes has fewer in the file. {DAMAGED}")
-        return value.detach().clone()  # in its memory format, on which the bits of a resumed run depend
+        return value.detach().clone()  # keeps the memory format, which a bit-exact resume depends on
     if isinstance(value, dict):
         return {key: owned(item) for key, item in value.items()}
     return type(value)(map(owned, value)) if type(value) in (list, tuple) else value
@@ -65,7 +65,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     except Exception as error:  # a damaged table of contents may claim anything
         size = path.stat().st_size
         raise Unreadable(f"is cut off or damaged ({size:,} bytes; {first_sentence(error)}). {DAMAGED}") from error
-    # Other methods take as much memory as the archive says.
+    # Other methods allocate as much memory as the archive claims.
     if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in archive.infolist()):
         archive.close()
         raise Unreadable(
@@ -76,7 +76,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def unreadable(error: Exception) -> Unreadable:
-    """For what a library says about a file of weights."""
+    """Wrap a library's error about a weights file."""
     return Unreadable(
         f"is cut off, damaged, or holds more than tensors ({first_sentence(error)}); nothing in it was executed. "
         f"{DAMAGED}"
@@ -89,7 +89,7 @@ def first_sentence(error: BaseException) -> str:
 
 
 def _check_zip(path: Path) -> None:
-    """Compare what the archive says of its records with the file."""
+    """Check the archive's claims about its records against the file."""
     size = path.stat().st_size
     with open_zip(path) as archive:
         sizes = {member.filename: member.file_size for member in archive.infolist()}

@@ -1,4 +1,4 @@
-"""Write checkpoints in our format and in others'."""
+"""Write checkpoints in our format and in others."""
 
 import json
 import os
@@ -22,18 +22,18 @@ from resnet_backbone.weights.onnx import write_onnx
 from resnet_backbone.weights.preprocessing import describe, preprocessing_of
 
 OWN = "resnet_backbone"
-# Under this key .safetensors and Detectron2's .pkl, as written here, hold the metadata as JSON.
+# The .safetensors and Detectron2 .pkl files written here store the metadata as JSON under this key.
 METADATA_KEY = "resnet_backbone"
 
 
 def write_weights(path: str | os.PathLike, checkpoint: Checkpoint, format: str | None = None) -> str:
-    """Write `checkpoint` in the format that the suffix of `path` stands for, or in another that it may hold.
+    """Write `checkpoint` in the default format for the suffix of `path`, or in another that the suffix allows.
 
     Returns:
-        What the format does not say and its reader must be told; empty where the metadata goes along.
+        What the reader must be told because the format omits it; empty if the metadata is included.
 
     Raises:
-        InputError: the suffix stands for no format, or the format cannot hold this network.
+        InputError: the suffix matches no format, or the format cannot hold this network.
         CheckpointError: the file cannot be written.
     """
     path = Path(path)
@@ -45,7 +45,7 @@ def write_weights(path: str | os.PathLike, checkpoint: Checkpoint, format: str |
 
 
 def output_format(path: Path, format: str | None) -> str:
-    """The format in which `path` is to be written; raises InputError if its suffix stands for none or another."""
+    """Choose the format for `path`; raises InputError if its suffix matches no format or a different one."""
     allowed = _SUFFIXES.get(path.suffix.lower())
     if allowed is None:
         raise InputError(f"{path} ends in {path.suffix or 'no suffix'}, expected one of {', '.join(_SUFFIXES)}.")
@@ -60,7 +60,7 @@ def _write_own(path: Path, checkpoint: Checkpoint) -> str:
 
 
 def _write_safetensors(path: Path, checkpoint: Checkpoint) -> str:
-    # Copies, because the library refuses tensors that share memory or are not laid out in order.
+    # Copy, because the library rejects tensors that share memory or are not contiguous.
     tensors = {name: _plain(tensor).clone() for name, tensor in checkpoint.model.items()}
     header = {"format": "pt", METADATA_KEY: json.dumps(checkpoint.metadata.to_dict())}
     with atomic_write(path) as out:
@@ -71,7 +71,7 @@ def _write_safetensors(path: Path, checkpoint: Checkpoint) -> str:
 def _write_torchvision(path: Path, checkpoint: Checkpoint) -> str:
     metadata = checkpoint.metadata
     _refuse_detector(metadata, "torchvision's format")
-    # torchvision, whose networks have the defaults, would load the file without a word and compute something else.
+    # torchvision, whose networks use the defaults, would silently load the file and compute something else.
     for name, theirs in HIDDEN_ARGUMENTS.items():
         ours = metadata.arguments.get(name, theirs)
         if ours != theirs and (name != "stride_in_1x1" or has_bottleneck_blocks(checkpoint.model)):
@@ -87,11 +87,11 @@ def _write_torchvision(path: Path, checkpoint: Checkpoint) -> str:
 def _write_detectron2(path: Path, checkpoint: Checkpoint) -> str:
     metadata = checkpoint.metadata
     _refuse_detector(metadata, "Detectron2's backbone format")
-    # num_batches_tracked stays here: Detectron2's frozen batch norm has no such entry.
+    # Leave out num_batches_tracked: Detectron2's frozen batch norm has no such entry.
     names = {name: detectron2_name(name) for name in checkpoint.model if not name.endswith("num_batches_tracked")}
     shape = tuple(checkpoint.model["conv1.weight"].shape[1:]) if "conv1.weight" in checkpoint.model else ()
     strange = [name for name, theirs in names.items() if theirs is None]
-    # Detectron2 projects where the shape changes (option B); a first block of res3 without one is A or plain.
+    # Detectron2 projects where the shape changes (option B); if res3's first block has no projection, it is A or plain.
     if (
         strange
         or shape != (3, 7, 7)
@@ -148,7 +148,7 @@ _WRITERS: dict[str, Callable[[Path, Checkpoint], str]] = {
     "safetensors": _write_safetensors,
     "onnx": _write_onnx,
 }
-# The formats that a file of this suffix may have; the first is meant where none is named.
+# The formats allowed for each suffix; the first is the default.
 _SUFFIXES = {
     ".pth": (OWN, "torchvision"),
     ".pkl": ("detectron2",),

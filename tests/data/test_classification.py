@@ -233,9 +233,9 @@ def test_counter_names_each_image_once(caplog):
             count(batch)
     assert (count.images, count.replaced) == (24, 4)
     assert [record.getMessage() for record in caplog.records] == [
-        "a is empty. Another image took its place; 1 so far",
-        "b is empty. Another image took its place; 2 so far",
-        "c is empty. Another image took its place; 3 so far",
+        "a is empty. Another image replaced it; 1 so far",
+        "b is empty. Another image replaced it; 2 so far",
+        "c is empty. Another image replaced it; 3 so far",
     ]
 
 

@@ -65,7 +65,7 @@ class TestArguments:
     def test_more_processes_than_gpus(self, cfg, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         cfg.MODEL.DEVICE = "cuda"
-        with pytest.raises(ConfigError, match="--num-gpus is 2, but this machine shows 1"):
+        with pytest.raises(ConfigError, match="--num-gpus is 2, but this machine has 1"):
             launch.launch(lambda cfg: None, cfg, processes=2)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         cfg.MODEL.DEVICE = "cuda:1"

@@ -34,7 +34,7 @@ class TestOpen:
         folder = output.open_output(cfg, resume=False)
         (folder / held).write_text("something")
         log = (folder / "log.txt").read_text()
-        with pytest.raises(ConfigError, match=rf"{folder} holds a run already \({held}\).*--resume") as caught:
+        with pytest.raises(ConfigError, match=rf"{folder} already holds a run \({held}\).*--resume") as caught:
             output.open_output(cfg, resume=False)
         assert "OUTPUT_DIR" in str(caught.value)
         assert (folder / held).read_text() == "something" and (folder / "log.txt").read_text() == log

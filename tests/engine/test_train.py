@@ -276,7 +276,7 @@ class TestCompiled:
         monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
         set_key(cfg, "SOLVER.COMPILE", True, "a.yaml")
         Run(cfg, tmp_path / "left out")
-        assert compiled == [] and "left out on a CPU, unless it is given on the command line" in caplog.text
+        assert compiled == [] and "ignored on a CPU unless it is set on the command line" in caplog.text
         set_key(cfg, "SOLVER.COMPILE", True, COMMAND_LINE)
         run = Run(cfg, tmp_path / "compiled")
         assert compiled == [run.model] and "compile the network, which takes a minute" in caplog.text
@@ -419,10 +419,10 @@ def test_what_a_cuda_graph_does_not_go_with(cfg, monkeypatch):
     [
         (0, 1, 1, "IMS_PER_BATCH is 0, expected at least 1"),
         (-4, 2, 1, "IMS_PER_BATCH is -4, expected at least 1"),
-        (3, 2, 1, "IMS_PER_BATCH is 3, which does not divide by 2 processes"),
+        (3, 2, 1, "IMS_PER_BATCH is 3, which is not divisible by 2 processes"),
         (8, 2, 0, "ACCUMULATE is 0, expected at least 1"),
-        (8, 2, 3, "ACCUMULATE is 3, into which the 4 images of a process do not divide"),
-        (8, 2, 8, "ACCUMULATE is 8, into which the 4 images"),
+        (8, 2, 3, "ACCUMULATE is 3, which does not divide the 4 images of a process"),
+        (8, 2, 8, "ACCUMULATE is 8, which does not divide the 4 images"),
     ],
 )
 def test_impossible_batches(cfg, monkeypatch, images, processes, parts, words):

@@ -1,1 +1,1 @@
-"""Speed beside the usual alternative: a plain torch loop, torchvision's input pipeline; both timed in one process."""
+"""Speed against the usual alternatives, a plain torch loop and torchvision's input pipeline, timed in one process."""

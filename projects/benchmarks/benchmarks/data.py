@@ -1,4 +1,4 @@
-"""Images a second of loading and augmenting JPEGs: the package's loader beside torchvision's and Pillow's."""
+"""JPEG loading and augmentation in images per second: the package's loader vs. torchvision's and Pillow's."""
 
 import contextlib
 import tempfile
@@ -36,7 +36,7 @@ MEANING = {
     FROM_FILES: "the whole training, from JPEGs on",
     IN_MEMORY: "the same on one batch that lies in memory: its ratio is the share of that speed that is reached",
 }
-# The paper's range (section 3.4) for its crop of 224, and as many times smaller for a smaller crop.
+# The paper's range (section 3.4) relative to its crop of 224; it scales with the crop.
 SHORT_SIDE = (256 / 224, 480 / 224)
 PCA_STD = 0.1
 
@@ -45,16 +45,16 @@ Open = Callable[[], Iterator[Batch]]
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingWork:
-    """How much is loaded.
+    """The amount of data to load.
 
     Attributes:
         config_file: the recipe.
-        images: a folder with JPEGs below it; None: generated ones of each of `sizes`, height and width.
-        count: images of each size, or chosen from the folder.
-        workers: loading processes; 0: this one.
-        batch, crop: images in a batch, and their height and width.
-        rounds: turns of each side.
-        cpu_time: count CPU seconds, as `Clock` does; without workers.
+        images: folder searched recursively for JPEGs; None: generate some at each (height, width) in `sizes`.
+        count: images per size, or images picked from the folder.
+        workers: loader processes; 0: load in this process.
+        batch, crop: images per batch, and their height and width.
+        rounds: turns per side.
+        cpu_time: measure CPU seconds, as in `Clock`; only without workers.
     """
 
     config_file: Path
@@ -69,7 +69,7 @@ class LoadingWork:
 
 
 def compare_loading(work: LoadingWork, report: Callable[[str], object]) -> Iterator[Comparison]:
-    """Compare the package's loader with the two references, on CPU cores; `report` gets a line before each.
+    """Compare the package's loader with the two references on CPU cores; `report` gets a line before each.
 
     Raises:
         InputError: the folder has no JPEG.
@@ -82,7 +82,7 @@ def compare_loading(work: LoadingWork, report: Callable[[str], object]) -> Itera
 
 
 def compare_on_gpu(work: LoadingWork, report: Callable[[str], object]) -> Iterator[Comparison]:
-    """Compare loading with the GPU's decoder and loading by the same number of workers, in images a second."""
+    """Compare loading with the GPU's decoder against the same number of workers, in images per second."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, folder in _image_sets(work, Path(scratch)):
             report(f"loading {name} on the GPU")
@@ -98,7 +98,7 @@ def compare_on_gpu(work: LoadingWork, report: Callable[[str], object]) -> Iterat
 
 
 def compare_training(task: Task, conduct: Conduct, loading: LoadingWork, report: Callable[[str], object]) -> Comparison:
-    """Compare training on files with training on one batch in memory: what waiting for data costs."""
+    """Compare training from files with training on one in-memory batch: the cost of waiting for data."""
     pipeline = "device" if conduct.on_gpu else "workers"
     clock = Clock(conduct.device, cpu_time=conduct.cpu_time)
     with tempfile.TemporaryDirectory() as scratch:
@@ -115,7 +115,7 @@ def compare_training(task: Task, conduct: Conduct, loading: LoadingWork, report:
                 from_files = data(0)
                 yield from islice(from_files, _prefetched(loading.workers) + 1)
                 yield from clock.watch(FROM_FILES, islice(from_files, task.iterations))
-                del from_files  # ends its workers, which would load on through the other's turn
+                del from_files  # stops its workers, which would keep loading during the other's turn
                 yield from clock.watch(IN_MEMORY, repeat(in_memory, task.iterations))
 
         train_on(cfg, task.num_classes, turns, data.images_of)
@@ -132,7 +132,7 @@ def compare_training(task: Task, conduct: Conduct, loading: LoadingWork, report:
 
 
 def _image_sets(work: LoadingWork, scratch: Path) -> Iterator[tuple[str, Path]]:
-    """Name and folder of class folders of each set of images; each folder `NAME` has a shard `NAME.tar` beside it."""
+    """Yield each image set's name and root of class folders; a folder `NAME` has a shard `NAME.tar` next to it."""
     if work.images is not None:
         folder = scratch / "selected"
         files = select_photographs(work.images, folder / "class", count=work.count)
@@ -173,16 +173,16 @@ def _compare_paper(name: str, folder: Path, work: LoadingWork) -> Comparison:
 def _compare(
     task: str, unit: str, sides: dict[str, Open], work: LoadingWork, *, clock: Clock | None = None
 ) -> Comparison:
-    """Load the images in each turn by a loader that was opened for it."""
+    """Load the images in turns, with a newly opened loader each turn."""
     clock = clock or Clock(cpu_time=work.cpu_time)
     batches = _batches(work)
     shapes = {}
     for side, open_batches in sides.items():
-        shapes[side] = tuple(next(open_batches())[0].shape)  # also a first turn that is not timed
+        shapes[side] = tuple(next(open_batches())[0].shape)  # doubles as an untimed first turn
     for _ in range(work.rounds):
         for side, open_batches in sides.items():
             loaded = open_batches()
-            deque(islice(loaded, _prefetched(work.workers) + 1), maxlen=0)  # what opening takes is not timed
+            deque(islice(loaded, _prefetched(work.workers) + 1), maxlen=0)  # opening is not timed
             clock.time(side, lambda loaded=loaded: deque(islice(loaded, batches), maxlen=0))
             del loaded
     cores = max(1, work.workers) if unit == CORE_UNIT else 1
@@ -232,18 +232,18 @@ def _reference(folder: Path, work: LoadingWork, transform: Callable[[int], Calla
 
 
 def _batches(work: LoadingWork) -> int:
-    """In a turn: all images three times, or more often for many workers, which finish their batches together."""
+    """Batches per turn: three passes over the images, or more for many workers, which finish batches together."""
     return max(3 * work.count // work.batch, 4 * work.workers)
 
 
 def _prefetched(workers: int) -> int:
-    """Batches that a DataLoader's workers hold ready at most; after them, the rate is that of loading."""
+    """Most batches a DataLoader's workers prefetch; after these, the rate is the loading rate."""
     return 2 * workers
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """What is loaded in this process uses one core, as a worker does."""
+    """Limit loading in this process to one core, like a worker."""
     threads, of_opencv = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

@@ -1,8 +1,8 @@
-"""Images a second of a detector, in training and in inference: this package's beside stock Detectron2's.
+"""Detector throughput in images per second, training and inference: this package vs. stock Detectron2.
 
-The time of a step depends on the number of RoIs, which with random weights triples within the first steps. So the
-weights stay as they are (the learning rate is 0), the images and their boxes are the same in each step, and every side
-must work on the number of RoIs that is asked for, or the comparison stops.
+Step time depends on the number of RoIs, which triples within the first steps from random weights. So the weights stay
+fixed (the learning rate is 0), every step uses the same images and boxes, and the comparison stops if a side does not
+process exactly the requested number of RoIs.
 """
 
 import contextlib
@@ -48,30 +48,30 @@ MEANING = {
     FP16: "the same by Detectron2's own mixed precision, SOLVER.AMP.ENABLED, which needs a GPU",
 }
 
-# By what the boxes that the heads work on are called, in training and in inference.
+# Keyed by the name of the heads' input boxes in training and in inference.
 REMEDIES = {"RoIs": "lower --rois, or give a larger --size", "proposals": "give a larger --size"}
 
 
 class _Measured(Interrupted):
-    """Raised for the next batch: all rounds are done, the loop leaves without the checkpoint of a run's end."""
+    """Raised in place of the next batch after all rounds: the loop exits without writing a final checkpoint."""
 
 
 def compare_detectors(
     names: Sequence[str], work: DetectionWork, conduct: Conduct, configs: Path, report: Callable[[str], object]
 ) -> Iterator[Comparison]:
-    """Compare the sides of MEANING in training, then in inference, one detector of DETECTORS after the other.
+    """Compare the sides in MEANING in training, then in inference, one detector of DETECTORS at a time.
 
     Args:
-        configs: the folder of faster_rcnn_VGG16.yaml.
+        configs: folder with faster_rcnn_VGG16.yaml.
         report: gets a line before each detector, and one about its losses.
 
     Raises:
-        InputError: an image has fewer proposals than are asked for, or the memory does not hold the batch.
+        InputError: an image has fewer proposals than requested, or the batch does not fit in memory.
     """
     for name in names:
         report(name)
-        gc.collect()  # a loop and its hooks know each other: they would keep the memory of the detector before
-        torch.compiler.reset()  # it compiles one function for only so many networks
+        gc.collect()  # a loop and its hooks form a reference cycle that would keep the last detector's memory
+        torch.compiler.reset()  # it limits how many networks one function is compiled for
         try:
             yield from _compare(name, work, conduct, configs, report)
         except torch.OutOfMemoryError as error:
@@ -105,7 +105,7 @@ def _compare(
 
 
 def _settings(cfg: CfgNode) -> dict[str, str]:
-    """What tells the sides apart, in words."""
+    """Describe what sets the sides apart."""
     compiled = ", backbone compiled" if cfg.SOLVER.COMPILE else ""
     return {
         OURS: f"bf16, channels_last{compiled}",
@@ -117,15 +117,15 @@ def _settings(cfg: CfgNode) -> dict[str, str]:
 
 
 class _Turns:
-    """Watches turns: how many RoIs the heads worked on, and on a GPU how much memory that took.
+    """Track the number of RoIs the heads process in each turn, and on a GPU the memory used.
 
     Args:
         detector: its name, for messages.
-        work: what it is given.
-        rois: that an image must have.
-        what: they are called, one of REMEDIES.
-        models: whose RoI heads are watched.
-        on_gpu: whether to watch the memory.
+        work: its workload.
+        rois: required per image.
+        what: their name, a key of REMEDIES.
+        models: models whose RoI heads are tracked.
+        on_gpu: whether to track memory.
     """
 
     def __init__(
@@ -147,10 +147,10 @@ class _Turns:
 
     @contextlib.contextmanager
     def turn(self, side: str) -> Iterator[None]:
-        """Around a turn of a side.
+        """Wrap one turn of a side.
 
         Raises:
-            InputError: its heads worked on another number of RoIs than is asked for.
+            InputError: its heads did not process the requested number of RoIs.
         """
         self._found.clear()
         if self._on_gpu:
@@ -166,12 +166,12 @@ class _Turns:
             )
 
     def note(self, side: str) -> str:
-        """What was seen, in words."""
+        """Describe the observations."""
         memory = f", {self._peaks[side] / 2**30:.1f} GiB beside the weights at the peak" if self._on_gpu else ""
         return f"{self._asked} {self._what} an image{memory}"
 
     def close(self) -> None:
-        """Leave the models alone."""
+        """Remove the hooks from the models."""
         for handle in self._handles:
             handle.remove()
 
@@ -179,11 +179,11 @@ class _Turns:
 def _train_in_turns(
     name: str, pair: Pair, tuned: nn.Module, work: DetectionWork, conduct: Conduct
 ) -> tuple[Clock, dict[str, str]]:
-    """Seconds and notes of training steps; between two turns of the package's loop, the others have theirs."""
+    """Time training steps and note what ran; the other sides take turns between turns of the package's loop."""
     clock = Clock(conduct.device, cpu_time=conduct.cpu_time)
     models = (pair.ours, pair.stock, tuned)
     watched = _Turns(name, work, work.rois, "RoIs", models, on_gpu=conduct.on_gpu)
-    # A model that is trained in two precisions has one optimizer: at a learning rate of 0 it changes nothing.
+    # A model trained in two precisions shares one optimizer: at learning rate 0 it changes nothing.
     optimizer = build_optimizer(pair.cfg, pair.ours)
     stock_optimizer = build_stock_optimizer(pair.stock_cfg, pair.stock)
     bare = Trainer(
@@ -228,7 +228,7 @@ def _train_in_turns(
 
 
 def _train(pair: Pair, optimizer: torch.optim.Optimizer, turns: Callable[[], Iterator[Inputs]]) -> None:
-    """Run `engine.train.train`, as the training tool does, on what `turns` hands out, to its end."""
+    """Run `engine.train.train`, as the training tool does, on everything `turns` yields."""
     cfg = pair.cfg
 
     def metadata(_iterations: int) -> Metadata:
@@ -268,7 +268,7 @@ def _losses_of(model: nn.Module, batch: Inputs) -> tuple[dict[str, torch.Tensor]
 
 
 class _UnderAutocast(nn.Module):
-    """A model whose forward pass runs in bf16, and the backward pass outside of autocast, as torch advises."""
+    """Run a model's forward pass in bf16 and leave the backward pass outside autocast, as torch advises."""
 
     def __init__(self, model: nn.Module, device: str):
         super().__init__()
@@ -281,7 +281,7 @@ class _UnderAutocast(nn.Module):
 
 
 class _Steps:
-    """Iterations of a trainer, Detectron2's or ours, as its own loop runs them, but so many at a time."""
+    """Run a given number of a trainer's (Detectron2's or ours) iterations, just as its own loop does."""
 
     def __init__(self, trainer: TrainerBase):
         self._trainer = trainer
@@ -303,7 +303,7 @@ class _Steps:
 def _infer_in_turns(
     name: str, pair: Pair, tuned: nn.Module, work: DetectionWork, conduct: Conduct
 ) -> tuple[Clock, dict[str, str]]:
-    """Seconds and notes of detecting, from uint8 images to boxes in the image."""
+    """Time detection, from uint8 images to boxes in image coordinates, and note what ran."""
     clock = Clock(conduct.device, cpu_time=conduct.cpu_time)
     models = tuple(model.eval() for model in (pair.ours, pair.stock, tuned))
     _choose_score_threshold(models, pair.inputs)
@@ -335,7 +335,7 @@ def _infer_in_turns(
 
 @torch.no_grad()
 def _detect(model: nn.Module, inputs: Inputs, precision: str, device: str, iterations: int) -> float:
-    """Detect so many times; the detections an image."""
+    """Detect `iterations` times; return detections per image."""
     with autocast(precision, device):
         for _ in range(iterations):
             outputs = model(inputs)
@@ -344,10 +344,10 @@ def _detect(model: nn.Module, inputs: Inputs, precision: str, device: str, itera
 
 @torch.no_grad()
 def _choose_score_threshold(models: Sequence[nn.Module], inputs: Inputs) -> None:
-    """Let as many pairs of box and class pass as there are proposals, which is what a trained detector lets pass.
+    """Let as many (box, class) pairs pass as there are proposals, as a trained detector does.
 
-    Random weights give each class about 1/81, so that no score reaches Detectron2's 0.05, and at 0 all of them would go
-    through non-maximum suppression.
+    With random weights each class scores about 1/81: at Detectron2's threshold of 0.05 none would pass, and at 0 all of
+    them would reach non-maximum suppression.
     """
     logits = []
     handle = models[0].roi_heads.box_predictor.register_forward_hook(lambda _, inputs, out: logits.append(out[0]))
@@ -355,6 +355,6 @@ def _choose_score_threshold(models: Sequence[nn.Module], inputs: Inputs) -> None
     handle.remove()
     scores = logits[0].softmax(dim=1)[:, :-1]  # without the background
     ranked = scores.flatten().sort(descending=True).values
-    threshold = ranked[len(scores) - 1 : len(scores) + 1].mean().item()  # between two scores, which none can tie with
+    threshold = ranked[len(scores) - 1 : len(scores) + 1].mean().item()  # between two scores, so none ties with it
     for model in models:
         model.roi_heads.box_predictor.test_score_thresh = threshold

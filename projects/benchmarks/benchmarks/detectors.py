@@ -1,4 +1,4 @@
-"""Detectors in pairs with the same weights: this package's, and the one that Detectron2's users have."""
+"""Pairs of detectors with the same weights: this package's, and the one Detectron2 users have."""
 
 import contextlib
 import re
@@ -25,17 +25,17 @@ from resnet_backbone.weights.names import detectron2_name
 
 Inputs = list[dict[str, Any]]
 
-OBJECTS = 8  # ground-truth boxes an image; COCO has 7 on average
-BRANCH_SCALE = 0.25  # of the last norm of a residual branch, so that a deep sum of branches does not grow
+OBJECTS = 8  # ground-truth boxes per image; COCO averages 7
+BRANCH_SCALE = 0.25  # for each residual branch's last norm, so a deep sum of branches does not grow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Detector:
-    """A detector's configuration, and what its two versions add.
+    """A detector's base configuration and the overrides of its two versions.
 
     Attributes:
-        config_file: in the folder of configurations, or of Detectron2's model zoo.
-        ours, stock: keys by which it gets this package's parts, or those that are compared with them.
+        config_file: in the configuration folder or Detectron2's model zoo.
+        ours, stock: keys that select this package's parts, or the ones compared with them.
     """
 
     config_file: str
@@ -53,7 +53,7 @@ def _fpn(file: str, network: str) -> Detector:
     return Detector(config_file=f"COCO-Detection/{file}", ours=ours, stock={})
 
 
-# Detectron2 has no VGG: a user wraps torchvision's, and takes Detectron2's own head of two layers as wide as fc6, fc7.
+# Detectron2 has no VGG: users wrap torchvision's and use Detectron2's own head with two layers as wide as fc6 and fc7.
 _VGG16 = Detector(
     config_file="faster_rcnn_VGG16.yaml",
     ours={},
@@ -76,16 +76,16 @@ DETECTORS = {
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionWork:
-    """What a detector is given.
+    """A detector's workload.
 
     Attributes:
-        batch: images.
+        batch: images per batch.
         size: their height and width in pixels.
-        rois: sampled from an image's proposals in training.
-        proposals: of an image in inference; None: the configuration's number.
-        iterations: in a turn.
-        stride_in_1x1: where a ResNet's stages stride: in the first 1×1 convolution, Detectron2's default, or in the
-            3×3. Without effect on VGG.
+        rois: sampled from each image's proposals in training.
+        proposals: per image in inference; None: the configuration's number.
+        iterations: per turn.
+        stride_in_1x1: stride a ResNet's stages in the first 1×1 convolution, Detectron2's default, rather than the 3×3.
+            No effect on VGG.
     """
 
     batch: int
@@ -97,18 +97,18 @@ class DetectionWork:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of a batch of images."""
+        """Shape of an image batch."""
         return self.batch, 3, *self.size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two detectors with the same weights, on their device, and what they are given.
+    """Two detectors with the same weights, on their device, and their input.
 
     Attributes:
-        ours: in channels_last, as the training tool makes it; the other is NCHW.
-        inputs: a batch, in Detectron2's form.
-        cfg, stock_cfg: that they were built by.
+        ours: in channels_last, as the training tool builds it; the other is NCHW.
+        inputs: a batch in Detectron2's format.
+        cfg, stock_cfg: the configurations they were built from.
     """
 
     ours: nn.Module
@@ -119,7 +119,7 @@ class Pair:
 
 
 def check_names(names: list[str]) -> None:
-    """Raise InputError for a name that is not in DETECTORS, and offer the nearest."""
+    """Raise InputError for a name not in DETECTORS and suggest the closest one."""
     for name in names:
         if name not in DETECTORS:
             near = get_close_matches(name.upper(), DETECTORS, n=2, cutoff=0.5)
@@ -128,10 +128,10 @@ def check_names(names: list[str]) -> None:
 
 
 def build_pair(name: str, work: DetectionWork, *, configs: Path, device: str) -> Pair:
-    """Build both versions of a detector of DETECTORS: ours with random weights, the other with ours.
+    """Build both versions of a detector in DETECTORS: ours with random weights, the other with a copy of them.
 
     Args:
-        configs: the folder of faster_rcnn_VGG16.yaml.
+        configs: folder with faster_rcnn_VGG16.yaml.
         device: "cuda" or "cpu".
     """
     detector = DETECTORS[name]
@@ -159,7 +159,7 @@ def _config(file: str, changes: Mapping[str, Any], work: DetectionWork, configs:
         "SOLVER.AMP.ENABLED": True,
         "SOLVER.COMPILE": on_gpu,
         "SOLVER.IMS_PER_BATCH": work.batch,
-        # With the weights, the proposals would change, and with them the work.
+        # If the weights changed, so would the proposals and thus the work.
         "SOLVER.BASE_LR": 0.0,
         "SOLVER.LOG_PERIOD": min(20, work.iterations),
         "SOLVER.CHECKPOINT_PERIOD": 0,
@@ -175,7 +175,7 @@ def _config(file: str, changes: Mapping[str, Any], work: DetectionWork, configs:
 
 
 def stock_name(name: str) -> str:
-    """What Detectron2, or a user's wrapper of torchvision's VGG, calls a tensor of our detector."""
+    """Name of our tensor in Detectron2, or in a user's wrapper of torchvision's VGG."""
     if match := re.fullmatch(r"(backbone\.(?:bottom_up\.)?)network\.(.+)", name):
         return match[1] + (detectron2_name(match[2]) or match[2])
     if name.startswith("roi_heads.res5."):
@@ -185,16 +185,16 @@ def stock_name(name: str) -> str:
 
 @BACKBONE_REGISTRY.register()
 def build_torchvision_vgg16_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """torchvision's VGG-16 up to conv5_3, its first two blocks frozen, as MODEL.BACKBONE.FREEZE_AT 2 asks for."""
+    """torchvision's VGG-16 up to conv5_3, with the first two blocks frozen, like MODEL.BACKBONE.FREEZE_AT 2."""
     return TorchvisionVGG16()
 
 
 class TorchvisionVGG16(Backbone):
-    """torchvision's convolutions of VGG-16 behind Detectron2's backbone interface, as a user would write it."""
+    """torchvision's VGG-16 convolutions behind Detectron2's backbone interface, as a user would write it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = torchvision.models.vgg16(weights=None).features[:-1]  # without the last pooling
+        self.features = torchvision.models.vgg16(weights=None).features[:-1]  # drop the last pooling
         self.features[:10].requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -205,7 +205,7 @@ class TorchvisionVGG16(Backbone):
 
 
 def make_inputs(work: DetectionWork) -> Inputs:
-    """Generated images `(3, H, W)` uint8 with OBJECTS boxes each, on the CPU, as Detectron2's loaders give them."""
+    """Generate `(3, H, W)` uint8 images with OBJECTS boxes each, on the CPU, as Detectron2's loaders return them."""
     generator = torch.Generator().manual_seed(0)
     height, width = work.size
     inputs = []
@@ -224,11 +224,11 @@ def make_inputs(work: DetectionWork) -> Inputs:
 
 @torch.no_grad()
 def _set_scale(model: nn.Module, inputs: Inputs) -> None:
-    """Scale random weights so that features are about 1 in size, as after training.
+    """Scale random weights so that features have a magnitude of about 1, as after training.
 
-    Frozen norms without statistics keep no scale: scores would saturate, every proposal would be stretched to the whole
-    image, and non-maximum suppression would leave but a few. All layers up to the features are linear but for their
-    ReLUs, and have no biases yet, so that a factor on the first convolution is one on the features.
+    Frozen norms without statistics do not control the scale: scores would saturate, every proposal would stretch to the
+    whole image, and non-maximum suppression would leave only a few. Up to the features, all layers are linear except
+    for ReLUs and have no biases yet, so scaling the first convolution scales the features by the same factor.
     """
     for module in model.modules():
         if hasattr(module, "last_norm"):
@@ -240,11 +240,11 @@ def _set_scale(model: nn.Module, inputs: Inputs) -> None:
 
 
 def difference_of_losses(pair: Pair, rois: int) -> float:
-    """How far the losses of both are apart in float32: the largest difference, relative to the other's loss.
+    """Largest float32 difference between the two detectors' losses, relative to the stock loss.
 
-    Drawn RoIs would not be the same ones: two scores that tie but for their last bit change places, and the same number
-    then draws another. So the `rois` best proposals and the ground truth are taken, all of them. Nor is anything
-    dropped, which the other head does not do.
+    Random sampling would pick different RoIs: scores that differ only in the last bit swap places, and the same random
+    number then picks another box. So both use all of the top `rois` proposals and the ground truth. Dropout is off
+    because the other head has none.
     """
     ours, stock = (_losses(model, pair.inputs, rois) for model in (pair.ours, pair.stock))
     return max(abs(ours[name] - loss) / max(abs(loss), 1e-12) for name, loss in stock.items())
@@ -255,7 +255,7 @@ def _losses(model: nn.Module, inputs: Inputs, rois: int) -> dict[str, float]:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-    torch.manual_seed(0)  # for the RPN's anchors, which do not depend on scores
+    torch.manual_seed(0)  # for sampling RPN anchors, which does not depend on scores
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
     with EventStorage(), torch.no_grad(), exact, _all_of_the_best(model, rois):
         losses = {name: loss.item() for name, loss in model(inputs).items()}
@@ -265,7 +265,7 @@ def _losses(model: nn.Module, inputs: Inputs, rois: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _all_of_the_best(model: nn.Module, rois: int) -> Iterator[None]:
-    """Train on the best proposals, and the ground truth, instead of on some that are drawn from them."""
+    """Train on all of the top proposals and the ground truth instead of a random sample."""
     rpn, heads = model.proposal_generator, model.roi_heads
     before = rpn.post_nms_topk[True], heads.batch_size_per_image, heads.positive_fraction
     rpn.post_nms_topk[True], heads.batch_size_per_image, heads.positive_fraction = rois, rois + OBJECTS, 1.0

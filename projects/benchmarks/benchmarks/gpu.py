@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, part by part, in a report that holds whatever parts have run."""
+"""Run everything that needs a GPU, part by part, and report on the parts run so far."""
 
 import importlib.util
 import json
@@ -20,8 +20,8 @@ from resnet_backbone.errors import InputError, Interrupted
 from resnet_backbone.weights import atomic_write, write_json
 
 ROOT = Path(__file__).resolve().parents[3]
-GRACE = 20.0  # seconds between Ctrl-C, on which pytest still says what it found, and SIGKILL
-TAIL = 40  # lines of the log that the report shows
+GRACE = 20.0  # seconds from Ctrl-C, after which pytest still reports its results, to SIGKILL
+TAIL = 40  # log lines shown in the report
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Part:
     """One command.
 
     Attributes:
-        what: it shows.
-        words: after `python`; run in the repository's root.
-        seconds: after which it is stopped.
-        measures: whether it takes `--json FILE` and writes comparisons there.
+        what: what it shows.
+        words: arguments to `python`, run in the repository's root.
+        seconds: time limit.
+        measures: whether it accepts `--json FILE` and writes comparisons there.
     """
 
     what: str
@@ -45,7 +45,7 @@ def _benchmark(what: str, seconds: int, *words: str) -> Part:
     return Part(what, ("tools/benchmark.py", *words), seconds)
 
 
-# Three at a time, as far as they are there: a test of a whole run waits for its processes and the compiler.
+# Three at a time if xdist is installed: a test of a whole run waits for its processes and the compiler.
 PARALLEL = ("-n", "3") if importlib.util.find_spec("xdist") else ()
 PARTS = {
     "tests": Part(
@@ -63,20 +63,20 @@ PARTS = {
 def run_parts(
     names: Sequence[str], output: Path, *, report: Callable[[str], object], parts: Mapping[str, Part] = PARTS
 ) -> bool:
-    """Run parts one after the other; the page `output/report.md` is written anew after each.
+    """Run parts one by one, rewriting the page `output/report.md` after each.
 
-    It shows what earlier calls with the same `output` left there too, the newest of each part.
+    It includes the latest result of each part from earlier calls with the same `output`.
 
     Args:
-        names: of `parts`, in the order in which they run.
+        names: keys of `parts`, in the order to run them.
         report: gets a line before and after each part.
 
     Returns:
-        Whether all of them came to their end without an error.
+        Whether all of them finished without an error.
 
     Raises:
         InputError: an unknown name.
-        Interrupted: a signal asked to leave; the part under way was stopped, the report is written.
+        Interrupted: a signal requested exit; the current part was stopped and the report written.
     """
     if unknown := [name for name in names if name not in parts]:
         raise InputError(f"there is no part {unknown[0]}; expected {', '.join(parts)}.")
@@ -97,7 +97,7 @@ def run_parts(
 
 
 def format_report(output: Path, parts: Mapping[str, Part]) -> str:
-    """The page over what `run_parts` has left in `output`."""
+    """Format the page from what `run_parts` wrote to `output`."""
     found = {name: json.loads((output / f"{name}.json").read_text()) for name in parts if _is_there(output, name)}
     rows = [(name, parts[name].what, part["ending"], f"{part['seconds']:.0f}") for name, part in found.items()]
     table = tabulate(rows, ("part", "what", "how it ended", "seconds"), tablefmt="github", disable_numparse=True)
@@ -115,14 +115,14 @@ def _is_there(output: Path, name: str) -> bool:
 
 
 def _run(name: str, part: Part, output: Path, received: list[signal.Signals]) -> dict[str, Any]:
-    """Run one part; how it ended, what it measured (as far as it came), and the end of its log."""
+    """Run one part; return how it ended, its measurements (possibly partial), and the end of its log."""
     results, log = output / f"{name}_results.json", output / f"{name}.log"
     results.unlink(missing_ok=True)
     words = [sys.executable, *part.words, *(["--json", str(results.resolve())] if part.measures else [])]
     setup = describe_setup(cpu_time=False)
     start = time.monotonic()
     with log.open("w") as file:
-        # In a process group of its own, since a part starts processes too.
+        # In its own process group, since a part starts processes too.
         process = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         code = _wait(process, part.seconds, received)
     if received:
@@ -136,13 +136,13 @@ def _run(name: str, part: Part, output: Path, received: list[signal.Signals]) ->
         "seconds": round(time.monotonic() - start, 1),
         "setup": setup,
         "results": json.loads(results.read_text()) if results.is_file() else None,
-        # Tests say there how many passed, and why others were skipped.
+        # For tests, this has the pass count and skip reasons.
         "tail": lines[-TAIL:] if ending != "passed" or not part.measures else [],
     }
 
 
 def _wait(process: subprocess.Popen, seconds: float, received: list[signal.Signals]) -> int | None:
-    """The exit code; None if the process had to be stopped because of the time or a signal."""
+    """Return the exit code; None if the process had to be stopped by the time limit or a signal."""
     end = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < end and not received:
         time.sleep(0.1)
@@ -160,7 +160,7 @@ def _wait(process: subprocess.Popen, seconds: float, received: list[signal.Signa
 
 @contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """The signals that asked to leave so far."""
+    """Collect the signals that requested exit."""
     received: list[signal.Signals] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     former = {

@@ -1,4 +1,4 @@
-"""Images to load: generated ones with the detail and the file size of photographs, or a selection of a user's."""
+"""Images to load: generated ones with the detail and file size of photographs, or a selection of the user's own."""
 
 import os
 import shutil
@@ -13,14 +13,14 @@ from resnet_backbone.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg")
 QUALITY = 90
-AMPLITUDE = 8.0  # gray levels of the finest noise; gives 3.2 bits a pixel at this quality
+AMPLITUDE = 8.0  # gray levels of the finest noise; yields 3.2 bits per pixel at this quality
 
 
 def photograph(height: int, width: int, seed: int) -> np.ndarray:
-    """An image `(height, width, 3)` uint8 whose detail falls off with its fineness as in photographs.
+    """Generate a `(height, width, 3)` uint8 image whose spectrum falls off with frequency as in photographs.
 
-    Noise at every octave, mostly of brightness. The amplitude of natural images falls about as the inverse of the
-    frequency (Field 1987), at which all octaves have the same contrast; here the coarse ones have a little more.
+    It sums noise at every octave, mostly in brightness. The amplitude of natural images falls roughly as 1/frequency
+    (Field 1987), which gives every octave the same contrast; here the coarse ones get slightly more.
     """
     rng = np.random.default_rng(seed)
     image = np.full((height, width, 3), 110.0, np.float32)
@@ -35,7 +35,7 @@ def photograph(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def write_photographs(folder: Path, *, size: tuple[int, int], count: int) -> list[Path]:
-    """Write `count` generated JPEGs of height and width `size` into `folder`."""
+    """Write `count` generated JPEGs of `size` (height, width) into `folder`."""
     folder.mkdir(parents=True)
     files = [folder / f"{number:04d}.jpg" for number in range(count)]
     for number, file in enumerate(files):
@@ -44,10 +44,10 @@ def write_photographs(folder: Path, *, size: tuple[int, int], count: int) -> lis
 
 
 def select_photographs(source: Path, folder: Path, *, count: int) -> list[Path]:
-    """Copy at most `count` JPEGs, evenly chosen from all in `source` and below, into `folder`.
+    """Copy at most `count` JPEGs, spaced evenly over all those under `source`, into `folder`.
 
     Raises:
-        InputError: there is no such folder, or no JPEG in it.
+        InputError: the folder does not exist or has no JPEG.
     """
     found = sorted(
         Path(parent, name)
@@ -66,7 +66,7 @@ def select_photographs(source: Path, folder: Path, *, count: int) -> list[Path]:
 
 
 def write_shard(file: Path, images: Sequence[Path]) -> None:
-    """Write images as a tar shard of one class."""
+    """Write images as a single-class tar shard."""
     label = file.with_suffix(".cls")
     label.write_text("0")
     with tarfile.open(file, "w") as archive:

@@ -1,4 +1,4 @@
-"""What the command runs on this machine, with the sizes that suit it."""
+"""What each command runs, at sizes that suit this machine."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ from resnet_backbone.networks.catalogue import find_row
 NETWORKS = ("resnet50", "vgg16", "resnet101", "cifar_resnet20", "cifar_resnet110")
 TINY_NETWORKS = ("resnet18", "cifar_resnet20")
 CIFAR = {"num_classes": 10, "batch": 128, "size": 32}
-WARM_UP = {"cuda": 10, "cpu": 1}  # iterations; a GPU compiles, chooses kernels and records a graph in them
-ITERATIONS = {"cuda": 40, "cpu": 1}  # of ImageNet's networks in a turn: a second or more
+WARM_UP = {"cuda": 10, "cpu": 1}  # iterations; a GPU compiles, selects kernels and captures a graph in them
+ITERATIONS = {"cuda": 40, "cpu": 1}  # per turn for ImageNet networks: a second or more
 Keep = Callable[[dict[str, Any]], object]
 DEVICES = ("cuda", "cpu")
 PRECISIONS = ("bf16", "fp32")
@@ -53,17 +53,17 @@ def run_pretrain(
     report: Callable[[str], object],
     keep: Keep = lambda results: None,
 ) -> dict[str, Any]:
-    """Time training steps (`pretrain.MEANING`); the results as plain values.
+    """Time training steps (`pretrain.MEANING`); return the results as plain values.
 
     Args:
-        configs: the folder of the recipes imagenet.yaml and cifar10.yaml.
-        batch, size, iterations: of ImageNet's networks. CIFAR's take 128 images of 32 pixels, and on a GPU ten times,
-            on a CPU twice as many iterations in a turn.
-        tiny: a few seconds that show that all of it runs, on the CPU.
-        keep: gets the results so far after each comparison.
+        configs: folder with the recipes imagenet.yaml and cifar10.yaml.
+        batch, size, iterations: for ImageNet networks. CIFAR networks use batches of 128 at 32 pixels, and ten times as
+            many iterations per turn on a GPU, twice as many on a CPU.
+        tiny: a smoke run of a few seconds on the CPU.
+        keep: receives the results so far after each comparison.
 
     Raises:
-        InputError: an argument cannot be used, or the memory does not hold the batch.
+        InputError: an argument is not usable, or the batch does not fit in memory.
     """
     device = _choose_device("cpu" if tiny else device, cpu_time=cpu_time)
     _check(batch=batch, size=size, rounds=rounds, iterations=iterations)
@@ -107,19 +107,19 @@ def run_data(
     report: Callable[[str], object],
     keep: Keep = lambda results: None,
 ) -> dict[str, Any]:
-    """Time loading, and training from files (`data.MEANING`); the results as plain values.
+    """Time loading and training from files (`data.MEANING`); return the results as plain values.
 
-    Where there is a GPU its part comes first; if that fails, the CPU's is measured all the same.
+    If there is a GPU, its part runs first; the CPU's part runs even if that fails.
 
     Args:
-        configs: the folder of the recipe imagenet.yaml.
-        images: a folder with JPEGs in it or below; None: generated ones.
-        workers: loading processes where images a second and core are counted; 0: the process itself.
-        tiny: a few seconds that show that all of it runs, on the CPU.
-        keep: gets the results so far after each comparison.
+        configs: folder with the recipe imagenet.yaml.
+        images: folder searched recursively for JPEGs; None: generate some.
+        workers: loader processes when measuring images per second and core; 0: this process.
+        tiny: a smoke run of a few seconds on the CPU.
+        keep: receives the results so far after each comparison.
 
     Raises:
-        InputError: an argument cannot be used.
+        InputError: an argument is not usable.
     """
     device = _choose_device("cpu" if tiny else device, cpu_time=cpu_time and not workers)
     _check(rounds=rounds)
@@ -135,7 +135,7 @@ def run_data(
     shapes = {"sizes": [(48, 64), (160, 200)]} if tiny else {}
     loading = data.LoadingWork(workers=workers, cpu_time=cpu_time, **common, **sizes, **shapes)
 
-    # Training with one size of image, and with the workers that a training would have.
+    # Train with one image size and the number of workers a real run would use.
     beside = len(os.sched_getaffinity(0)) if on_gpu else 0 if cpu_time else 1
     shapes = {"sizes": [(48, 64)]} if tiny else {"sizes": [(480, 640)]}
     feeding = data.LoadingWork(workers=beside, **common, **sizes, **shapes)
@@ -155,7 +155,7 @@ def run_data(
             try:
                 yield from data.compare_on_gpu(feeding, report)
                 yield data.compare_training(task, conduct, feeding, report)
-            except (RuntimeError, DatasetError) as error:  # nvJPEG is not on every machine
+            except (RuntimeError, DatasetError) as error:  # not every machine has nvJPEG
                 skipped.append(f"what the GPU decodes ({error})")
         yield from data.compare_loading(loading, report)
         if not on_gpu:
@@ -180,19 +180,19 @@ def run_detect(
     report: Callable[[str], object],
     keep: Keep = lambda results: None,
 ) -> dict[str, Any]:
-    """Time a detector's training steps and inference (`detect.MEANING`); the results as plain values.
+    """Time detector training steps and inference (`detect.MEANING`); return the results as plain values.
 
     Args:
-        configs: the folder of faster_rcnn_VGG16.yaml.
-        detectors: names of `detectors.DETECTORS`.
-        size: height and width of the images.
-        rois: sampled from an image's proposals in training.
-        stride_in_3x3: let the ResNets of all sides stride there, instead of in the first 1×1 convolution.
-        tiny: a few seconds that show that all of it runs, on the CPU.
-        keep: gets the results so far after each comparison.
+        configs: folder with faster_rcnn_VGG16.yaml.
+        detectors: names in `detectors.DETECTORS`.
+        size: image height and width.
+        rois: sampled from each image's proposals in training.
+        stride_in_3x3: stride all sides' ResNets there instead of in the first 1×1 convolution.
+        tiny: a smoke run of a few seconds on the CPU.
+        keep: receives the results so far after each comparison.
 
     Raises:
-        InputError: an argument cannot be used, or the memory does not hold the batch.
+        InputError: an argument is not usable, or the batch does not fit in memory.
     """
     device = _choose_device("cpu" if tiny else device, cpu_time=cpu_time)
     _check(batch=batch, size=size and min(size), rois=rois, rounds=rounds, iterations=iterations)
@@ -214,7 +214,7 @@ def run_detect(
 def _collect(
     setup: Mapping[str, Any], comparisons: Iterable[Comparison], skipped: Sequence[str], keep: Keep
 ) -> dict[str, Any]:
-    """Make all comparisons, and hand over the results after each: what then fails loses none."""
+    """Run all comparisons and pass on the results after each, so a later failure loses none."""
     made = []
     for comparison in comparisons:
         made.append(comparison)

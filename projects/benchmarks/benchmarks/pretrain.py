@@ -1,4 +1,4 @@
-"""Images a second of a training step: the package's loop beside torchvision's, on a batch that is in memory already."""
+"""Training throughput in images per second: the package's loop vs. torchvision's, on a batch already in memory."""
 
 import functools
 import tempfile
@@ -41,19 +41,19 @@ MEANING = {
     COMPILED: "the same with torch.compile too (on a GPU, if the recipe asks for it)",
 }
 
-LEARNING_RATE = 1e-4  # on random labels nothing is learned, and nothing may diverge
+LEARNING_RATE = 1e-4  # random labels teach nothing; just avoid divergence
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a network is trained on.
+    """What to train a network on.
 
     Attributes:
         network: its name.
-        num_classes: of its data set.
-        config_file: the recipe whose settings the package's loop takes.
-        batch, size: images in a batch, and their height and width.
-        iterations: in a turn.
+        num_classes: of its dataset.
+        config_file: recipe with the settings of the package's loop.
+        batch, size: images per batch, and their height and width.
+        iterations: per turn.
     """
 
     network: str
@@ -66,14 +66,14 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Conduct:
-    """How it is measured.
+    """How to measure.
 
     Attributes:
         device: "cuda" or "cpu".
-        precision: "bf16" or "fp32", of all sides but the plain loop, which is in float32; None: the recipe's.
-        rounds: turns of each side.
-        warm_up: iterations of each side before the first turn.
-        cpu_time: count this process's CPU seconds, as `Clock` does.
+        precision: "bf16" or "fp32", for all sides except the plain float32 loop; None: the recipe's.
+        rounds: turns per side.
+        warm_up: iterations per side before the first turn.
+        cpu_time: measure this process's CPU seconds, as in `Clock`.
     """
 
     device: str
@@ -88,25 +88,25 @@ class Conduct:
 
 
 class Data(NamedTuple):
-    """What the package's loop is fed: batches without end, and what makes images and labels of one, on the device."""
+    """Input of the package's loop: endless batches, and a function from one to images and labels on the device."""
 
     batches: Iterator[Any]
     images_of: Callable[[Any], Batch]
 
 
 class _Measured(Interrupted):
-    """Raised for the next batch: all rounds are done, the loop leaves without the checkpoint of a run's end."""
+    """Raised in place of the next batch after all rounds: the loop exits without writing a final checkpoint."""
 
 
 def compare_networks(tasks: Iterable[Task], conduct: Conduct, report: Callable[[str], object]) -> Iterator[Comparison]:
-    """Compare the sides of MEANING for each task; `report` gets a line before each.
+    """Compare the sides in MEANING for each task; `report` gets a line before each.
 
     Raises:
-        InputError: the memory does not hold the batch.
+        InputError: the batch does not fit in memory.
     """
     for task in tasks:
         report(task.network)
-        torch.compiler.reset()  # it compiles one function for only so many networks
+        torch.compiler.reset()  # it limits how many networks one function is compiled for
         try:
             yield _compare(task, conduct)
         except torch.OutOfMemoryError as error:
@@ -116,7 +116,7 @@ def compare_networks(tasks: Iterable[Task], conduct: Conduct, report: Callable[[
 
 
 def make_config(task: Task, conduct: Conduct, *words: Any) -> CfgNode:
-    """The task's recipe with the moving average on, and `words`, which are `KEY VALUE …`."""
+    """Load the task's recipe with the moving average on and `words` (`KEY VALUE …`) applied."""
     amp = () if conduct.precision is None else ("SOLVER.AMP.ENABLED", conduct.precision != "fp32")
     words = (
         *("MODEL.NETWORK.NAME", task.network, "MODEL.DEVICE", conduct.device, "SEED", 1, *amp),
@@ -134,7 +134,7 @@ def train_on(
     batches: Callable[[nn.Module, torch.optim.Optimizer, ClassificationLosses], Iterable[Any]],
     images_of: Callable[[Any], Batch],
 ) -> None:
-    """Run `engine.train.train`, with all its hooks, on all that `batches(model, optimizer, losses)` hands out."""
+    """Run `engine.train.train` with all its hooks on everything `batches(model, optimizer, losses)` yields."""
 
     def until_measured(
         model: nn.Module, optimizer: torch.optim.Optimizer, losses: ClassificationLosses
@@ -156,7 +156,7 @@ def _compare(task: Task, conduct: Conduct) -> Comparison:
     batch = _synthetic(task, conduct.device)
     if cfg.DATALOADER.PIPELINE != "resident":
         return _in_turns(task, conduct, cfg, Data(repeat(batch), lambda batch: batch), batch)
-    # Small images: the data set lies on the device, and a GPU's step is one graph.
+    # Small images: the dataset is on the device, and a GPU step is one graph.
     cfg.SOLVER.CUDA_GRAPH = conduct.on_gpu
     with tempfile.TemporaryDirectory() as folder:
         images = write_classification(Path(folder) / "images", images=16 * task.batch, image_size=task.size, seed=1)
@@ -165,7 +165,7 @@ def _compare(task: Task, conduct: Conduct) -> Comparison:
 
 
 def _in_turns(task: Task, conduct: Conduct, cfg: CfgNode, data: Data, batch: Batch) -> Comparison:
-    """Train on `data`; between two turns of the package's loop, the others have theirs, the plain ones on `batch`."""
+    """Train on `data`; the other sides take turns between turns of the package's loop, the plain ones on `batch`."""
     precision = precision_of(cfg)
     clock = Clock(conduct.device, cpu_time=conduct.cpu_time)
     images, labels = batch
@@ -179,7 +179,7 @@ def _in_turns(task: Task, conduct: Conduct, cfg: CfgNode, data: Data, batch: Bat
 
     def turns(model: nn.Module, optimizer: torch.optim.Optimizer, losses: ClassificationLosses) -> Iterator[Any]:
         others = dict(plain)
-        if not cfg.SOLVER.CUDA_GRAPH:  # a recorded step is bound to its loop
+        if not cfg.SOLVER.CUDA_GRAPH:  # a captured step is tied to its loop
             others = {BARE: functools.partial(_bare, model, optimizer, losses, data, precision), **others}
         yield from islice(data.batches, conduct.warm_up)
         for run in others.values():
@@ -210,7 +210,7 @@ def _bare(
     precision: str,
     iterations: int,
 ) -> None:
-    """The steps of `train_on`'s network without the loop around them."""
+    """Run the steps of `train_on`'s network without the surrounding loop."""
     device = next(model.parameters()).device
     for batch in islice(data.batches, iterations):
         optimizer.zero_grad()
@@ -221,12 +221,12 @@ def _bare(
 
 
 def _is_compiled(cfg: CfgNode) -> bool:
-    """Whether `engine.train.train` compiles the network by this recipe."""
+    """Whether `engine.train.train` compiles the network under this recipe."""
     return cfg.SOLVER.COMPILE and cfg.MODEL.DEVICE.startswith("cuda")
 
 
 def _settings(cfg: CfgNode, precision: str) -> dict[str, str]:
-    """What tells the sides apart, in words."""
+    """Describe what sets the sides apart."""
     network = "torchvision's network" if _torchvision_has(cfg.MODEL.NETWORK.NAME) else "our network"
     compiled = ", compiled" if _is_compiled(cfg) else ""
     resident = ", resident data" if cfg.DATALOADER.PIPELINE == "resident" else ""
@@ -264,7 +264,7 @@ def _torchvision_has(name: str) -> bool:
 
 
 def _synthetic(task: Task, device: str) -> Batch:
-    """Random images `(N, 3, H, W)` uint8 and labels `(N,)` int64, on the device."""
+    """Random `(N, 3, H, W)` uint8 images and `(N,)` int64 labels, on the device."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (task.batch, 3, task.size, task.size), generator=generator, dtype=torch.uint8)
     return images.to(device), torch.randint(0, task.num_classes, (task.batch,), generator=generator).to(device)

@@ -1,7 +1,7 @@
-"""What this project is compared with, written out: torchvision's reference training loop and its input pipeline.
+"""The baselines, written out: torchvision's reference training loop and its input pipeline.
 
-Both follow `references/classification` of torchvision's repository (train.py, utils.py, presets.py), less what a single
-process without its options does not run.
+Both follow `references/classification` in torchvision's repository (train.py, utils.py, presets.py), minus what a
+single process with default options does not run.
 """
 
 import random
@@ -23,14 +23,14 @@ WINDOW = 20  # utils.py, SmoothedValue
 
 
 class PlainLoop:
-    """`train_one_epoch` of train.py: forward, cross entropy, zero_grad, backward, SGD that is not fused, metrics.
+    """`train_one_epoch` of train.py: forward, cross-entropy, zero_grad, backward, unfused SGD, metrics.
 
-    Like it, every step waits for the device to read the loss and the accuracies.
+    As there, every step waits for the device to read the loss and accuracies.
 
     Args:
         model: in training mode, on its device.
-        lr, momentum, weight_decay: of SGD.
-        autocast: the narrow type of a forward pass, or None.
+        lr, momentum, weight_decay: for SGD.
+        autocast: low-precision dtype of the forward pass, or None.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class PlainLoop:
         self._steps = 0
 
     def __call__(self, images: torch.Tensor, target: torch.Tensor, iterations: int) -> None:
-        """Train on images `(N, 3, H, W)` float32, normalized, and labels `(N,)` so many times."""
-        # train.py sets it for the process; here the sides must not change each other's settings.
+        """Train `iterations` times on normalized `(N, 3, H, W)` float32 images and `(N,)` labels."""
+        # train.py sets this process-wide; here the sides must not change each other's settings.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True):
             for _ in range(iterations):
                 self._step(images, target)
@@ -79,7 +79,7 @@ class PlainLoop:
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor, ranks: tuple[int, ...]) -> list[torch.Tensor]:
-    """`accuracy` of utils.py: per cent of rows of `output` whose label is among the best so many."""
+    """`accuracy` of utils.py: top-k accuracy in percent for each k in `ranks`."""
     with torch.inference_mode():
         _, predicted = output.topk(max(ranks), 1, True, True)
         correct = predicted.t().eq(target[None])
@@ -87,19 +87,19 @@ def accuracy(output: torch.Tensor, target: torch.Tensor, ranks: tuple[int, ...])
 
 
 def preset_transform(crop: int) -> Callable[[Image.Image], torch.Tensor]:
-    """`ClassificationPresetTrain` of presets.py: crop of random area, flip, tensor `(3, crop, crop)` uint8."""
+    """`ClassificationPresetTrain` of presets.py: random resized crop, flip, `(3, crop, crop)` uint8 tensor."""
     return Compose([RandomResizedCrop(crop), RandomHorizontalFlip(), PILToTensor()])
 
 
 class PaperTransform:
-    """The ResNet paper's augmentation (section 3.4) as it is usually put together; gives `(3, crop, crop)` uint8.
+    """The ResNet paper's augmentation (section 3.4) as usually implemented; returns `(3, crop, crop)` uint8.
 
-    torchvision resizes the shorter side, crops and flips; the PCA color shift is added in NumPy.
+    torchvision resizes the shorter side, crops and flips; NumPy adds the PCA color shift.
 
     Args:
-        short_side: smallest and largest length of the resized image's shorter side.
-        pca_std: of the color shift's weights.
-        values, vectors: of the components, as in `data/transforms.py`.
+        short_side: minimum and maximum length of the resized shorter side.
+        pca_std: standard deviation of the color shift's weights.
+        values, vectors: of the principal components, as in `data/transforms.py`.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ def reference_batches(
     workers: int,
     pin_memory: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Shuffled batches of a folder of class folders by ImageFolder (Pillow) and a DataLoader, epoch after epoch."""
+    """Yield shuffled batches from class folders with ImageFolder (Pillow) and a DataLoader, epoch after epoch."""
     dataset = ImageFolder(str(folder), transform)
     loader = DataLoader(
         dataset,

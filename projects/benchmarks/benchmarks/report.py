@@ -1,4 +1,4 @@
-"""Comparisons as a page to read and as JSON, with the machine that they were made on."""
+"""Comparisons as a readable page and as JSON, with details of the machine."""
 
 import datetime
 import json
@@ -19,7 +19,7 @@ from resnet_backbone.weights import atomic_write
 
 
 def describe_setup(*, cpu_time: bool) -> dict[str, Any]:
-    """Date, versions, machine and threads, before the run; the load tells whether others use the machine."""
+    """Date, versions, machine and threads before the run; the load shows whether others use the machine."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": f"{versions()}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}",
@@ -34,7 +34,7 @@ def describe_setup(*, cpu_time: bool) -> dict[str, Any]:
 
 
 def to_dict(setup: Mapping[str, Any], comparisons: Iterable[Comparison], skipped: Sequence[str]) -> dict[str, Any]:
-    """Everything as plain values."""
+    """Convert everything to plain values."""
     return {
         "setup": dict(setup),
         "comparisons": [comparison.to_dict() for comparison in comparisons],
@@ -49,7 +49,7 @@ def write(file: Path, results: Mapping[str, Any]) -> None:
 
 
 def format_page(results: Mapping[str, Any]) -> str:
-    """A Markdown table for the comparisons of each unit, the sides' settings under it, and what was skipped."""
+    """Format a Markdown table per unit, with the sides' settings below it, and list what was skipped."""
     parts = [setup_line(results["setup"])]
     for unit in dict.fromkeys(comparison["unit"] for comparison in results["comparisons"]):
         parts += _tables([comparison for comparison in results["comparisons"] if comparison["unit"] == unit], unit)
@@ -88,7 +88,7 @@ def _tables(comparisons: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
 
 
 def _cpu() -> str:
-    """The processor's name, as Linux gives it."""
+    """The CPU's name as reported by Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""Seconds of several ways to do the same work, taken in turns, and what follows from them.
+"""Time several ways of doing the same work in turns, and compare them.
 
-On a machine that does other things too, two timings are comparable only if they were taken at the same time. So the
-ways, called sides, alternate: each has its turn in every round, and a ratio is formed within a round.
+On a busy machine, two timings are comparable only if taken at the same time. So the ways, called sides, alternate: each
+takes a turn in every round, and ratios are computed within a round.
 """
 
 import statistics
@@ -16,15 +16,15 @@ Item = TypeVar("Item")
 
 
 class Clock:
-    """Takes the seconds of each side's turns; the device has finished its work before and after each.
+    """Times each side's turns, synchronizing with the device before and after each.
 
     Attributes:
-        seconds: one entry a turn, by the side's name.
+        seconds: one entry per turn, keyed by side.
 
     Args:
-        device: that does the work.
-        cpu_time: take the seconds that this process had a core for, of all its threads together, instead of those that
-            passed. Threads that wait for each other may count as busy: compare what runs in one thread.
+        device: the device doing the work.
+        cpu_time: measure this process's CPU seconds, summed over its threads, instead of wall time. Threads waiting for
+            each other may count as busy, so only compare single-threaded work.
     """
 
     def __init__(self, device: str = "cpu", *, cpu_time: bool = False):
@@ -33,13 +33,13 @@ class Clock:
         self._read = time.process_time if cpu_time else time.perf_counter
 
     def time(self, side: str, run: Callable[[], object]) -> None:
-        """A turn of a side that can be called."""
+        """Time a turn of a callable side."""
         start = self._now()
         run()
         self._add(side, start)
 
     def watch(self, side: str, items: Iterable[Item]) -> Iterator[Item]:
-        """A turn of a side that asks for items: it lasts until it wants one more than there are."""
+        """Time a turn of a side that consumes items; it ends when the side asks for one past the last."""
         start = self._now()
         yield from items
         self._add(side, start)
@@ -58,8 +58,8 @@ class Side:
     """One way to do the work.
 
     Attributes:
-        settings: what tells it from the others, in words.
-        shape: of the images in a batch that it worked on.
+        settings: description of how it differs from the others.
+        shape: of the image batch it worked on.
     """
 
     settings: str
@@ -68,15 +68,15 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What was measured of the same work done in several ways.
+    """Measurements of the same work done in several ways.
 
     Attributes:
         task: the work.
         unit: of the rates.
-        first: the side that the others are compared with.
+        first: the side the others are compared with.
         sides: by name.
-        rates: of each side, one entry a round.
-        work: what a side did in a turn; divided by the rate, it gives the seconds.
+        rates: per side, one entry per round.
+        work: amount a side does per turn; dividing it by the rate gives seconds.
     """
 
     task: str
@@ -90,16 +90,16 @@ class Comparison:
     def of(
         cls, clock: Clock, *, task: str, unit: str, first: str, sides: Mapping[str, Side], work: float
     ) -> "Comparison":
-        """From the seconds of a clock."""
+        """Build a comparison from a clock's timings."""
         rates = {side: [work / seconds for seconds in clock.seconds[side]] for side in sides}
         return cls(task=task, unit=unit, first=first, sides=sides, rates=rates, work=work)
 
     def ratios(self, side: str) -> list[float]:
-        """How many times as fast as `side` the first one was, in each round."""
+        """Speed of the first side relative to `side`, per round."""
         return [one / other for one, other in zip(self.rates[self.first], self.rates[side], strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: every rate, and median, smallest and largest of rates and ratios."""
+        """Convert to plain values: every rate, plus median, min and max of rates and ratios."""
         return {
             "task": self.task,
             "unit": self.unit,
@@ -120,5 +120,5 @@ class Comparison:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
+    """Median, min and max."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

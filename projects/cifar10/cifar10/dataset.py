@@ -1,4 +1,4 @@
-"""The images that all runs of an experiment share, and what results on them have to be called."""
+"""The images shared by all runs of an experiment, and what to call results on them."""
 
 import lzma
 import os
@@ -27,10 +27,10 @@ class Dataset:
     """Training and test images.
 
     Attributes:
-        title: what results on them are called.
-        entries: of training and test, for `open_source`.
-        per_class: the first images of each class that are used, of training and test; None: all.
-        images: how many that makes.
+        title: name for results on them.
+        entries: training and test entries for `open_source`.
+        per_class: for training and test, use only this many first images per class; None: all.
+        images: the resulting totals.
     """
 
     title: str
@@ -44,10 +44,10 @@ class Dataset:
 
 
 def open_dataset(plan: Plan) -> Dataset:
-    """Find the plan's data, unpack or generate it where that is needed, and look at the images.
+    """Find the plan's data, unpack or generate it if needed, and inspect the images.
 
     Raises:
-        InputError: there is nothing that can be used.
+        InputError: there is no usable data.
     """
     scale = SCALES[plan.scale]
     entries = _generated(plan.output / "data") if plan.scale == "smoke" else _entries(plan)
@@ -55,7 +55,7 @@ def open_dataset(plan: Plan) -> Dataset:
     sources = [_first(open_source(entry), count) for entry, count in zip(entries, per_class, strict=True)]
     if plan.scale == "smoke":
         title = "generated shapes"
-    elif sources[0].read(0)[:2] == b"\xff\xd8":  # every JPEG begins so; CIFAR-10 was published as plain pixels
+    elif sources[0].read(0)[:2] == b"\xff\xd8":  # JPEG magic bytes; CIFAR-10 was published as raw pixels
         title = "CIFAR-10 (JPEG copies)"
     else:
         title = "CIFAR-10"
@@ -80,9 +80,9 @@ def _entries(plan: Plan) -> tuple[str, str]:
 
 
 def unpack(archive: Path, parent: Path) -> Path:
-    """Unpack an archive into a folder of its name in `parent`, unless that is there; return the folder.
+    """Unpack an archive into a folder of its name in `parent`, unless it exists; return the folder.
 
-    The folder appears when it is complete. Members that would lie outside of it are refused.
+    The folder appears only once complete. Members that would land outside it are rejected.
     """
     target = parent / archive.name.partition(".")[0]
     if target.is_dir():
@@ -98,7 +98,7 @@ def unpack(archive: Path, parent: Path) -> Path:
         raise DatasetError(f"{archive} cannot be unpacked to {target}: {' '.join(str(error).split())}.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    target.chmod(0o755)  # mkdtemp's folder is for its owner alone
+    target.chmod(0o755)  # mkdtemp's folder is owner-only
     return target
 
 
@@ -119,7 +119,7 @@ def _register(entry: str, count: int | None) -> str:
 
 
 def _first(source: ClassificationSource, count: int | None) -> ClassificationSource:
-    """The first images of each class."""
+    """Keep the first `count` images of each class."""
     if count is None:
         return source
     classes = range(len(source.class_names))

@@ -1,4 +1,4 @@
-"""The paper's Figure 6: error over iterations, plain and residual networks side by side, a color a depth."""
+"""The paper's Figure 6: error over iterations, plain and residual networks side by side, one color per depth."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from matplotlib import pyplot as plt
 
 COLORS = {20: "#c9a800", 32: "#17a2b8", 44: "#2e9e3f", 56: "#d62728", 110: "#222222", 1202: "#8e44ad"}
 STYLES = {name: (f"{depth} layers", COLORS[depth]) for names in (PLAIN, RESIDUAL) for depth, name in names.items()}
-PAPER_LIMIT = 20  # per cent: where the paper's axis ends
+PAPER_LIMIT = 20  # percent: the end of the paper's axis
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Training error dashed and test error solid, of each network the mean over its seeds.
+    """Draw each network's mean over its seeds: training error dashed, test error solid.
 
     Args:
-        runs: records by network. Networks that are not in the paper's figure get a panel of their own.
+        runs: records by network. Networks not in the paper's figure get their own panel.
     """
     families = by_family(runs)
     figure, panels = plt.subplots(

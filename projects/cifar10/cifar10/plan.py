@@ -1,4 +1,4 @@
-"""What is to be done: which networks and seeds, and the configuration of each run."""
+"""What to run: networks, seeds, and each run's configuration."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from resnet_backbone.networks import build_network
 HERE = Path(__file__).resolve().parent.parent
 RECIPES = HERE.parent.parent / "configs" / "pretrain"
 
-# By depth, the networks of the paper's Table 6 and Figure 6.
+# The networks of the paper's Table 6 and Figure 6, by depth.
 PLAIN = {depth: f"cifar_plain{depth}" for depth in (20, 32, 44, 56, 110)}
 RESIDUAL = {depth: f"cifar_resnet{depth}" for depth in (20, 32, 44, 56, 110, 1202)}
 
-# Networks that cifar10.yaml is not the recipe of.
+# Networks with a recipe other than cifar10.yaml.
 OTHER_RECIPES = {
     "cifar_plain110": "cifar10_110.yaml",
     "cifar_resnet110": "cifar10_110.yaml",
@@ -33,8 +33,8 @@ class Scale(NamedTuple):
     """A size of the experiment.
 
     Attributes:
-        networks: which are trained if nobody says otherwise.
-        train_images, test_images: the first of each class that are used; None: all.
+        networks: trained by default.
+        train_images, test_images: use only this many first images per class; None: all.
     """
 
     networks: tuple[str, ...]
@@ -61,13 +61,13 @@ class Plan:
 
     Attributes:
         scale: one of SCALES.
-        output: the folder for everything.
-        data: "cifar10" for the registered names, a folder with `train` and `test`, or an archive of one; None for the
+        output: folder for everything.
+        data: "cifar10" for the registered names, a folder with `train` and `test`, or an archive of one; None: the
             scale's own.
-        networks: names of the catalogue; empty for the scale's own.
-        seeds: each network is trained with each of them.
-        parallel: runs side by side.
-        keys: configuration KEY VALUE … over the scale's own.
+        networks: catalogue names; empty: the scale's own.
+        seeds: train each network with each of these.
+        parallel: number of concurrent runs.
+        keys: configuration overrides KEY VALUE … on top of the scale's own.
     """
 
     scale: str
@@ -79,7 +79,7 @@ class Plan:
     keys: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise InputError for an unknown network, a key that cannot be set, or data that the scale does not take."""
+        """Raise InputError for an unknown network, a key that cannot be set, or data the scale does not accept."""
         if self.scale == "smoke" and self.data is not None:
             raise InputError("--scale smoke makes its own data; leave out --data, or use --scale cpu.")
         if self.parallel < 1 or min(self.seeds) < 0:
@@ -91,17 +91,17 @@ class Plan:
             self.config(network, seed=0)
 
     def jobs(self) -> list[tuple[str, int]]:
-        """Every network with every seed; within a seed the largest network first, which leaves small ones for last."""
+        """Every network with every seed; within a seed, largest network first, so the small ones finish last."""
         networks = sorted(self.networks or SCALES[self.scale].networks, key=parameters, reverse=True)
         return [(network, seed) for seed in dict.fromkeys(self.seeds) for network in dict.fromkeys(networks)]
 
     def fixed(self) -> dict[str, Any]:
-        """What must stay when a stopped experiment is started again."""
+        """Values that must not change when a stopped experiment is restarted."""
         return {"scale": self.scale, "data": self.data, "keys": list(self.keys)}
 
     def config(self, network: str, *, seed: int) -> CfgNode:
-        """The configuration of a run, but for its data."""
-        parameters(network)  # refuses an unknown name by naming the nearest
+        """A run's configuration, except its data."""
+        parameters(network)  # rejects an unknown name and suggests the closest one
         cfg = load_config(pretraining.get_config(), RECIPES / OTHER_RECIPES.get(network, "cifar10.yaml"))
         if (file := HERE / "configs" / f"{self.scale}.yaml").is_file():
             load_config(cfg, file)
@@ -114,21 +114,21 @@ class Plan:
         return load_config(cfg, None, self.keys)
 
     def folder(self, network: str, seed: int) -> Path:
-        """Where a run writes."""
+        """A run's output folder."""
         return self.output / f"{network}-{seed}"
 
     def record(self, network: str, seed: int) -> Path:
-        """Where the numbers of a finished run are kept."""
+        """File with a finished run's numbers."""
         return records(self.output) / f"{network}-{seed}.json"
 
 
 def records(output: Path) -> Path:
-    """The folder of the finished runs' numbers."""
+    """Folder with the finished runs' numbers."""
     return output / "runs"
 
 
 def by_family(networks: Collection[str]) -> dict[str, list[str]]:
-    """The plain, the residual and the other ones of `networks`, by depth or name; a family without any is left out."""
+    """Group `networks` into plain, residual and other, each sorted by depth or name; empty families are omitted."""
     families = {
         "plain": [name for name in PLAIN.values() if name in networks],
         "residual": [name for name in RESIDUAL.values() if name in networks],
@@ -138,6 +138,6 @@ def by_family(networks: Collection[str]) -> dict[str, list[str]]:
 
 
 def parameters(network: str, width: float = 1.0) -> int:
-    """How many weights a network for ten classes has."""
+    """Parameter count of a ten-class network."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_network(network, 10, width=width).parameters())

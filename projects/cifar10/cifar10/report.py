@@ -1,4 +1,4 @@
-"""Table 6 of the paper with the numbers measured here beside it, and what they say about depth, as Markdown."""
+"""The paper's Table 6 next to the numbers measured here, and what they say about depth, as Markdown."""
 
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,7 @@ from cifar10.plan import PLAIN, RESIDUAL, by_family, parameters
 from cifar10.results import Summary, read_records, summarize
 from resnet_backbone.weights import atomic_write
 
-# He et al. 2015, Table 6: test error in per cent; of ResNet-110 the mean over five runs, whose best is 6.43.
+# He et al. 2015, Table 6: test error in percent; ResNet-110 is the mean of five runs, the best being 6.43.
 PAPER = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.61, 1202: 7.93}
 PAPER_110 = "6.43 (6.61 ± 0.16)"
 PAPER_PLAIN_110 = "above 60 (Figure 6)"
@@ -25,7 +25,7 @@ WHAT_IT_IS = {
 
 
 def write_report(output: Path) -> str:
-    """Write `report.md` and `figure6.png` from the finished runs in an output folder; return the report."""
+    """Write `report.md` and `figure6.png` from an output folder's finished runs; return the report."""
     runs = read_records(output)
     any_run = next(iter(runs.values()))[0]
     draw(runs, output / "figure6.png")
@@ -55,7 +55,7 @@ def write_report(output: Path) -> str:
 
 
 def depth_sentences(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What greater depth does to the training error of each family, and whether it is what the paper claims."""
+    """Say how depth affects each family's training error, and whether this matches the paper's claim."""
     lines, changes = [], {}
     for family, names in (("Plain", PLAIN), ("Residual", RESIDUAL)):
         errors = {depth: _error(runs, name, "training_error") for depth, name in names.items()}
@@ -86,7 +86,7 @@ def depth_sentences(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def differences(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What was done in another way than in section 4.2 of the paper."""
+    """List deviations from section 4.2 of the paper."""
     first = next(iter(runs.values()))[0]
     lines = [
         "The mean is one number a channel, not one a pixel, and images are divided by a deviation for each channel. "
@@ -170,7 +170,7 @@ def _setup(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def _by_settings(each: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[int]]]:
-    """Runs of a network by what they were run with: settings, and the seeds."""
+    """Group a network's runs by settings; return each group's settings and seeds."""
     groups: list[tuple[dict[str, Any], list[int]]] = []
     for run in each:
         for settings, seeds in groups:

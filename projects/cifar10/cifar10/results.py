@@ -1,4 +1,4 @@
-"""The numbers of a run, and what they make over several seeds."""
+"""A run's numbers, and their summary over several seeds."""
 
 import json
 import math
@@ -25,11 +25,11 @@ Curve = list[tuple[int, float]]
 
 
 class Curves(NamedTuple):
-    """Errors in per cent by the number of finished iterations.
+    """Errors in percent by number of completed iterations.
 
     Attributes:
-        training: of augmented images while training, each the mean since the one before.
-        test: of the test images.
+        training: on augmented images during training, each the mean since the previous point.
+        test: on the test images.
     """
 
     training: Curve
@@ -37,7 +37,7 @@ class Curves(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A quantity over the seeds: how many, mean, least, and standard deviation (with n − 1; None for one seed)."""
+    """A quantity over the seeds: count, mean, min and standard deviation (with n − 1; None for one seed)."""
 
     count: int
     mean: float
@@ -46,16 +46,16 @@ class Summary(NamedTuple):
 
 
 def read_curves(metrics: Path) -> Curves:
-    """The curves in a run's `metrics.json`, as far as it has come; after a resume the later reading counts."""
+    """Read the curves so far from a run's `metrics.json`; after a resume, later readings win."""
     training, test = {}, {}
     for line in metrics.read_text().splitlines() if metrics.is_file() else ():
         try:
             entry = json.loads(line)
-        except ValueError:  # being written at this moment
+        except ValueError:  # still being written
             continue
         if "top1_error" in entry:
             training[entry["iteration"] + 1] = entry["top1_error"]
-        if "top1" in entry:  # evaluated before the iteration of that number
+        if "top1" in entry:  # evaluated before the iteration with that number
             test[entry["iteration"]] = 100 - entry["top1"]
     return Curves(sorted(training.items()), sorted(test.items()))
 
@@ -71,7 +71,7 @@ def make_record(
     seconds: float,
     resumed: bool,
 ) -> dict[str, Any]:
-    """Everything measured in a run, with what is needed to measure it again; errors in per cent."""
+    """Collect a run's measurements and what it takes to reproduce them; errors are in percent."""
     solver, hold_out = cfg.SOLVER, cfg.DATASETS.HOLD_OUT
     title = dataset.title + (f", {hold_out:,} training images held out to test on" if hold_out else "")
     images = (dataset.images[0] - hold_out, hold_out or dataset.images[1])
@@ -108,30 +108,30 @@ def make_record(
 
 
 def last_epoch(curve: Curve, iterations: int, epoch: float) -> float | None:
-    """The mean of a training curve over the last epoch, as near as its points lie."""
+    """Mean of a training curve over the last epoch, to the resolution of its points."""
     values = [error for iteration, error in curve if iteration > iterations - epoch]
     return round(statistics.fmean(values), 3) if values else None
 
 
 def thin(curve: Curve) -> Curve:
-    """At most LONGEST_CURVE points: each the mean of as many neighbors, at the last one's iteration."""
+    """Reduce to at most LONGEST_CURVE points: each averages equally many neighbors, at the last one's iteration."""
     size = math.ceil(len(curve) / LONGEST_CURVE)
     parts = (curve[start : start + size] for start in range(0, len(curve), size or 1))
     return [(part[-1][0], round(statistics.fmean(error for _, error in part), 2)) for part in parts]
 
 
 def write_record(record: dict[str, Any], path: Path) -> None:
-    """Write a line for each entry: a curve indented by JSON's own rule would be a line for each number."""
+    """Write one line per entry; JSON's own indentation would put each number of a curve on its own line."""
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in record.items()]
     with atomic_write(path) as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def read_records(output: Path) -> dict[str, list[dict[str, Any]]]:
-    """The finished runs of an output folder by network, in the order of their seeds.
+    """Read an output folder's finished runs by network, ordered by seed.
 
     Raises:
-        InputError: there is none, or they are of different data or sizes, which no table may mix.
+        InputError: there are none, or their data or sizes differ, which a table must not mix.
     """
     files = sorted(records(output).glob("*.json"))
     if not files:
@@ -153,7 +153,7 @@ def read_records(output: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def summarize(values: list[float | None]) -> Summary | None:
-    """Over the seeds; None where a run lacks the quantity."""
+    """Summarize over the seeds; None if any run lacks the quantity."""
     if not values or None in values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -161,7 +161,7 @@ def summarize(values: list[float | None]) -> Summary | None:
 
 
 def mean_curve(curves: list[Curve]) -> Curve:
-    """The mean over the seeds, at the iterations that all of them have."""
+    """Mean over the seeds, at the iterations they all share."""
     common = set.intersection(*({iteration for iteration, _ in curve} for curve in curves))
     values = [dict(map(tuple, curve)) for curve in curves]
     return [(iteration, statistics.fmean(value[iteration] for value in values)) for iteration in sorted(common)]

@@ -1,4 +1,4 @@
-"""Carry out a plan, run by run or several side by side; what is finished is kept."""
+"""Carry out a plan, one run at a time or several in parallel; finished runs are kept."""
 
 import json
 import logging
@@ -23,8 +23,8 @@ def carry_out(plan: Plan) -> str:
     """Train every network with every seed, then write and return the report.
 
     Raises:
-        InputError: the output folder holds an experiment with other arguments, or runs stopped; the others were done.
-        Interrupted: a signal asked to leave; the runs under way are saved.
+        InputError: the output folder holds an experiment with other arguments, or runs failed; the others finished.
+        Interrupted: a signal requested exit; the current runs are saved.
     """
     plan.check()
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s %(name)s] %(message)s", datefmt="%m-%d %H:%M:%S")
@@ -52,7 +52,7 @@ def carry_out(plan: Plan) -> str:
 
 
 def carry_out_run(plan: Plan, dataset: Dataset, network: str, seed: int) -> None:
-    """Train and evaluate one network with one seed, from its last checkpoint if it was stopped; keep its numbers."""
+    """Train and evaluate one network with one seed, resuming a stopped run; save its numbers."""
     folder = plan.folder(network, seed)
     resume = (folder / LAST).is_file() or (folder / FINAL).is_file()
     start = time.perf_counter()
@@ -62,7 +62,7 @@ def carry_out_run(plan: Plan, dataset: Dataset, network: str, seed: int) -> None
     set_key(cfg, "DATASETS.TEST", (test,), "cifar10")
     results = pretraining.run(cfg, resume=resume)
     training_top1 = None
-    if not cfg.DATASETS.HOLD_OUT:  # with it, what is tested on are the images held out
+    if not cfg.DATASETS.HOLD_OUT:  # otherwise the test set is the held-out images
         again = plan.config(network, seed=seed)
         for key, value in (
             ("DATASETS.TRAIN", (train,)),
@@ -93,7 +93,7 @@ def _status(plan: Plan, network: str, seed: int) -> str:
 
 
 def _claim(plan: Plan) -> None:
-    """Note the plan in the output folder; refuse a folder with another one."""
+    """Record the plan in the output folder; reject a folder with a different one."""
     file = plan.output / "plan.json"
     if not file.is_file():
         try:

@@ -1,4 +1,4 @@
-"""Pictures of a finished plan: training curves, detections beside ground truth."""
+"""Figures for a finished plan: training curves, and detections next to ground truth."""
 
 import json
 import math
@@ -23,7 +23,7 @@ TRUTH = "#ffffff"
 
 
 def draw_curves(plan: Plan, path: Path) -> None:
-    """Pretraining error and detection loss over iterations, a color a network, controls dashed."""
+    """Plot pretraining error and detection loss over iterations, one color per network, controls dashed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
     for number, net in enumerate(plan.nets):
         _curve(left, plan.folder(net, "pretrain"), "top1_error", label=net, color=f"C{number}")
@@ -40,7 +40,7 @@ def draw_curves(plan: Plan, path: Path) -> None:
 
 
 def draw_detections(plan: Plan, path: Path) -> None:
-    """Test images in a row for ground truth and one for each network's detections above a score of 0.5."""
+    """Draw test images in rows: ground truth, then each network's detections with scores above 0.5."""
     name = plan.detection_data[1]
     names = datasets.class_names(name)
     records = [record for record in DatasetCatalog.get(name) if record.get("annotations")]
@@ -69,7 +69,7 @@ def draw_detections(plan: Plan, path: Path) -> None:
 
 
 def _curve(axes: plt.Axes, folder: Path, key: str, **style: Any) -> None:
-    """A metric over iterations, as logged; after a resume the later reading of an iteration counts."""
+    """Plot a metric over iterations, as logged; after a resume, an iteration's later reading wins."""
     points = {}
     for line in (folder / "metrics.json").read_text().splitlines():
         record = json.loads(line)
@@ -79,7 +79,7 @@ def _curve(axes: plt.Axes, folder: Path, key: str, **style: Any) -> None:
 
 
 def _detections(folder: Path, ids: dict[int, int]) -> dict[Any, list] | None:
-    """Boxes `[x, y, width, height]`, classes and scores by image id; None if the evaluator wrote none in COCO form."""
+    """Read boxes `[x, y, width, height]`, classes and scores by image id; None if there is no COCO-format output."""
     files = sorted((folder / "inference").glob("*/coco_instances_results.json"))
     if not files:
         return None

@@ -1,4 +1,4 @@
-"""What is to be done: for each network and stage, the configuration."""
+"""What to run: the configuration for each network and stage."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,18 +16,18 @@ from resnet_backbone.errors import InputError
 from resnet_backbone.networks import VGG, ResNet, build_network
 
 SCALES = ("demo", "subset", "paper")
-STAGES = {"pretrain": "pretraining", "detection": "detection"}  # in words, by the name of the folder
+STAGES = {"pretrain": "pretraining", "detection": "detection"}  # display name by folder name
 
 HERE = Path(__file__).resolve().parent.parent
 SHIPPED = HERE.parent.parent / "configs"
 
-# For a family of networks: the shipped configurations of both stages, and the suffix of a scale's own configurations.
+# Per network family: the shipped configurations of both stages, and the suffix of a scale's own configurations.
 FAMILIES = {
     ResNet: ("pretrain/imagenet.yaml", "faster_rcnn_R101.yaml", "resnet"),
     VGG: ("pretrain/imagenet_vgg.yaml", "faster_rcnn_VGG16.yaml", "vgg"),
 }
 
-DEMO_CLASSIFICATION = {"train": 16000, "test": 1600}  # images of the generated sets
+DEMO_CLASSIFICATION = {"train": 16000, "test": 1600}  # images in the generated sets
 DEMO_DETECTION = {"train": 1500, "test": 200}
 
 
@@ -37,15 +37,15 @@ class Plan:
 
     Attributes:
         scale: "demo", "subset" or "paper".
-        output: the folder for everything.
-        nets: names of the catalogue.
-        seed: of data (demo), initial weights, order and augmentation.
-        processes: number of GPUs, or of processes on CPUs.
+        output: folder for everything.
+        nets: catalogue names.
+        seed: for data (demo), initial weights, order and augmentation.
+        processes: number of GPUs, or of CPU processes.
         control: also train each detector from a random backbone.
-        parallel: networks side by side.
-        pretrain_data, detection_data: entries of DATASETS.TRAIN and DATASETS.TEST; empty for the scale's own.
-        pretrain_keys, detection_keys: configuration keys and values over the scale's own, KEY VALUE for every network
-            or NETWORK:KEY VALUE for one.
+        parallel: number of networks run concurrently.
+        pretrain_data, detection_data: entries of DATASETS.TRAIN and DATASETS.TEST; empty: the scale's own.
+        pretrain_keys, detection_keys: configuration overrides on top of the scale's own, KEY VALUE for every network or
+            NETWORK:KEY VALUE for one.
     """
 
     scale: str
@@ -61,7 +61,7 @@ class Plan:
     detection_keys: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise InputError for an unknown network or key, or data that the scale does not take or lacks."""
+        """Raise InputError for an unknown network or key, or for data the scale does not accept or is missing."""
         if self.parallel < 1:
             raise InputError(f"--parallel is {self.parallel}; expected at least 1, the networks to train side by side.")
         if self.parallel > 1 and self.processes > 1:
@@ -88,12 +88,12 @@ class Plan:
             self._load(detection.get_config(), net, "detection", self.detection_keys)
 
     def fixed(self) -> dict[str, Any]:
-        """What must stay between two starts: all but the folder, the networks, and how many of them run at once."""
+        """Values that must not change between starts: all but the folder, the networks and how many run at once."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("output", "nets", "parallel")}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def with_data(self) -> "Plan":
-        """This plan with data to train on: the given, the scale's own, or, for the demo, newly generated."""
+        """Return this plan with training data: the given, the scale's own or, for the demo, newly generated."""
         own = {
             "demo": self._generated,
             "subset": lambda: ((), ()),
@@ -102,15 +102,15 @@ class Plan:
         return replace(self, pretrain_data=self.pretrain_data or own[0], detection_data=self.detection_data or own[1])
 
     def stages(self) -> list[tuple[str, bool]]:
-        """The stages of each network in their order: a key of STAGES, and whether it is the control's."""
+        """Each network's stages in order: a key of STAGES, and whether the stage is the control's."""
         return [(stage, control) for control in ((False, True) if self.control else (False,)) for stage in STAGES]
 
     def config(self, net: str, stage: str, *, control: bool = False) -> CfgNode:
-        """The configuration of a stage."""
+        """A stage's configuration."""
         return {"pretrain": self.pretrain_config, "detection": self.detection_config}[stage](net, control=control)
 
     def pretrain_config(self, net: str, *, control: bool = False) -> CfgNode:
-        """Pretraining of `net`; as a control, no iterations: initial weights with estimated BN statistics."""
+        """Pretraining of `net`; the control runs no iterations: initial weights with estimated BN statistics."""
         cfg = self._load(pretraining.get_config(), net, "pretrain", self.pretrain_keys)
         _set(cfg, "DATASETS.TRAIN", self.pretrain_data[:1])
         _set(cfg, "DATASETS.TEST", self.pretrain_data[1:])
@@ -120,7 +120,7 @@ class Plan:
         return cfg
 
     def detection_config(self, net: str, *, control: bool = False) -> CfgNode:
-        """Fine-tuning of `net`'s Faster R-CNN; as a control, nothing is frozen but the BN statistics."""
+        """Fine-tuning of `net`'s Faster R-CNN; the control freezes only the BN statistics."""
         cfg = self._load(detection.get_config(), net, "detection", self.detection_keys)
         _set(cfg, "DATASETS.TRAIN", self.detection_data[:1])
         _set(cfg, "DATASETS.TEST", self.detection_data[1:])
@@ -132,7 +132,7 @@ class Plan:
         return cfg
 
     def folder(self, net: str, stage: str, *, control: bool = False) -> Path:
-        """Where a stage writes."""
+        """A stage's output folder."""
         return self.output / net / (f"control_{stage}" if control else stage)
 
     def _load(self, cfg: CfgNode, net: str, stage: str, keys: tuple[str, ...]) -> CfgNode:
@@ -159,15 +159,15 @@ class Plan:
 
 
 def _family(net: str) -> type:
-    """The class of a network by its name; raises InputError for an unknown one."""
+    """Look up a network's class by name; raise InputError if unknown."""
     with torch.device("meta"):
         return type(build_network(net))
 
 
 def _keys_of(net: str, keys: tuple[str, ...]) -> tuple[str, ...]:
-    """Of KEY VALUE … and NETWORK:KEY VALUE …, what holds for `net`, its own last."""
+    """Select what applies to `net` from KEY VALUE … and NETWORK:KEY VALUE …, its own last."""
     if len(keys) % 2:
-        return keys  # for load_config to refuse
+        return keys  # load_config will reject it
     shared, own = [], []
     for key, value in zip(keys[::2], keys[1::2], strict=True):
         owner, colon, rest = key.partition(":")

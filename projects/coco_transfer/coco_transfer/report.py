@@ -1,4 +1,4 @@
-"""The numbers of a finished plan, and the table that shows them."""
+"""A finished plan's numbers and the table that shows them."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from resnet_backbone.weights import atomic_write
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
-# He et al. 2015, Table 8, COCO val: mAP@.5 and mAP@[.5, .95] in per cent.
+# He et al. 2015, Table 8, COCO val: mAP@.5 and mAP@[.5, .95] in percent.
 PAPER = {"vgg16": {"AP50": 41.5, "AP": 21.2}, "resnet101": {"AP50": 48.4, "AP": 27.2}}
 
 WHAT_IT_IS = {
@@ -30,7 +30,7 @@ WHAT_IT_IS = {
 
 
 def collect_results(plan: Plan) -> dict[str, Any]:
-    """Everything measured, with what is needed to measure it again."""
+    """Collect all measurements and what it takes to reproduce them."""
     networks = {}
     for net in plan.nets:
         networks[net] = _network(plan, net, control=False)
@@ -101,16 +101,16 @@ def _network(plan: Plan, net: str, *, control: bool) -> dict[str, Any]:
 
 
 def _what_it_is(results: dict[str, Any]) -> str:
-    """The scale in words, and where the networks are not the paper's."""
+    """Describe the scale and how the networks differ from the paper's."""
     text = WHAT_IT_IS[results["scale"]]
     widths = {f"{row['width']:g}" for row in results["networks"].values()} - {"1"}
-    if widths and results["scale"] != "demo":  # whose words say it
+    if widths and results["scale"] != "demo":  # the demo's description already says so
         text += f" The networks have {' and '.join(sorted(widths))} of their channels."
     return text
 
 
 def _average_precision(bbox: dict[str, float | None]) -> dict[str, float | None]:
-    """The metrics of a detector; one that finds nothing has an AP of 0, where Detectron2 has NaN (null in JSON)."""
+    """A detector's metrics; with no detections, AP is 0 instead of Detectron2's NaN (null in JSON)."""
     found = {key: bbox[key] for key in METRICS if key in bbox}
     return {key: 0.0 if value is None and bbox["AP"] is None else value for key, value in found.items()}
 
@@ -129,7 +129,7 @@ def _row(title: str, net: str | None, row: dict[str, Any]) -> list[str]:
 
 
 def _sentences(networks: dict[str, Any]) -> list[str]:
-    """What the table says, in words."""
+    """Summarize the table in words."""
     lines = []
     for net, row in networks.items():
         if "control" in row:

@@ -1,4 +1,4 @@
-"""Carry out a plan, network by network or several side by side; each finished stage is kept."""
+"""Carry out a plan, one network at a time or several in parallel; finished stages are kept."""
 
 import contextlib
 import datetime
@@ -26,18 +26,18 @@ from resnet_backbone.weights import write_json
 logger = logging.getLogger("coco_transfer")
 
 DONE = "stage.json"
-EARLIER = "stopped.json"  # the seconds of the starts that were stopped
+EARLIER = "stopped.json"  # seconds spent in stopped starts
 RUNS = {"pretrain": pretraining.run, "detection": detection.run}
 
 
 @interruptible()
 def carry_out(plan: Plan) -> dict[str, Any]:
-    """Pretrain, fine-tune and evaluate every network and its control; write report.md, results.json and the figures.
+    """Pretrain, fine-tune and evaluate every network and its control; write report.md, results.json and figures.
 
     Raises:
-        InputError: the output folder holds a run with other arguments, or a stage cannot use what it was given; the
-            other networks were finished.
-        Interrupted: a signal asked to leave; the runs under way are saved.
+        InputError: the output folder holds a run with other arguments, or a stage cannot use its input; the other
+            networks finished.
+        Interrupted: a signal requested exit; the current runs are saved.
     """
     start = time.perf_counter()
     plan.check()
@@ -68,7 +68,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
 
 
 def carry_out_network(plan: Plan, net: str) -> None:
-    """Do all stages of one network and of its control that are not finished."""
+    """Run all unfinished stages of one network and its control."""
     for stage, control in plan.stages():
         logger.info("%s: %s", net, _words(stage, control))
         run_stage(plan.config(net, stage, control=control), RUNS[stage], plan.processes)
@@ -78,7 +78,7 @@ def run_stage(cfg: CfgNode, run: Callable[..., Any], processes: int) -> dict[str
     """Run one stage unless it is finished; resume it if it was stopped.
 
     Returns:
-        The stage's results, with the seconds it took over all starts, but those that were killed or saved nothing.
+        The stage's results, and its seconds over all starts except those that were killed or saved nothing.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if (folder / DONE).is_file():
@@ -91,7 +91,7 @@ def run_stage(cfg: CfgNode, run: Callable[..., Any], processes: int) -> dict[str
             raise InputError(f"the stage in {folder} stopped with exit code {code}: see {folder / 'log.txt'}.")
     except BaseException:
         if _can_resume(folder):
-            with contextlib.suppress(OSError):  # a full disk, of which the error itself tells
+            with contextlib.suppress(OSError):  # a full disk; the original error says so
                 write_json(earlier, {"seconds": round(time.perf_counter() - start, 3)})
         raise
     results = json.loads((folder / "results.json").read_text())
@@ -102,7 +102,7 @@ def run_stage(cfg: CfgNode, run: Callable[..., Any], processes: int) -> dict[str
 
 
 def describe_progress(plan: Plan, net: str) -> str:
-    """How far a network is, by what its current stage has written so far; a few words for the terminal."""
+    """Describe a network's progress from its current stage's output, in a few words for the terminal."""
     step = _next_stage(plan, net)
     if step is None:
         return "all stages are finished"
@@ -110,7 +110,7 @@ def describe_progress(plan: Plan, net: str) -> str:
     reading = _last_reading(folder / "metrics.json")
     if reading is None:
         return f"{_words(*step)}, preparing"
-    solver = yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]  # of the run, which may rescale the plan's
+    solver = yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]  # the run's, which may rescale the plan's
     done, total, rate = reading["iteration"] + 1, solver["MAX_ITER"], reading["images_per_second"]
     if done >= total:
         return f"{_words(*step)}, evaluating"
@@ -119,7 +119,7 @@ def describe_progress(plan: Plan, net: str) -> str:
 
 
 def _next_stage(plan: Plan, net: str) -> tuple[str, bool] | None:
-    """The first stage of a network that is not finished, and whether it is the control's; None if all are."""
+    """A network's first unfinished stage, and whether it is the control's; None if all are finished."""
     steps = plan.stages()
     return next((step for step in steps if not (plan.folder(net, step[0], control=step[1]) / DONE).is_file()), None)
 
@@ -129,11 +129,11 @@ def _words(stage: str, control: bool) -> str:
 
 
 def _last_reading(metrics: Path) -> dict[str, Any] | None:
-    """The last entry of training in a `metrics.json`; None before the first."""
+    """Last training entry in a `metrics.json`; None before the first."""
     for line in reversed(metrics.read_text().splitlines() if metrics.is_file() else []):
         try:
             entry = json.loads(line)
-        except ValueError:  # being written at this moment
+        except ValueError:  # still being written
             continue
         if "images_per_second" in entry:
             return entry
@@ -145,7 +145,7 @@ def _can_resume(folder: Path) -> bool:
 
 
 def _claim(plan: Plan) -> None:
-    """Note the plan in the output folder; refuse a folder with another one."""
+    """Record the plan in the output folder; reject a folder with a different one."""
     file = plan.output / "plan.json"
     if not file.is_file():
         write_json(file, plan.fixed())

@@ -1,1 +1,1 @@
-"""How far signal and gradient reach in plain and residual networks, at initialization and after a short training."""
+"""How far signal and gradient reach in plain and residual networks, at initialization and after brief training."""

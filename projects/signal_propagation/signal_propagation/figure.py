@@ -1,4 +1,4 @@
-"""The picture: gradient and signal over depth, plain beside residual, at initialization and after training."""
+"""The figure: gradient and signal over depth, plain vs. residual, at initialization and after training."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ AXES = {
 
 
 def draw(results: dict[str, dict], experiment: Experiment, path: Path) -> None:
-    """Two rows for each family (gradient, signal), two columns (initialization, trained); plain networks dashed."""
+    """Draw two rows per family (gradient, signal) and two columns (initialization, trained); plain networks dashed."""
     figure = plt.figure(figsize=(10, 6 * len(experiment.families)), constrained_layout=True)
     times = {"initial": "at initialization", "trained": f"after {experiment.iterations} iterations"}
     parts = figure.subfigures(len(experiment.families), 1, squeeze=False)[:, 0]
@@ -36,7 +36,7 @@ def draw(results: dict[str, dict], experiment: Experiment, path: Path) -> None:
                     axes.set_title(times[time])
                     axes.invert_xaxis()
                 else:
-                    # The values stay within two decades, where powers of ten alone would be a single mark.
+                    # The values stay within two decades, where powers of ten alone would give a single tick.
                     axes.set_ylim(bottom=0.3)
                     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -51,7 +51,7 @@ def draw(results: dict[str, dict], experiment: Experiment, path: Path) -> None:
 
 
 def _curve(axes: plt.Axes, result: dict, key: str, time: str, **style: str) -> None:
-    """A network's line; at initialization the median of all seeds, in the band between the least and the greatest."""
+    """Draw a network's line; at initialization, the median over seeds within a min-max band."""
     values = result[time][key] if time == "trained" else result[time][key]["median"]
     places = range(len(values) - 1, -1, -1) if key == "gradient" else range(1, len(values) + 1)
     if time == "initial":

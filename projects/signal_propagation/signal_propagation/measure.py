@@ -1,4 +1,4 @@
-"""The experiment: signal and gradient at every block's output, over seeds at initialization, and after training."""
+"""The experiment: signal and gradient at every block's output, at initialization (over seeds) and after training."""
 
 import statistics
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from resnet_backbone.data.generated import classification_image
 from resnet_backbone.networks import build_network
 from resnet_backbone.networks.blocks import Block
 
-# Images are numbered; those of the measured batch are none of the training images.
+# Images are numbered; the measured batch does not overlap the training images.
 MEASURED_FROM = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Networks of several depths, each with shortcuts and without, and the images that they get."""
+    """Networks of several depths, each with and without shortcuts, and their input images."""
 
     title: str
     residual: tuple[str, ...]
@@ -32,7 +32,7 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """All settings; the training is SGD with momentum 0.9 and weight decay 1e-4, as in the paper."""
+    """All settings; training uses SGD with momentum 0.9 and weight decay 1e-4, as in the paper."""
 
     families: tuple[Family, ...]
     seed: int = 1
@@ -41,7 +41,7 @@ class Experiment:
     training_images: int = 1024
     iterations: int = 300
     batch_size: int = 32
-    # At 0.05 the deep residual networks do not start within so few iterations; at 0.01 all residual networks do.
+    # At 0.05, deep residual networks do not start learning in so few iterations; at 0.01, all residual networks do.
     learning_rate: float = 0.01
     warmup_iterations: int = 20
 
@@ -66,11 +66,11 @@ EXPERIMENT = Experiment(
 
 
 class Profile(NamedTuple):
-    """What is found at the blocks' outputs, first block first.
+    """Measurements at the blocks' outputs, first block first.
 
     Attributes:
-        signal: root mean square of the values.
-        gradient: norm of the loss's gradient, over that at the last block.
+        signal: RMS of the values.
+        gradient: norm of the loss gradient, relative to the last block's.
     """
 
     signal: list[float]
@@ -78,7 +78,7 @@ class Profile(NamedTuple):
 
 
 def propagate(net: nn.Module, images: Tensor, labels: Tensor) -> Profile:
-    """Send a batch forward and its loss backward, with batch norms in training mode, and look at every block."""
+    """Run a batch forward and its loss backward, with batch norm in training mode, and measure every block."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -98,7 +98,7 @@ def propagate(net: nn.Module, images: Tensor, labels: Tensor) -> Profile:
 
 
 def train(net: nn.Module, images: Tensor, labels: Tensor, experiment: Experiment) -> list[float]:
-    """Train for a fixed number of iterations on batches drawn with replacement, and return their losses."""
+    """Train for a fixed number of iterations on batches drawn with replacement; return their losses."""
     optimizer = torch.optim.SGD(net.parameters(), momentum=0.9, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(experiment.seed)
     losses = []
@@ -116,14 +116,14 @@ def train(net: nn.Module, images: Tensor, labels: Tensor, experiment: Experiment
 
 
 def measure(experiment: Experiment, report: Callable[[str], None]) -> dict[str, dict]:
-    """Carry out the experiment, and return for every network, by name, its curves and the loss that it came to."""
+    """Run the experiment; return each network's curves and final loss, by name."""
     results = {}
     for family in experiment.families:
         measured = generate(experiment.seed, MEASURED_FROM, experiment.measured_images, family.image_size)
         training = generate(experiment.seed, 0, experiment.training_images, family.image_size)
         for name in (*family.plain, *family.residual):
             profiles = []
-            # The last one is that of the experiment's own seed, and goes on into training.
+            # The last one uses the experiment's own seed and continues into training.
             for seed in reversed(range(experiment.seed, experiment.seed + experiment.initializations)):
                 torch.manual_seed(seed)
                 net = build_network(name, len(CLASS_NAMES), width=family.width)
@@ -141,7 +141,7 @@ def measure(experiment: Experiment, report: Callable[[str], None]) -> dict[str, 
 
 
 def generate(seed: int, first: int, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Generated images `(count, 3, size, size)`, of mean 0 and standard deviation 1 a channel, and their labels."""
+    """Generate `(count, 3, size, size)` images, with mean 0 and standard deviation 1 per channel, and labels."""
     images, labels = zip(*(classification_image(seed, first + i, size) for i in range(count)), strict=True)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
     mean, std = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
@@ -149,7 +149,7 @@ def generate(seed: int, first: int, count: int, size: int) -> tuple[Tensor, Tens
 
 
 def _spread(curves: list[list[float]]) -> dict[str, list[float]]:
-    """Median, least and greatest of several curves, block by block."""
+    """Median, min and max of several curves, block by block."""
     blocks = list(zip(*curves, strict=True))
     return {name: _rounded(map(of, blocks)) for name, of in (("median", statistics.median), ("min", min), ("max", max))}
 

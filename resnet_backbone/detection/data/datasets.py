@@ -1,4 +1,4 @@
-"""Data sets by Detectron2's names or as paths of COCO files, checked before they are trained on."""
+"""Data sets by Detectron2 name or COCO file path, checked before training."""
 
 import difflib
 import json
@@ -14,7 +14,7 @@ from resnet_backbone.engine.config import ConfigError, origin
 
 
 def register(entry: str) -> None:
-    """Make an entry of DATASETS.TRAIN or TEST known to Detectron2, under the entry itself as its name.
+    """Register an entry of DATASETS.TRAIN or TEST with Detectron2, using the entry itself as its name.
 
     Args:
         entry: a registered name (`coco_2014_train`, `voc_2007_trainval`), or `FILE.json:IMAGES` with a COCO file and
@@ -54,7 +54,7 @@ def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the data set {entry} is not a whole JSON file ({error}). Expected a COCO file.") from error
     except (KeyError, IndexError, AssertionError, TypeError, AttributeError, ValueError) as error:
-        # What Detectron2's and pycocotools' readers raise when a list, a key or a category is not there.
+        # Detectron2's and pycocotools' readers raise these when a list, key or category is missing.
         detail = " ".join(str(error.args[0] if error.args else "").split())
         raise ConfigError(
             f"the data set {entry} is not in the form that it should have ({type(error).__name__}: {detail}). A COCO "
@@ -80,15 +80,15 @@ def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
 
 
 def class_names(entry: str) -> tuple[str, ...]:
-    """The names of a data set's categories, in the order of the detector's outputs."""
+    """Return a data set's category names in the order of the detector's outputs."""
     register(entry)
     if "thing_classes" not in MetadataCatalog.get(entry).as_dict():
-        DatasetCatalog.get(entry)  # a COCO file's categories are known once it has been read
+        DatasetCatalog.get(entry)  # reading a COCO file sets its categories
     return tuple(MetadataCatalog.get(entry).thing_classes)
 
 
 def num_classes(cfg: CfgNode) -> tuple[str | None, int]:
-    """The key that holds the number of foreground classes for this architecture, and its value."""
+    """Return the config key for this architecture's number of foreground classes, and its value."""
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
         return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
     if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
@@ -110,7 +110,7 @@ def check_same_classes(train: tuple[str, ...], test: tuple[str, ...]) -> None:
 
 
 def _missing_images(dicts: list[dict[str, Any]]) -> list[str]:
-    """Files that are not there, found by listing each folder once: on a network disk thousands of times faster."""
+    """Return missing image files. Listing each folder once is thousands of times faster on a network disk."""
     folders: dict[str, set[str]] = {}
     missing = []
     for file in (record["file_name"] for record in dicts):

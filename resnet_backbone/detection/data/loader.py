@@ -1,4 +1,4 @@
-"""Training images for Detectron2's models, where a batch is a function of seed and iteration."""
+"""Training images for Detectron2's models; each batch is a function of seed and iteration."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +18,7 @@ from resnet_backbone.engine.config import ConfigError
 
 
 class ReadableImages:
-    """A mapper that says which image cannot be read, and what to do about it."""
+    """A mapper whose errors say which image cannot be read and what to do about it."""
 
     def __init__(self, mapper: DatasetMapper):
         self._mapper = mapper
@@ -34,13 +34,13 @@ class ReadableImages:
 
 
 class PositionDataset(Dataset):
-    """Detectron2's data set dicts through its mapper, with augmentation drawn from the seed and the position.
+    """Detectron2's data set dicts passed through its mapper, with augmentation determined by seed and position.
 
-    Detectron2's augmentations draw from numpy's global generator; it is seeded for each image.
+    Detectron2's augmentations draw from NumPy's global generator, which is seeded for each image.
     """
 
     def __init__(self, dicts: list[dict[str, Any]], mapper: DatasetMapper, *, seed: int):
-        self._dicts = DatasetFromList(dicts)  # serialized: workers share the memory
+        self._dicts = DatasetFromList(dicts)  # serialized, so workers share the memory
         self._mapper = ReadableImages(mapper)
         self._seed = seed
 
@@ -57,7 +57,7 @@ class PositionDataset(Dataset):
 
 
 class TrainBatches:
-    """Batches of this process from any iteration on: lists of Detectron2's input dicts."""
+    """This process's batches, starting at any iteration: lists of Detectron2's input dicts."""
 
     def __init__(self, cfg: CfgNode):
         if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
@@ -79,7 +79,7 @@ class TrainBatches:
             self._groups = np.array([record["width"] > record["height"] for record in dicts], dtype=np.int8)
 
     def names(self, iteration: int) -> list[str]:
-        """The files of this process's images at an iteration."""
+        """Return the files of this process's images at an iteration."""
         return [self._dataset.file_name(index) for _, index in self._sampler(iteration).batch(iteration)]
 
     def _sampler(self, start_iteration: int) -> BatchSampler:

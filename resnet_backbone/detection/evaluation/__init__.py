@@ -1,1 +1,1 @@
-"""Detectors evaluated on DATASETS.TEST, each data set by its type."""
+"""Evaluation of detectors on DATASETS.TEST, with an evaluator for each type of data set."""

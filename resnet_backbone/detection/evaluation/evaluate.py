@@ -1,4 +1,4 @@
-"""The loop over DATASETS.TEST, and the same on two images."""
+"""Evaluation on DATASETS.TEST, in full and on two images."""
 
 import contextlib
 import io
@@ -22,27 +22,27 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Metrics of `model` on DATASETS.TEST, as Detectron2 gives them: `{"bbox": {"AP": …, "AP50": …}}`.
+    """Return the metrics of `model` on DATASETS.TEST in Detectron2's format: `{"bbox": {"AP": …, "AP50": …}}`.
 
-    With several data sets the metrics come by data set name. Processes other than the main one get no metrics.
+    With several data sets, metrics are keyed by data set name. Only the main process gets metrics.
     """
     results = {}
     for name in cfg.DATASETS.TEST:
         evaluator = build_evaluator(name, _folder(cfg, name, folder))
-        with torch.compiler.set_stance("force_eager"):  # its shapes are not those of training
+        with torch.compiler.set_stance("force_eager"):  # shapes differ from training
             found = inference_on_dataset(model, _loader(cfg, name), evaluator)
-        # Plain floats: NumPy's, which the VOC evaluator gives, could not be read back from a checkpoint's metadata.
+        # Convert to plain floats: the VOC evaluator's NumPy floats cannot be read back from a checkpoint's metadata.
         results[name] = {task: {k: float(v) for k, v in metrics.items()} for task, metrics in found.items()}
         logger.info("%s: %s", name, _summary(results[name]))
     return results if len(results) != 1 else next(iter(results.values()))
 
 
 def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
-    """Run inference and evaluation on two images of each data set in DATASETS.TEST, quietly, to fail early."""
+    """Quietly run inference and evaluation on two images of each data set in DATASETS.TEST, to fail early."""
     for name in cfg.DATASETS.TEST:
         dicts = get_detection_dataset_dicts(name, filter_empty=False)[:2]
         mapper = ReadableImages(DatasetMapper(cfg, is_train=False))
-        # A data set that is not a COCO file is converted into one, which stays for the evaluations to come.
+        # A data set without a COCO file is converted to one, which is kept for later evaluations.
         in_memory = MetadataCatalog.get(name).get("json_file") is not None
         with _quiet():
             evaluator = build_evaluator(name, None if in_memory else _folder(cfg, name, Path(cfg.OUTPUT_DIR)))
@@ -50,7 +50,7 @@ def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def _loader(cfg: CfgNode, name: str) -> Loader:
-    """Detectron2's test loader for a data set, with worker processes like those of training."""
+    """Return Detectron2's test loader for a data set, with the same kind of worker processes as in training."""
     theirs = build_detection_test_loader(cfg, name, mapper=ReadableImages(DatasetMapper(cfg, is_train=False)))
     return Loader(
         theirs.dataset, theirs.batch_sampler, workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=theirs.collate_fn
@@ -58,7 +58,7 @@ def _loader(cfg: CfgNode, name: str) -> Loader:
 
 
 def _folder(cfg: CfgNode, name: str, folder: Path) -> Path:
-    """Where the detections on a data set go: named after it, with a number where several would have the same name."""
+    """Return the output folder for a data set, named after it, with a number if the name is already taken."""
     stems = [Path(entry.partition(".json:")[0]).stem for entry in cfg.DATASETS.TEST]
     number = cfg.DATASETS.TEST.index(name)
     again = stems[:number].count(stems[number])
@@ -74,7 +74,7 @@ def _summary(results: dict[str, dict[str, float]]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The accuracy of two images says nothing: keep it from the log and pycocotools' tables from the terminal."""
+    """Suppress the log and pycocotools' tables: accuracy on two images is meaningless."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The evaluator of each type of data set."""
+"""The evaluator for each type of data set."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from resnet_backbone.engine.config import ConfigError
 
 
 def build_evaluator(name: str, folder: Path | None) -> DatasetEvaluator:
-    """The evaluator that belongs to the data set's type.
+    """Return the evaluator for the data set's type.
 
     Args:
-        name: of a registered data set.
-        folder: for the detections as JSON; None keeps them in memory.
+        name: name of a registered data set.
+        folder: output folder for the detections as JSON; None keeps them in memory.
     """
     output_dir = None if folder is None else str(folder)
-    kind = MetadataCatalog.get(name).get("evaluator_type", "coco")  # a user's own data set may state none
+    kind = MetadataCatalog.get(name).get("evaluator_type", "coco")  # custom data sets may not set one
     if kind == "coco":
         return COCOEvaluator(name, output_dir=output_dir, use_fast_impl=False)
     if kind == "pascal_voc":

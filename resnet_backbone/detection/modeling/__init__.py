@@ -1,4 +1,4 @@
-"""The networks as Detectron2's backbones and heads, registered by name."""
+"""The networks as Detectron2 backbones and heads, registered by name."""
 
 from resnet_backbone.detection.modeling.backbone import (
     NetworkBackbone,

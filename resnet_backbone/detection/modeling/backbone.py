@@ -16,33 +16,33 @@ from resnet_backbone.networks import accepted_arguments, build_network
 
 
 class NetworkBackbone(Backbone):
-    """A network of the catalogue, cut after its last output feature, behind Detectron2's backbone interface.
+    """A network from the catalogue, cut after its last output feature, with Detectron2's backbone interface.
 
     Args:
-        network: built with the stages up to the last of `out_features`.
+        network: a network built with the stages up to the last of `out_features`.
         out_features: names of the features to return, e.g. ("res4",) or ("conv5",).
-        freeze_at: number of stages to freeze, the stem being the first (Detectron2's MODEL.BACKBONE.FREEZE_AT).
+        freeze_at: number of stages to freeze, starting with the stem (Detectron2's MODEL.BACKBONE.FREEZE_AT).
     """
 
     def __init__(self, network: nn.Module, *, out_features: Sequence[str], freeze_at: int = 0):
         super().__init__()
-        # As in Detectron2, a number beyond the last stage freezes all of them.
+        # As in Detectron2, a number beyond the last stage freezes all stages.
         self.network = network.freeze(min(max(freeze_at, 0), len(network.stage_names)))
         self._out_features = list(out_features)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features by name, each `(N, C, H / stride, W / stride)`, of normalized images `(N, 3, H, W)`."""
+        """Return features by name, `(N, C, H / stride, W / stride)` each, for normalized images `(N, 3, H, W)`."""
         return self.network.forward_features(images, self._out_features)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each output feature."""
+        """Return the channels and stride of each output feature."""
         info = self.network.feature_info
         return {name: ShapeSpec(channels=info[name].channels, stride=info[name].stride) for name in self._out_features}
 
 
 @BACKBONE_REGISTRY.register()
 def build_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NetworkBackbone:
-    """The network MODEL.NETWORK.NAME up to the last of MODEL.RESNETS.OUT_FEATURES, initialized from MODEL.WEIGHTS."""
+    """Build MODEL.NETWORK.NAME up to the last of MODEL.RESNETS.OUT_FEATURES, initialized from MODEL.WEIGHTS."""
     out_features = cfg.MODEL.RESNETS.OUT_FEATURES
     network = build_part(cfg, out_features=out_features)
     fill(network, cfg, part="backbone")
@@ -51,13 +51,13 @@ def build_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NetworkBackb
 
 @BACKBONE_REGISTRY.register()
 def build_network_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The network with a feature pyramid and a max-pooled last level, as in Detectron2's Faster R-CNN FPN."""
+    """Build the network with a feature pyramid and a max-pooled last level, as in Detectron2's Faster R-CNN FPN."""
     return _pyramid(cfg, build_network_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_network_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The network with a feature pyramid and levels 6 and 7 by convolution, as in Detectron2's RetinaNet."""
+    """Build the network with a feature pyramid and convolutional levels 6 and 7, as in Detectron2's RetinaNet."""
     bottom_up = build_network_backbone(cfg, input_shape)
     last = cfg.MODEL.FPN.IN_FEATURES[-1]
     top = LastLevelP6P7(bottom_up.output_shape()[last].channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last)
@@ -67,10 +67,10 @@ def build_network_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
 def build_part(
     cfg: CfgNode, *, out_features: Sequence[str] | None = None, stages: Sequence[str] | None = None
 ) -> nn.Module:
-    """A run of the stages of MODEL.NETWORK.NAME: those up to the last of `out_features`, or `stages`.
+    """Build a run of stages of MODEL.NETWORK.NAME: those up to the last of `out_features`, or `stages`.
 
     Raises:
-        ConfigError: the network is unknown, or has no feature or stage of that name.
+        ConfigError: the network is unknown, or lacks a requested feature or stage.
     """
     name = cfg.MODEL.NETWORK.NAME
     with as_config_error("MODEL.NETWORK"):

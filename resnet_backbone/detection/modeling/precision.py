@@ -1,4 +1,4 @@
-"""What must stay in float32 when a detector runs under autocast."""
+"""Keep the parts of a detector that need float32 in float32 under autocast."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from torch import nn
 
 
 def keep_boxes_in_float32(model: nn.Module) -> None:
-    """Pool RoIs, and hand on scores and box deltas, in float32 even where autocast runs the layers in half of it.
+    """Pool RoIs and return scores and box deltas in float32, even if autocast runs the layers in half precision.
 
-    Detectron2's RoIAlign casts the boxes to the type of the features; with bfloat16's 8 bits an edge at 600 pixels
-    moves by up to 2 pixels, and with float16's 11 bits one beyond 1,024 pixels by half of one. Scores of so few bits
-    tie by the hundred, where proposals are ranked by them. Outside of autocast nothing changes.
+    Detectron2's RoIAlign casts boxes to the features' dtype. With bfloat16's 8 bits, an edge at 600 pixels moves by up
+    to 2 pixels; with float16's 11 bits, an edge beyond 1,024 pixels moves by half a pixel. Proposals are ranked by
+    score, and such low-precision scores tie by the hundreds. Without autocast, nothing changes.
     """
     for module in model.modules():
         if isinstance(module, ROIPooler):
@@ -25,7 +25,7 @@ def keep_boxes_in_float32(model: nn.Module) -> None:
 
 
 def _float32(value: Any) -> Any:
-    """Tensors of half the width inside lists and tuples as float32; all else as it is."""
+    """Cast half-precision tensors to float32, including in lists and tuples; leave the rest unchanged."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(_float32, value))
     narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)

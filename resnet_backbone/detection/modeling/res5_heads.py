@@ -1,4 +1,4 @@
-"""ResNet's conv5_x on each region, as Detectron2's C4 heads: what the classifier does after the shared features."""
+"""ResNet's conv5_x on each region, as in Detectron2's C4 heads: the classifier's layers after the shared features."""
 
 from detectron2.config import CfgNode
 from detectron2.modeling import ROI_HEADS_REGISTRY
@@ -13,8 +13,8 @@ from resnet_backbone.detection.weights import fill
 class NetworkRes5ROIHeads(Res5ROIHeads):
     """Detectron2's C4 heads with conv5_x of the same network as the backbone (ResNet paper, appendix A).
 
-    Detectron2's `Res5ROIHeads` builds a conv5_x of its own from MODEL.RESNETS; this takes the network's last stage, of
-    the same name, width, stride placement and norm, and its weights from the same file.
+    Detectron2's `Res5ROIHeads` builds its own conv5_x from MODEL.RESNETS. This class uses the network's last stage, of
+    the same name, width, stride placement and norm, and loads its weights from the same file.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""VGG's fc6 and fc7 on each region, as a Detectron2 box head: what the classifier does after the shared features."""
+"""VGG's fc6 and fc7 on each region, as a Detectron2 box head: the classifier's layers after the shared features."""
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -15,9 +15,9 @@ class VGGBoxHead(nn.Module):
     """VGG's fc6 and fc7 with ReLU and dropout on RoI features (Fast R-CNN, arXiv 1504.08083, section 2.2).
 
     Args:
-        fc6: from the flattened RoI features.
-        fc7: from fc6's outputs.
-        dropout: the share of outputs dropped after each in training.
+        fc6: layer applied to the flattened RoI features.
+        fc7: layer applied to fc6's outputs.
+        dropout: dropout probability after each layer in training.
     """
 
     @configurable
@@ -42,11 +42,11 @@ class VGGBoxHead(nn.Module):
         return {"fc6": fc6, "fc7": fc7, "dropout": dropout.p}
 
     def forward(self, features: Tensor) -> Tensor:
-        """From RoI features `(R, C, 7, 7)` to `(R, fc7 outputs)`."""
+        """Turn RoI features `(R, C, 7, 7)` into `(R, fc7 outputs)`."""
         x = self.dropout(self.fc6(features.flatten(1)).relu())
         return self.dropout(self.fc7(x).relu())
 
     @property
     def output_shape(self) -> ShapeSpec:
-        """Number of outputs of fc7."""
+        """Return the number of outputs of fc7."""
         return ShapeSpec(channels=self.fc7.out_features)
