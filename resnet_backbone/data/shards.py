@@ -120,8 +120,8 @@ def expand_braces(pattern: str) -> list[str]:
     if not match:
         if "{" in pattern or "}" in pattern:
             raise DatasetError(
-                f"the shard pattern {pattern!r} has braces without a range of numbers; expected such as "
-                "'train-{000000..000007}.tar' (in a shell, within quotes)"
+                f"the shard pattern {pattern!r} has braces without a range of numbers; expected for example "
+                "'train-{000000..000007}.tar' (quoted in a shell)"
             )
         return [pattern]
     first, last = match.groups()

@@ -31,7 +31,7 @@ def arguments_from_config(cfg: CfgNode, accepted: Sequence[str]) -> dict[str, An
         if argument not in (*accepted, "stride_in_1x1", "norm") and values[argument] != default:
             by = f" ({origin(cfg, key)})" if origin(cfg, key) else ""
             raise ConfigError(
-                f"{key} is {values[argument]}{by}, but {cfg.MODEL.NETWORK.NAME} leaves no choice there. "
+                f"{key} is {values[argument]}{by}, but {cfg.MODEL.NETWORK.NAME} does not support that. "
                 f"Leave it at {default}."
             )
     return {argument: value for argument, value in values.items() if argument in accepted}

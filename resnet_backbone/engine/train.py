@@ -206,7 +206,9 @@ def check_solver(cfg: CfgNode) -> None:
         if solver[key] < lowest:
             raise ConfigError(f"SOLVER.{key} is {solver[key]}, expected at least {lowest}.")
     if not 0 <= solver.EMA_DECAY < 1:
-        raise ConfigError(f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}, expected 0 (none) or a number below 1, as 0.9999.")
+        raise ConfigError(
+            f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}, expected 0 (none) or a number below 1, such as 0.9999."
+        )
     if solver.AMP.ENABLED and solver.AMP.PRECISION not in PRECISIONS:
         raise ConfigError(f"SOLVER.AMP.PRECISION is {solver.AMP.PRECISION!r}, expected {' or '.join(PRECISIONS)}.")
     if solver.CUDA_GRAPH:

@@ -244,7 +244,8 @@ def load_ensemble(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
             weights = read_weights(file).checkpoint
         except MissingMetadata as error:
             raise ConfigError(
-                f"TEST.ENSEMBLE: {error.fact} Convert the file with tools/convert_weights.py, which is told the rest."
+                f"TEST.ENSEMBLE: {error.fact} Convert the file with tools/convert_weights.py, which takes the rest as "
+                "flags."
             ) from error
         metadata = weights.metadata
         logger.info("%s: %s", file, metadata.describe())

@@ -87,12 +87,12 @@ def find_architecture(model: Mapping[str, torch.Tensor], *, name: str | None, so
     if not tried:
         raise CheckpointError(
             f"{source} has stages of {', '.join(map(str, _depths(shapes)))} blocks, which no network in "
-            "list_networks() has. Give whole weights of one of those, or name what it should be with --arch."
+            "list_networks() has. Give complete weights of one of those, or name what it should be with --arch."
         )
     nearest, difference = min(tried, key=lambda pair: len(pair[1].parts))
     raise CheckpointError(
         f"{source} {'is not' if name else 'fits no network in list_networks(); the nearest is'} {_describe(nearest)}: "
-        f"the file {difference}. Give whole weights of one of these networks, or name another with --arch."
+        f"the file {difference}. Give complete weights of one of these networks, or name another with --arch."
     )
 
 

@@ -73,7 +73,7 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
         if not isinstance(reason, OSError):
             raise
         raise CheckpointError(
-            f"{path} cannot be written ({reason.strerror or reason}); what stood there before is untouched. "
+            f"{path} cannot be written ({reason.strerror or reason}); the previous file is untouched. "
             "Free some space and go on with --resume, or choose another OUTPUT_DIR."
         ) from error
 

@@ -247,7 +247,7 @@ def _map_keys(format: str, file: TensorFile, source: str) -> KeyMapping:
     for name, ours in keys.mapped.items():
         if ours in seen:
             raise CheckpointError(
-                f"{source} has both {seen[ours]} and {name} for the network's {ours}. Take out the one not meant."
+                f"{source} has both {seen[ours]} and {name} for the network's {ours}. Remove the one that is not meant."
             )
         seen[ours] = name
     return keys

@@ -92,7 +92,7 @@ def test_a_key_that_the_network_has_no_choice_in_stops(cfg, key, value, argument
     set_key(cfg, key, value, "test")
     assert arguments_from_config(cfg, (argument,)) == {argument: value}
     with pytest.raises(
-        ConfigError, match=rf"{key} is {value} \(test\), but resnet101 leaves no choice there\. Leave it"
+        ConfigError, match=rf"{key} is {value} \(test\), but resnet101 does not support that\. Leave it"
     ):
         arguments_from_config(cfg, ("width", "norm"))
 

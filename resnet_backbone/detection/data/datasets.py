@@ -52,13 +52,15 @@ def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
             "for under the environment variable DETECTRON2_DATASETS, else under ./datasets."
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the data set {entry} is not a whole JSON file ({error}). Expected a COCO file.") from error
+        raise ConfigError(
+            f"the data set {entry} is not a complete JSON file ({error}). Expected a COCO file."
+        ) from error
     except (KeyError, IndexError, AssertionError, TypeError, AttributeError, ValueError) as error:
         # Detectron2's and pycocotools' readers raise these when a list, key or category is missing.
         detail = " ".join(str(error.args[0] if error.args else "").split())
         raise ConfigError(
-            f"the data set {entry} is not in the form that it should have ({type(error).__name__}: {detail}). A COCO "
-            "file holds images, annotations and categories, and each annotation one of these categories."
+            f"the data set {entry} is not in COCO form ({type(error).__name__}: {detail}). A COCO file holds images, "
+            "annotations and categories, and each annotation one of these categories."
         ) from error
     if not dicts:
         raise ConfigError(f"the data set {entry} has no images.")

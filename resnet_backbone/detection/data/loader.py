@@ -63,7 +63,7 @@ class TrainBatches:
         if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
             raise ConfigError(
                 f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, but the only sampler whose runs resume "
-                "exactly is TrainingSampler. Set it to that."
+                "exactly is TrainingSampler. Set it to TrainingSampler."
             )
         dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,

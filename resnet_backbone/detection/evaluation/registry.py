@@ -24,6 +24,6 @@ def build_evaluator(name: str, folder: Path | None) -> DatasetEvaluator:
     if kind == "lvis":
         return LVISEvaluator(name, output_dir=output_dir)
     raise ConfigError(
-        f"DATASETS.TEST {name} is evaluated as {kind!r}, which tools/train_net.py does not have; it has coco, "
-        "pascal_voc and lvis. Set DATASETS.TEST to a data set of these types."
+        f"DATASETS.TEST {name} is evaluated as {kind!r}, which tools/train_net.py does not support; it supports "
+        "coco, pascal_voc and lvis. Set DATASETS.TEST to a data set of these types."
     )

@@ -71,7 +71,7 @@ def _lost_image(content):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda content: json.dumps(content)[:-40], ("not a whole JSON file", "COCO")),
+        (lambda content: json.dumps(content)[:-40], ("not a complete JSON file", "COCO")),
         (lambda content: [content], ("form", "images, annotations and categories")),
         (_without("categories"), ("form", "categories")),
         (_without("images"), ("no images",)),
