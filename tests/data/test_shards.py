@@ -1,13 +1,11 @@
 """Finding the records of a shard; what a source does with them is in test_sources.py."""
 
 import io
-import os
 import tarfile
 
 import numpy as np
 import pytest
 
-from resnet_backbone.data import shards
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.shards import ShardSource
 
@@ -42,42 +40,6 @@ def test_every_form_of_tar(tmp_path, form, long, link):
     source = ShardSource(str(tmp_path / "s.tar"))
     assert [source.describe(index) for index in range(len(source))] == [f"{tmp_path}/s.tar:{key}" for key in images]
     assert [source.read(index) for index in range(len(source))] == list(images.values())
-
-
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
-def test_plain_archives_are_listed_as_tarfile_lists_them(tmp_path, form):
-    write(tmp_path / "s.tar", form, long=False, link=False)
-    with open(tmp_path / "s.tar", "rb") as file, tarfile.open(tmp_path / "s.tar") as archive:
-        expected = [(member.name, member.offset_data, member.size) for member in archive if member.isreg()]
-        assert shards._plain_members(file.fileno()) == expected
-        assert list(shards._members(file)) == expected
-
-
-def test_all_that_is_not_plain_is_left_to_tarfile(tmp_path):
-    """Each byte of a header that is not as it was, and each length of the file that is too short."""
-    path = tmp_path / "s.tar"
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        info = tarfile.TarInfo("key.jpg")
-        info.size = 600
-        archive.addfile(info, io.BytesIO(bytes(600)))
-    whole = path.read_bytes()
-
-    def listed(data: bytes):
-        path.write_bytes(data)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return shards._plain_members(descriptor)
-        finally:
-            os.close(descriptor)
-
-    assert listed(whole) == [("key.jpg", 512, 600)]
-    for place in range(512):
-        if place != 155:  # behind the zero byte that ends the checksum
-            assert listed(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]) is None, place
-    assert all(listed(whole[:length]) is None for length in (0, 100, 156, 157, 511, 512, 1100, 1535, 1536))
-    negative = whole[:124] + b"-0000001000\0" + whole[136:]
-    total = sum(negative[:148]) + 8 * 32 + sum(negative[156:512])
-    assert listed(negative[:148] + b"%06o\0 " % total + negative[156:]) is None
 
 
 def test_a_damaged_shard_is_refused(tmp_path):
