@@ -151,6 +151,8 @@ def _describe(
         results: evaluation results.
     """
     own = is_own(cfg)
+    name = cfg.MODEL.NETWORK.NAME if own else cfg.MODEL.BACKBONE.NAME
+    arguments = arguments_from_config(cfg, accepted_arguments(name)) if own else stock_arguments(cfg)
     if not norms:
         statistics = "none"
     elif iterations and not any(is_frozen_norm(m) for m in norms):
@@ -165,8 +167,8 @@ def _describe(
         pretrained = source.origin if source.kind == "classifier" else source.origin.get("pretrained", {})
     return Metadata(
         kind="detector",
-        architecture=cfg.MODEL.NETWORK.NAME if own else cfg.MODEL.BACKBONE.NAME,
-        arguments=_own_arguments(cfg) if own else stock_arguments(cfg),
+        architecture=name,
+        arguments=arguments,
         channel_order=cfg.INPUT.FORMAT,
         pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),
         pixel_std=tuple(cfg.MODEL.PIXEL_STD),
@@ -185,7 +187,3 @@ def _describe(
             **results,
         },
     )
-
-
-def _own_arguments(cfg: CfgNode) -> dict[str, Any]:
-    return arguments_from_config(cfg, accepted_arguments(cfg.MODEL.NETWORK.NAME))

@@ -93,23 +93,12 @@ def read(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoin
         if weights is not None:
             fill_from_metadata(cfg, weights.metadata, file)
             _check_heads(cfg, weights, file)
-    elif weights is None and file:
-        with contextlib.suppress(CheckpointError):
-            weights = read_checkpoint(file)
-    if not is_own(cfg) and weights is not None:
-        if weights.metadata.kind == "classifier":
-            raise ConfigError(
-                f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, but {file} was written by tools/pretrain.py for "
-                f"one of {', '.join(OWN_BACKBONES)}. Set MODEL.BACKBONE.NAME to it."
-            )
-        if weights.metadata.architecture != cfg.MODEL.BACKBONE.NAME:
-            raise ConfigError(
-                f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, but {file} holds a detector with "
-                f"{weights.metadata.architecture}. Give the configuration that it was trained with."
-            )
-        # A stock backbone has no name and width in MODEL.NETWORK, so only the preprocessing must match.
-        preprocessing = replace(weights.metadata, architecture=cfg.MODEL.NETWORK.NAME, arguments=stock_arguments(cfg))
-        fill_from_metadata(cfg, preprocessing, file)
+    else:
+        if weights is None and file:
+            with contextlib.suppress(CheckpointError):
+                weights = read_checkpoint(file)
+        if weights is not None:
+            _fill_stock(cfg, weights, file)
     if weights is not None:
         logger.info("%s: %s", file, weights.metadata.describe())
     return weights, file
@@ -299,6 +288,23 @@ def _follow_depth(cfg: CfgNode) -> None:
     depth = origin(cfg, "MODEL.RESNETS.DEPTH")
     if depth is not None and origin(cfg, "MODEL.NETWORK.NAME") is None:
         set_key(cfg, "MODEL.NETWORK.NAME", f"resnet{cfg.MODEL.RESNETS.DEPTH}", f"MODEL.RESNETS.DEPTH of {depth}")
+
+
+def _fill_stock(cfg: CfgNode, weights: Checkpoint, file: str) -> None:
+    """Check that a checkpoint of this project fits one of Detectron2's backbones; copy its preprocessing into `cfg`."""
+    if weights.metadata.kind == "classifier":
+        raise ConfigError(
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, but {file} was written by tools/pretrain.py for "
+            f"one of {', '.join(OWN_BACKBONES)}. Set MODEL.BACKBONE.NAME to it."
+        )
+    if weights.metadata.architecture != cfg.MODEL.BACKBONE.NAME:
+        raise ConfigError(
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, but {file} holds a detector with "
+            f"{weights.metadata.architecture}. Give the configuration that it was trained with."
+        )
+    # A stock backbone has no name and width in MODEL.NETWORK, so only the preprocessing must match.
+    preprocessing = replace(weights.metadata, architecture=cfg.MODEL.NETWORK.NAME, arguments=stock_arguments(cfg))
+    fill_from_metadata(cfg, preprocessing, file)
 
 
 def _check_heads(cfg: CfgNode, checkpoint: Checkpoint, file: str) -> None:

@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from resnet_backbone.engine.processes import FORWARDED
+from resnet_backbone.engine.processes import handled, install_handler
 from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
 
 STATUS_SECONDS = 60.0
@@ -69,7 +69,7 @@ def interruptible() -> Iterator[None]:
     A training loop installs its own handlers, which save first.
     """
     try:
-        with _handled(_leave_once()):
+        with handled(_leave_once()):
             yield
     except _Left as left:
         raise Interrupted(f"{left}: what is finished is kept.") from None
@@ -101,7 +101,7 @@ def _side_by_side(jobs: Sequence[Job], at_a_time: int, logger: logging.Logger) -
             other.process.terminate()  # SIGTERM, on which a training loop saves
 
     told = time.monotonic()
-    with _handled(leave):
+    with handled(leave):
         try:
             while running or (waiting and not left):
                 while waiting and len(running) < at_a_time and not left:
@@ -136,7 +136,7 @@ def _side_by_side(jobs: Sequence[Job], at_a_time: int, logger: logging.Logger) -
 
 def _process(title: str, call: Callable[[], object], slot: int, at_a_time: int) -> None:
     """Entry point of a job's process."""
-    _handle(_leave_once())
+    install_handler(_leave_once())
     try:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // at_a_time))
@@ -151,7 +151,7 @@ def _process(title: str, call: Callable[[], object], slot: int, at_a_time: int) 
     except (Interrupted, KeyboardInterrupt, _Left):
         sys.exit(EXIT_INTERRUPTED)
     finally:
-        _handle(signal.SIG_IGN)  # a repeated signal must not change the exit code during shutdown
+        install_handler(signal.SIG_IGN)  # a repeated signal must not change the exit code during shutdown
 
 
 def _leave_once() -> Callable[[int, object], None]:
@@ -169,18 +169,3 @@ def _leave_once() -> Callable[[int, object], None]:
         raise _Left(signal.Signals(number).name)
 
     return leave
-
-
-@contextlib.contextmanager
-def _handled(handle: Callable[[int, object], None]) -> Iterator[None]:
-    former = _handle(handle)
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def _handle(handle: Callable[[int, object], None] | signal.Handlers) -> dict[signal.Signals, Any]:
-    """Install a handler for the forwarded signals; return the previous handlers."""
-    return {number: signal.signal(number, handle) for number in FORWARDED}

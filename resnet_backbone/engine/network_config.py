@@ -89,7 +89,7 @@ def fill_adjustable(cfg: CfgNode, metadata: Metadata, file: str) -> None:
     """Take a classifier's adjustable arguments (its weights also work with other values) unless the user set them."""
     for name, value in metadata.arguments.items():
         key = ARGUMENTS[name].key
-        if ARGUMENTS[name].adjustable and name != "norm" and origin(cfg, key) is None:
+        if ARGUMENTS[name].adjustable and origin(cfg, key) is None:
             set_key(cfg, key, value, f"metadata of {file}")
 
 

@@ -11,9 +11,8 @@ from detectron2.utils import comm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from resnet_backbone.engine.hooks import Checkpoints
+from resnet_backbone.engine.processes import install_handler, restore_handlers
 from resnet_backbone.errors import Interrupted
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class _EvaluationLeft(BaseException):
@@ -36,11 +35,10 @@ class Preemption(HookBase):
 
     def before_train(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._former = install_handler(self._handle)
 
     def after_train(self) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        restore_handlers(self._former)
         self._former = {}
 
     def after_step(self) -> None:

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError,
 
 EXIT_CTRL_C = 128 + signal.SIGINT  # the shell's exit code for a signal
 COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # ask a run to stop
 GRACE = 5.0  # seconds for the others to notice by themselves that one is gone
 
 
@@ -285,9 +285,26 @@ def _forwarded(processes: Sequence[BaseProcess]) -> Iterator[list[signal.Signals
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    former = {number: signal.signal(number, handle) for number in FORWARDED}
-    try:
+    with handled(handle):
         yield received
+
+
+@contextlib.contextmanager
+def handled(handle: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle SIGNALS with `handle` in the main thread, and restore the previous handlers at the end."""
+    former = install_handler(handle)
+    try:
+        yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        restore_handlers(former)
+
+
+def install_handler(handle: Callable[[int, object], None] | signal.Handlers) -> dict[signal.Signals, Any]:
+    """Install a handler for SIGNALS; return the previous handlers."""
+    return {number: signal.signal(number, handle) for number in SIGNALS}
+
+
+def restore_handlers(former: Mapping[signal.Signals, Any]) -> None:
+    """Undo `install_handler`."""
+    for number, handler in former.items():
+        signal.signal(number, handler)

@@ -37,7 +37,7 @@ ARGUMENTS: dict[str, Argument] = {
     "shortcut": Argument("B", "tensors", "MODEL.NETWORK.SHORTCUT"),
     "stride_in_1x1": Argument(False, "computation", "MODEL.RESNETS.STRIDE_IN_1X1"),
     # Tensors show the norm, except SyncBN versus BN, which compute the same. Detectors freeze it.
-    "norm": Argument("BN", "tensors", "MODEL.RESNETS.NORM", adjustable=True),
+    "norm": Argument("BN", "tensors", "MODEL.RESNETS.NORM"),
     "zero_init_last_norm": Argument(False, "training", "MODEL.NETWORK.ZERO_INIT_LAST_NORM"),
     "res5_dilation": Argument(1, "computation", "MODEL.RESNETS.RES5_DILATION", adjustable=True),
     "pool5": Argument(True, "computation", "MODEL.NETWORK.POOL5", adjustable=True),

@@ -13,7 +13,7 @@ import torch
 
 from resnet_backbone.engine import jobs
 from resnet_backbone.engine.jobs import Job, interruptible, run_jobs
-from resnet_backbone.engine.processes import FORWARDED
+from resnet_backbone.engine.processes import SIGNALS
 from resnet_backbone.errors import InputError, Interrupted
 
 LIMIT = 120  # seconds that something may take on a machine with better things to do
@@ -100,7 +100,7 @@ def test_so_many_run_at_a_time_and_one_that_fails_leaves_the_others_alone(tmp_pa
 def test_a_signal_is_passed_on_and_what_the_jobs_then_do_is_waited_for(tmp_path, monkeypatch, caplog, number):
     monkeypatch.setattr(jobs, "AGAIN_SECONDS", 0.5)
     caplog.set_level(logging.INFO)
-    before = [signal.getsignal(other) for other in FORWARDED]
+    before = [signal.getsignal(other) for other in SIGNALS]
     todo = [
         Job("asleep", partial(sleep, tmp_path, "asleep"), str),
         Job("training", partial(train, tmp_path, "training"), str),
@@ -120,7 +120,7 @@ def test_a_signal_is_passed_on_and_what_the_jobs_then_do_is_waited_for(tmp_path,
     assert not (tmp_path / "waiting began").exists(), "none begins after the signal"
     codes = {record.getMessage() for record in caplog.records if "stopped" in record.getMessage()}
     assert codes == {"asleep stopped with exit code 75", "training stopped with exit code 75"}
-    assert [signal.getsignal(other) for other in FORWARDED] == before
+    assert [signal.getsignal(other) for other in SIGNALS] == before
 
 
 # ---- in this process
@@ -140,9 +140,9 @@ def test_one_at_a_time_they_run_here(capsys, caplog):
     assert [record.getMessage() for record in caplog.records] == ["bad (1 of 2)", "good (2 of 2)"]
 
 
-@pytest.mark.parametrize("number", FORWARDED)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_reaches_a_job_here_too_once(number):
-    before, cleaned = [signal.getsignal(other) for other in FORWARDED], []
+    before, cleaned = [signal.getsignal(other) for other in SIGNALS], []
 
     def job() -> None:
         try:
@@ -158,7 +158,7 @@ def test_a_signal_reaches_a_job_here_too_once(number):
     with pytest.raises(Interrupted, match=signal.Signals(number).name):
         run_jobs([Job("one", job, str), Job("two", pytest.fail, str)], at_a_time=1, logger=logger)
     assert cleaned == ["wholly"]
-    assert [signal.getsignal(other) for other in FORWARDED] == before
+    assert [signal.getsignal(other) for other in SIGNALS] == before
 
 
 def test_a_function_can_be_interruptible():

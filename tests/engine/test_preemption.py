@@ -13,7 +13,8 @@ from torch import nn
 
 from resnet_backbone.engine.hooks import Checkpoints, Evaluation
 from resnet_backbone.engine.output import read_last_checkpoint
-from resnet_backbone.engine.preemption import SIGNALS, Preemption
+from resnet_backbone.engine.preemption import Preemption
+from resnet_backbone.engine.processes import SIGNALS
 from resnet_backbone.errors import Interrupted
 from tests.engine.tiny import Run, assert_same, build, in_two_processes, metrics
 
