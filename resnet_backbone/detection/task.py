@@ -20,10 +20,9 @@ from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.detection.weights import is_frozen_norm, is_own, load_whole, offered, read, stock_arguments
 from resnet_backbone.engine import run as engine_run
 from resnet_backbone.engine.config import ConfigError
-from resnet_backbone.engine.network_config import arguments_from_config
+from resnet_backbone.engine.network_config import configured_network
 from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.output import versions
-from resnet_backbone.networks import accepted_arguments
 from resnet_backbone.weights import Checkpoint, Metadata
 
 logger = logging.getLogger(__name__)
@@ -150,9 +149,10 @@ def _describe(
         iterations: number of completed iterations.
         results: evaluation results.
     """
-    own = is_own(cfg)
-    name = cfg.MODEL.NETWORK.NAME if own else cfg.MODEL.BACKBONE.NAME
-    arguments = arguments_from_config(cfg, accepted_arguments(name)) if own else stock_arguments(cfg)
+    if is_own(cfg):
+        name, arguments = configured_network(cfg)
+    else:
+        name, arguments = cfg.MODEL.BACKBONE.NAME, stock_arguments(cfg)
     if not norms:
         statistics = "none"
     elif iterations and not any(is_frozen_norm(m) for m in norms):

@@ -11,7 +11,7 @@ import os
 import pickle
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,15 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from resnet_backbone.engine.config import ConfigError, get_key, origin, set_key
-from resnet_backbone.engine.network_config import fill_from_metadata, preprocessing_keys, same_value
+from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.network_config import (
+    NAME,
+    current_value,
+    fill_from_metadata,
+    fill_keys,
+    preprocessing_keys,
+    same_value,
+)
 from resnet_backbone.engine.output import LAST
 from resnet_backbone.engine.pretrained import command_line_overrides, read_with_overrides
 from resnet_backbone.errors import InputError
@@ -87,7 +94,6 @@ def read(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoin
     file = str(folder / (folder / LAST).read_text().strip()) if last else cfg.MODEL.WEIGHTS
     weights = last
     if is_own(cfg):
-        _follow_depth(cfg)
         if weights is None and file:
             weights = _read_file(cfg)
         if weights is not None:
@@ -153,7 +159,7 @@ def fill(network: nn.Module, cfg: CfgNode, *, part: str) -> None:
     A detector's checkpoint is loaded after the whole model is built.
 
     Args:
-        network: some stages of MODEL.NETWORK.NAME, with the same tensor names as in the file.
+        network: some stages of the configured network, with the same tensor names as in the file.
         part: name for messages: "backbone", or the head's name in the model.
 
     Raises:
@@ -245,10 +251,11 @@ def _compared(cfg: CfgNode) -> Source:
         return Source(file, None, detectron2s_own=True)
     logger.info("%s: %s", file, checkpoint.metadata.describe())
     for key, value in preprocessing_keys(checkpoint.metadata).items():
-        if not same_value(get_key(cfg, key), value):
+        current = current_value(cfg, key)
+        if not same_value(current, value):
             raise ConfigError(
-                f"{key} is {get_key(cfg, key)} in the configuration, but {file} was trained with {value}. "
-                f"Set {key} to {value}, or give weights that were trained with {get_key(cfg, key)}."
+                f"{key} is {current} in the configuration, but {file} was trained with {value}. "
+                f"Set {key} to {value}, or give weights that were trained with {current}."
             )
     _check_heads(cfg, checkpoint, file)
     return Source(file, checkpoint)
@@ -283,13 +290,6 @@ def _is_detectron2_detector(file: str) -> bool:
     return any(name.startswith(("backbone.network.", "backbone.bottom_up.network.")) for name in payload["model"])
 
 
-def _follow_depth(cfg: CfgNode) -> None:
-    """Set NETWORK.NAME, whose default is another network, from a stock config's RESNETS.DEPTH unless it is set."""
-    depth = origin(cfg, "MODEL.RESNETS.DEPTH")
-    if depth is not None and origin(cfg, "MODEL.NETWORK.NAME") is None:
-        set_key(cfg, "MODEL.NETWORK.NAME", f"resnet{cfg.MODEL.RESNETS.DEPTH}", f"MODEL.RESNETS.DEPTH of {depth}")
-
-
 def _fill_stock(cfg: CfgNode, weights: Checkpoint, file: str) -> None:
     """Check that a checkpoint of this project fits one of Detectron2's backbones; copy its preprocessing into `cfg`."""
     if weights.metadata.kind == "classifier":
@@ -302,9 +302,8 @@ def _fill_stock(cfg: CfgNode, weights: Checkpoint, file: str) -> None:
             f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, but {file} holds a detector with "
             f"{weights.metadata.architecture}. Give the configuration that it was trained with."
         )
-    # A stock backbone has no name and width in MODEL.NETWORK, so only the preprocessing must match.
-    preprocessing = replace(weights.metadata, architecture=cfg.MODEL.NETWORK.NAME, arguments=stock_arguments(cfg))
-    fill_from_metadata(cfg, preprocessing, file)
+    # A stock backbone has no name in MODEL.NETWORK.
+    fill_keys(cfg, {key: value for key, value in preprocessing_keys(weights.metadata).items() if key != NAME}, file)
 
 
 def _check_heads(cfg: CfgNode, checkpoint: Checkpoint, file: str) -> None:

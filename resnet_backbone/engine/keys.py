@@ -32,8 +32,9 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
 
     cfg.MODEL.NETWORK = CfgNode()
-    # A name from resnet_backbone.list_networks().
-    cfg.MODEL.NETWORK.NAME = "resnet101"
+    # A name from resnet_backbone.list_networks(); empty: the ResNet or ResNeXt that MODEL.RESNETS describes, by DEPTH,
+    # NUM_GROUPS and WIDTH_PER_GROUP.
+    cfg.MODEL.NETWORK.NAME = ""
     # Multiplies the number of channels, including VGG's fully connected layers.
     cfg.MODEL.NETWORK.WIDTH = 1.0
     # ResNets: the shortcut type, "A", "B" or "C" (ResNet paper, section 4.1).

@@ -5,6 +5,7 @@ from resnet_backbone.networks.catalogue import (
     HIDDEN_ARGUMENTS,
     accepted_arguments,
     build_network,
+    find_resnet,
     list_networks,
 )
 from resnet_backbone.networks.norms import FrozenBatchNorm2d
@@ -21,5 +22,6 @@ __all__ = [
     "ResNet",
     "accepted_arguments",
     "build_network",
+    "find_resnet",
     "list_networks",
 ]

@@ -133,6 +133,20 @@ def find_row(name: str) -> Row:
     return CATALOGUE[name]
 
 
+def find_resnet(depth: int, *, groups: int = 1, width_per_group: int = 64) -> str | None:
+    """Return the name of the ImageNet ResNet or ResNeXt with this many layers, groups, and channels per group of the
+    first stage's 3×3 convolutions; None if the catalogue has none."""
+    layers = {BasicBlock: 2, Bottleneck: 3}
+    for name, row in CATALOGUE.items():
+        given = row.arguments
+        if given.get("block") not in layers or given["stem"] != IMAGENET_STEM or "shortcut" in given:
+            continue
+        own_depth = 2 + layers[given["block"]] * sum(given["depths"])
+        if (own_depth, given["groups"], given["width_per_group"]) == (depth, groups, width_per_group):
+            return name
+    return None
+
+
 def accepted_arguments(name: str) -> tuple[str, ...]:
     """Return the keyword arguments that `build_network` accepts for this network, besides `num_classes`."""
     row = find_row(name)

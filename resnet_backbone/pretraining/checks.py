@@ -21,6 +21,7 @@ from tabulate import tabulate
 from resnet_backbone.data.sources import open_source, register_source
 from resnet_backbone.data.subset import Subset
 from resnet_backbone.engine.config import ConfigError, set_key
+from resnet_backbone.engine.network_config import network_name
 from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import check_batch, choose_seed
@@ -110,7 +111,7 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
     if comm.is_main_process():
         precision = precision_of(cfg)
         print(
-            f"{cfg.MODEL.NETWORK.NAME}, batches of {cfg.SOLVER.IMS_PER_BATCH} images over {comm.get_world_size()} "
+            f"{network_name(cfg)}, batches of {cfg.SOLVER.IMS_PER_BATCH} images over {comm.get_world_size()} "
             f"process(es), {cfg.MODEL.DEVICE}, {precision}; {iterations} iterations, after {iterations} of warm-up"
         )
         print(tabulate(rows, ("data", "images per second", "waiting for data, % of the time"), floatfmt=".1f"))

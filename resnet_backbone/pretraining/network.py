@@ -9,11 +9,11 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from resnet_backbone.engine.config import as_config_error
-from resnet_backbone.engine.network_config import arguments_from_config
+from resnet_backbone.engine.network_config import configured_network, network_name
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import versions
 from resnet_backbone.engine.train import train
-from resnet_backbone.networks import accepted_arguments, build_network
+from resnet_backbone.networks import build_network
 from resnet_backbone.pretraining.losses import ClassificationLosses, ImagesOf
 from resnet_backbone.pretraining.preprocessing import build_normalize, crop_size
 from resnet_backbone.weights import Metadata
@@ -25,9 +25,8 @@ def build_classifier(cfg: CfgNode, num_classes: int) -> tuple[nn.Module, dict[st
     Raises:
         ConfigError: MODEL.NETWORK has a value that the network cannot use.
     """
-    name = cfg.MODEL.NETWORK.NAME
     with as_config_error("MODEL.NETWORK"):
-        arguments = arguments_from_config(cfg, accepted_arguments(name))
+        name, arguments = configured_network(cfg)
         return build_network(name, num_classes, **arguments), arguments
 
 
@@ -50,7 +49,7 @@ def describe_classifier(
     """
     return Metadata(
         kind="classifier",
-        architecture=cfg.MODEL.NETWORK.NAME,
+        architecture=network_name(cfg),
         arguments=arguments,
         channel_order=cfg.INPUT.FORMAT,
         pixel_mean=tuple(cfg.MODEL.PIXEL_MEAN),

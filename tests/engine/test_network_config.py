@@ -8,9 +8,10 @@ import torch
 from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, get_key, load_config, origin, set_key
 from resnet_backbone.engine.network_config import (
     ARGUMENT_KEYS,
-    arguments_from_config,
+    configured_network,
     fill_adjustable,
     fill_from_metadata,
+    network_name,
     same_value,
 )
 from resnet_backbone.networks import ARGUMENTS
@@ -76,25 +77,106 @@ class TestMetadata:
 
 def test_network_arguments_are_what_the_network_takes(cfg):
     set_key(cfg, "MODEL.NETWORK.WIDTH", 0.5, "test")
-    assert arguments_from_config(cfg, ("width", "stride_in_1x1", "zero_init")) == {"width": 0.5, "stride_in_1x1": True}
-    assert arguments_from_config(cfg, ("width", "pool5")) == {"width": 0.5, "pool5": True}
+    set_key(cfg, "MODEL.NETWORK.NAME", "vgg16_bn", "test")
+    assert configured_network(cfg) == ("vgg16_bn", {"width": 0.5, "norm": "FrozenBN", "pool5": True})
+    set_key(cfg, "MODEL.NETWORK.NAME", "cifar_resnet20", "test")
+    expected = {"width": 0.5, "norm": "FrozenBN", "stride_in_1x1": True, "zero_init_last_norm": False}
+    assert configured_network(cfg) == ("cifar_resnet20", expected)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "argument"),
+    ("key", "value", "has", "has_not"),
     [
-        ("MODEL.NETWORK.SHORTCUT", "C", "shortcut"),
-        ("MODEL.NETWORK.POOL5", False, "pool5"),
-        ("MODEL.RESNETS.RES5_DILATION", 2, "res5_dilation"),
+        ("MODEL.NETWORK.SHORTCUT", "C", "resnet50", "plain34"),
+        ("MODEL.NETWORK.POOL5", False, "vgg16", "resnet50"),
+        ("MODEL.RESNETS.RES5_DILATION", 2, "resnet50", "vgg16"),
     ],
 )
-def test_a_key_that_the_network_has_no_choice_in_stops(cfg, key, value, argument):
+def test_a_key_that_the_network_has_no_choice_in_stops(cfg, key, value, has, has_not):
     set_key(cfg, key, value, "test")
-    assert arguments_from_config(cfg, (argument,)) == {argument: value}
+    set_key(cfg, "MODEL.NETWORK.NAME", has, "test")
+    assert value in configured_network(cfg)[1].values()
+    set_key(cfg, "MODEL.NETWORK.NAME", has_not, "test")
     with pytest.raises(
-        ConfigError, match=rf"{key} is {value} \(test\), but resnet101 does not support that\. Leave it"
+        ConfigError, match=rf"{key} is {value} \(test\), but {has_not} does not support that\. Leave it"
     ):
-        arguments_from_config(cfg, ("width", "norm"))
+        configured_network(cfg)
+
+
+class TestAnEmptyName:
+    """Detectron2's MODEL.RESNETS decides."""
+
+    @pytest.mark.parametrize(
+        ("depth", "groups", "width_per_group", "name"),
+        [
+            (18, 1, 64, "resnet18"),
+            (34, 1, 64, "resnet34"),
+            (50, 1, 64, "resnet50"),
+            (101, 1, 64, "resnet101"),
+            (152, 1, 64, "resnet152"),
+            (50, 32, 4, "resnext50_32x4d"),
+            (101, 32, 8, "resnext101_32x8d"),
+            (50, 1, 128, "wide_resnet50_2"),
+        ],
+    )
+    def test_depth_groups_and_width_choose_the_row(self, cfg, depth, groups, width_per_group, name):
+        resnets = cfg.MODEL.RESNETS
+        resnets.DEPTH, resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP = depth, groups, width_per_group
+        assert network_name(cfg) == configured_network(cfg)[0] == name
+
+    def test_detectron2s_defaults_are_a_resnet50(self, cfg):
+        assert network_name(cfg) == "resnet50"
+
+    def test_what_no_row_is_stops(self, cfg):
+        cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.NUM_GROUPS = 152, 32
+        assert "describes no network of the catalogue (DEPTH 152, NUM_GROUPS 32, WIDTH_PER_GROUP 64)" in refusal(
+            configured_network, cfg
+        )
+
+    def test_a_name_stands_above_the_depth(self, cfg):
+        cfg.MODEL.NETWORK.NAME, cfg.MODEL.RESNETS.DEPTH = "resnet18", 101
+        assert configured_network(cfg)[0] == "resnet18"
+
+    @pytest.mark.parametrize("said", ["MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NUM_GROUPS"])
+    def test_weights_of_another_network_than_the_user_described(self, cfg, metadata, said):
+        metadata = replace(metadata, architecture="resnet101")
+        fill_from_metadata(cfg.clone(), metadata, "f.pth")  # the defaults said nothing
+        set_key(cfg, said, get_key(cfg, said), "a.yaml")
+        message = refusal(fill_from_metadata, cfg, metadata, "f.pth")
+        assert f"MODEL.NETWORK.NAME is resnet50 ({said} of a.yaml), but the weights in f.pth were" in message
+        assert "Set MODEL.NETWORK.NAME to resnet101" in message
+
+
+@pytest.mark.parametrize("name", ["", "resnet50", "vgg16"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("DEFORM_ON_PER_STAGE", [False, True, True, True]),
+        ("STEM_OUT_CHANNELS", 32),
+        ("RES2_OUT_CHANNELS", 128),
+        ("STEM_TYPE", "deeplab"),  # a key of Detectron2's DeepLab project
+    ],
+)
+def test_what_no_network_here_has_is_refused_by_key_and_value(cfg, name, key, value):
+    cfg.MODEL.NETWORK.NAME = name
+    cfg.MODEL.RESNETS[key] = value
+    assert f"MODEL.RESNETS.{key} is {value}, but" in refusal(configured_network, cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("resnet50", "NUM_GROUPS", 32), ("vgg16", "WIDTH_PER_GROUP", 8), ("resnext50_32x4d", "NUM_GROUPS", 16)],
+)
+def test_groups_that_a_named_network_does_not_have_are_refused(cfg, name, key, value):
+    cfg.MODEL.NETWORK.NAME = name
+    cfg.MODEL.RESNETS[key] = value
+    assert f"MODEL.RESNETS.{key} is {value}, but {name}" in refusal(configured_network, cfg)
+
+
+@pytest.mark.parametrize("channels", [64, 256])
+def test_detectron2s_channels_of_basic_blocks(cfg, channels):
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, channels
+    assert configured_network(cfg)[0] == "resnet18"
 
 
 class TestArguments:

@@ -11,8 +11,8 @@ from torch import nn
 
 from resnet_backbone.detection.weights import fill
 from resnet_backbone.engine.config import ConfigError, as_config_error
-from resnet_backbone.engine.network_config import arguments_from_config
-from resnet_backbone.networks import accepted_arguments, build_network
+from resnet_backbone.engine.network_config import configured_network
+from resnet_backbone.networks import build_network
 
 
 class NetworkBackbone(Backbone):
@@ -42,7 +42,7 @@ class NetworkBackbone(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NetworkBackbone:
-    """Build MODEL.NETWORK.NAME up to the last of MODEL.RESNETS.OUT_FEATURES, initialized from MODEL.WEIGHTS."""
+    """Build the configured network up to the last of MODEL.RESNETS.OUT_FEATURES, initialized from MODEL.WEIGHTS."""
     out_features = cfg.MODEL.RESNETS.OUT_FEATURES
     network = build_part(cfg, out_features=out_features)
     fill(network, cfg, part="backbone")
@@ -67,14 +67,13 @@ def build_network_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -
 def build_part(
     cfg: CfgNode, *, out_features: Sequence[str] | None = None, stages: Sequence[str] | None = None
 ) -> nn.Module:
-    """Build a run of stages of MODEL.NETWORK.NAME: those up to the last of `out_features`, or `stages`.
+    """Build a run of stages of the configured network: those up to the last of `out_features`, or `stages`.
 
     Raises:
-        ConfigError: the network is unknown, or lacks a requested feature or stage.
+        ConfigError: the network is unknown, or lacks what MODEL.RESNETS asks for, or a requested feature or stage.
     """
-    name = cfg.MODEL.NETWORK.NAME
     with as_config_error("MODEL.NETWORK"):
-        arguments = arguments_from_config(cfg, accepted_arguments(name))
+        name, arguments = configured_network(cfg)
         with torch.device("meta"):
             whole = build_network(name, **arguments)
     if stages is None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from resnet_backbone.detection.modeling.backbone import build_part
 from resnet_backbone.detection.weights import fill
 from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.network_config import network_name
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -35,7 +36,7 @@ class VGGBoxHead(nn.Module):
         if found != fc6.in_features:
             raise ConfigError(
                 f"VGGBoxHead gets RoI features of {input_shape.channels}×{input_shape.height}×{input_shape.width}, but "
-                f"fc6 of {cfg.MODEL.NETWORK.NAME} takes {fc6.in_features} values ({fc6.in_features // 49}×7×7). Set "
+                f"fc6 of {network_name(cfg)} takes {fc6.in_features} values ({fc6.in_features // 49}×7×7). Set "
                 "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION to 7 and MODEL.ROI_HEADS.IN_FEATURES to ('conv5',)."
             )
         fill(network, cfg, part="roi_heads.box_head")
