@@ -12,6 +12,9 @@ from resnet_backbone.detection.modeling import (
     build_network_backbone,
     build_network_fpn_backbone,
     build_network_retinanet_fpn_backbone,
+    pretrained_backbone,
+    pretrained_input,
+    pretrained_res5,
 )
 from resnet_backbone.detection.task import run
 
@@ -24,5 +27,8 @@ __all__ = [
     "build_network_fpn_backbone",
     "build_network_retinanet_fpn_backbone",
     "get_config",
+    "pretrained_backbone",
+    "pretrained_input",
+    "pretrained_res5",
     "run",
 ]

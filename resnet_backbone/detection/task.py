@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
@@ -16,6 +15,7 @@ from resnet_backbone.detection.checks import check_classifiers_keys, check_datas
 from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.detection.evaluation.evaluate import evaluate, try_two_images
 from resnet_backbone.detection.modeling.backbone import NetworkBackbone
+from resnet_backbone.detection.modeling.layout import use_channels_last
 from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.detection.weights import is_frozen_norm, is_own, load_whole, offered, read, stock_arguments
 from resnet_backbone.engine import run as engine_run
@@ -135,7 +135,8 @@ def _build_model(cfg: CfgNode, weights: Checkpoint | None, file: str) -> nn.Modu
     load_whole(cfg, model, weights, file)
     if cfg.SOLVER.AMP.ENABLED:
         keep_boxes_in_float32(model)
-    return model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
+    use_channels_last(model)
+    return model
 
 
 def _describe(

@@ -139,10 +139,10 @@ def load_whole(cfg: CfgNode, model: nn.Module, weights: Checkpoint | None, file:
         logger.info(
             "%s from %s", load_state(model, weights.model, part="detector", source=file, may_miss=allowed), file
         )
-        _check_frozen_norms(cfg, model, weights, file, part="the detector")
+        check_frozen_norms(model, weights, file, part="the detector", allowed=_allows_untrained(cfg))
     elif not is_own(cfg):
         if not file:
-            _check_frozen_norms(cfg, model, None, file, part="the detector")
+            check_frozen_norms(model, None, file, part="the detector", allowed=_allows_untrained(cfg))
         try:  # by Detectron2's own rules
             DetectionCheckpointer(model).load(file)
         except (OSError, AssertionError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
@@ -181,7 +181,7 @@ def fill(network: nn.Module, cfg: CfgNode, *, part: str) -> None:
             path, _, local = name.rpartition(".")
             source.taken.append((name, weakref.ref(network.get_submodule(path)), local))
         logger.info("%s from %s", _count(source.counts), source.file)
-    _check_frozen_norms(cfg, network, source.checkpoint, source.file, part=part)
+    check_frozen_norms(network, source.checkpoint, source.file, part=part, allowed=_allows_untrained(cfg))
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
@@ -211,7 +211,7 @@ def _source(cfg: CfgNode, network: nn.Module, kind: str) -> Source:
     begins_another_model = _open is not None and kind == "backbone" and kind in _open.counts
     if _open is None or _open.key != key or begins_another_model:
         _let_go()  # free memory before reading the next file
-        _show_log()
+        show_log()
         source = _compared(cfg)
         source.key, source.hook = key, register_module_module_registration_hook(_recognize_model)
         _open = source
@@ -315,13 +315,17 @@ def _check_heads(cfg: CfgNode, checkpoint: Checkpoint, file: str) -> None:
         )
 
 
-def _check_frozen_norms(
-    cfg: CfgNode, module: nn.Module, checkpoint: Checkpoint | None, file: str, *, part: str
+def _allows_untrained(cfg: CfgNode) -> bool:
+    return cfg.MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN
+
+
+def check_frozen_norms(
+    module: nn.Module, checkpoint: Checkpoint | None, file: str, *, part: str, allowed: bool = False
 ) -> None:
     """Raise ConfigError if `module` has frozen batch normalization whose statistics were never estimated."""
     frozen = sum(is_frozen_norm(m) for m in module.modules())
     estimated = checkpoint is not None and checkpoint.metadata.norm_statistics != "never"
-    if frozen and not estimated and not cfg.MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN:
+    if frozen and not estimated and not allowed:
         weights = f"{file} never estimated them" if file else "MODEL.WEIGHTS is empty"
         raise ConfigError(
             f"{part} has {frozen} frozen batch normalizations without statistics ({weights}): they would be the "
@@ -334,7 +338,7 @@ def _check_frozen_norms(
 # Logging in scripts.
 
 
-def _show_log() -> None:
+def show_log() -> None:
     """Print this package's log as `DefaultTrainer` prints Detectron2's, unless logging is already set up."""
     if not logging.getLogger("resnet_backbone").hasHandlers():
         setup_logger(distributed_rank=comm.get_rank(), name="resnet_backbone")

@@ -17,6 +17,7 @@ from resnet_backbone.detection import add_network_config
 from resnet_backbone.detection.weights import is_frozen_norm
 from resnet_backbone.networks import build_network
 from resnet_backbone.weights import Checkpoint, Metadata, write_checkpoint
+from tests.detection.detectron2_names import detectron2_state
 
 C4 = {"MODEL.BACKBONE.NAME": "build_network_backbone", "MODEL.ROI_HEADS.NAME": "NetworkRes5ROIHeads"}
 DC5 = {"MODEL.BACKBONE.NAME": "build_network_backbone"}
@@ -148,30 +149,6 @@ def test_a_stock_config_builds_and_takes_a_step(resnet50, name, changes, expecte
 
     with torch.no_grad():
         assert "instances" in model.eval()([annotated_image()])[0]
-
-
-def detectron2_state(network):
-    """The weights of one of our ResNets under the names of Detectron2's."""
-    state = {}
-
-    def take(ours, theirs):
-        for key, value in ours.state_dict().items():
-            if key != "num_batches_tracked":
-                state[f"{theirs}.{key}"] = value
-
-    take(network.conv1, "stem.conv1")
-    take(network.bn1, "stem.conv1.norm")
-    for i in range(1, 5):
-        for j, block in enumerate(getattr(network, f"layer{i}")):
-            for part, module in block.named_children():
-                if part == "downsample":
-                    take(module[0], f"res{i + 1}.{j}.shortcut")
-                    take(module[1], f"res{i + 1}.{j}.shortcut.norm")
-                elif part.startswith("conv"):
-                    take(module, f"res{i + 1}.{j}.{part}")
-                elif part.startswith("bn"):
-                    take(module, f"res{i + 1}.{j}.conv{part[2:]}.norm")
-    return state
 
 
 @pytest.mark.parametrize("stride_in_1x1", [True, False])

@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks.photographs import photograph
 from resnet_backbone.detection.config import get_config
+from resnet_backbone.detection.modeling.layout import use_channels_last
 from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.engine.config import CfgNode, load_config
 from resnet_backbone.errors import InputError
@@ -144,7 +145,7 @@ def build_pair(name: str, work: DetectionWork, *, configs: Path, device: str) ->
     stock = build_model(stock_cfg)
     stock.load_state_dict({stock_name(name): tensor for name, tensor in ours.state_dict().items()}, strict=True)
     keep_boxes_in_float32(ours)
-    ours = ours.to(memory_format=torch.channels_last)
+    use_channels_last(ours)
     return Pair(ours=ours, stock=stock, inputs=inputs, cfg=cfg, stock_cfg=stock_cfg)
 
 
