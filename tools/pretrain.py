@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from resnet_backbone import pretraining
 from resnet_backbone.analysis import analyze_catalogue, format_overview
 from resnet_backbone.engine.config import load_config
-from resnet_backbone.engine.launch import PrintAndExit, argument_parser, run_tool
-from resnet_backbone.pretraining.checks import throughput, try_run
+from resnet_backbone.engine.launch import PrintAndExit, argument_parser, training_tool
+from resnet_backbone.pretraining.dry_run import throughput, try_run
 
 EXAMPLE = """examples:
   python tools/pretrain.py --config-file configs/pretrain/imagenet.yaml MODEL.NETWORK.NAME resnet50 \\
@@ -30,24 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
         const=lambda: format_overview(analyze_catalogue()),
         help="print the names for MODEL.NETWORK.NAME, and what the networks cost, and stop",
     )
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--try",
-        dest="try_run",
-        type=int,
-        metavar="N",
-        help="see in N iterations whether it all works; nothing of it stays",
-    )
-    instead.add_argument(
-        "--throughput", type=int, metavar="N", help="measure the images a second over N iterations; nothing of it stays"
-    )
-    given = parser.parse_intermixed_args(words)
-    for check, iterations in ((try_run, given.try_run), (throughput, given.throughput)):
-        if iterations is not None:
-            if given.resume or given.eval_only:
-                parser.error("--try and --throughput go without --resume and --eval-only")
-            return run_tool(given, load, check, {"iterations": iterations})
-    return run_tool(given, load, pretraining.run)
+    return training_tool(parser, words, load, pretraining.run, try_run=try_run, throughput=throughput)
 
 
 if __name__ == "__main__":

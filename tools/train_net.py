@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from resnet_backbone import detection
+from resnet_backbone.detection.dry_run import throughput, try_run
 from resnet_backbone.engine.config import load_config
-from resnet_backbone.engine.launch import argument_parser, run_tool
+from resnet_backbone.engine.launch import argument_parser, training_tool
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   python tools/train_net.py --config-file configs/faster_rcnn_R101.yaml --num-gpus 8 \\
-      MODEL.WEIGHTS output/resnet101/model_final.pth OUTPUT_DIR output/detector"""
+      MODEL.WEIGHTS output/resnet101/model_final.pth OUTPUT_DIR output/detector
+  python tools/train_net.py --config-file configs/faster_rcnn_R101.yaml --try 20    # does it work?"""
 
 
 def load(arguments: argparse.Namespace):
@@ -19,7 +21,8 @@ def load(arguments: argparse.Namespace):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    return run_tool(argument_parser(__doc__, EXAMPLE).parse_intermixed_args(words), load, detection.run)
+    parser = argument_parser(__doc__, EXAMPLE)
+    return training_tool(parser, words, load, detection.run, try_run=try_run, throughput=throughput)
 
 
 if __name__ == "__main__":

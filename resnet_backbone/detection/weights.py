@@ -80,8 +80,9 @@ _open: Source | None = None
 def read(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoint | None, str]:
     """Return a tool run's initial weights and their file name, and copy the weights' metadata into `cfg`.
 
-    The weights are None for random weights. With one of Detectron2's backbones, they are also None for anything but
-    this project's checkpoints, since Detectron2 loads it itself.
+    The weights are None for random weights and for a detector of Detectron2's trainer, which does not describe itself.
+    With one of Detectron2's backbones, they are None for anything but this project's checkpoints, since Detectron2
+    loads it itself.
 
     Args:
         last: the last checkpoint in `folder`, if the run resumes from it.
@@ -95,7 +96,7 @@ def read(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoin
     weights = last
     if is_own(cfg):
         if weights is None and file:
-            weights = _read_file(cfg)
+            weights = _read_file(cfg)  # None for a detector of Detectron2's trainer
         if weights is not None:
             fill_from_metadata(cfg, weights.metadata, file)
             _check_heads(cfg, weights, file)
@@ -130,17 +131,24 @@ def offered(weights: Checkpoint | None, file: str) -> Iterator[None]:
 def load_whole(cfg: CfgNode, model: nn.Module, weights: Checkpoint | None, file: str) -> None:
     """Load weights that do not go into separate parts into `model`: a detector, or a file in Detectron2's formats.
 
+    Args:
+        weights, file: what `read` returned.
+
     Raises:
         ConfigError: batch normalization would be frozen without statistics.
         CheckpointError: the file does not cover the model, or Detectron2 cannot load it.
     """
+    own = is_own(cfg)
+    state = None
     if weights is not None and weights.metadata.kind == "detector":
-        allowed = cfg.MODEL.NETWORK.ALLOW_MISSING
-        logger.info(
-            "%s from %s", load_state(model, weights.model, part="detector", source=file, may_miss=allowed), file
-        )
+        state = weights.model
         check_frozen_norms(model, weights, file, part="the detector", allowed=_allows_untrained(cfg))
-    elif not is_own(cfg):
+    elif weights is None and own and file:
+        state = torch.load(file, map_location="cpu", weights_only=True)["model"]
+    if state is not None:
+        allowed = cfg.MODEL.NETWORK.ALLOW_MISSING
+        logger.info("%s from %s", load_state(model, state, part="detector", source=file, may_miss=allowed), file)
+    elif not own:
         if not file:
             check_frozen_norms(model, None, file, part="the detector", allowed=_allows_untrained(cfg))
         try:  # by Detectron2's own rules
@@ -238,11 +246,8 @@ def _compared(cfg: CfgNode) -> Source:
     file = cfg.MODEL.WEIGHTS
     if not file:
         return Source(file, None)
-    try:
-        checkpoint = _read_file(cfg)
-    except InputError:
-        if not _is_detectron2_detector(file):
-            raise
+    checkpoint = _read_file(cfg)
+    if checkpoint is None:
         logger.warning(
             "%s was written by Detectron2's trainer and does not say how it was fed; INPUT.FORMAT, MODEL.PIXEL_MEAN, "
             "MODEL.PIXEL_STD and MODEL.RESNETS.STRIDE_IN_1X1 are taken from the configuration as they stand",
@@ -261,13 +266,19 @@ def _compared(cfg: CfgNode) -> Source:
     return Source(file, checkpoint)
 
 
-def _read_file(cfg: CfgNode) -> Checkpoint:
+def _read_file(cfg: CfgNode) -> Checkpoint | None:
+    """Read MODEL.WEIGHTS; return None if it is a detector of Detectron2's trainer."""
     file = cfg.MODEL.WEIGHTS
     if "://" in file and not Path(file).is_file():
         raise CheckpointError(
             f"MODEL.WEIGHTS is {file}, and nothing is downloaded here. Download it, and give the file's path."
         )
-    return read_with_overrides(file, command_line_overrides(cfg))
+    try:
+        return read_with_overrides(file, command_line_overrides(cfg))
+    except InputError:
+        if _is_detectron2_detector(file):
+            return None
+        raise
 
 
 def _identity(file: str) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ import functools
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -29,6 +29,17 @@ def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--print-config", action="store_true", help="print every key, its value and who set it, and stop"
     )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--try",
+        dest="try_run",
+        type=int,
+        metavar="N",
+        help="see in N iterations whether it all works; nothing of it stays",
+    )
+    instead.add_argument(
+        "--throughput", type=int, metavar="N", help="measure the images a second over N iterations; nothing of it stays"
+    )
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine (on CPUs too, by gloo)")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, unique, from 0")
@@ -46,6 +57,25 @@ class PrintAndExit(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(self.const())
         parser.exit()
+
+
+def training_tool(
+    parser: argparse.ArgumentParser,
+    words: Sequence[str] | None,
+    load: Callable[[argparse.Namespace], CfgNode],
+    run: Callable[..., object],
+    *,
+    try_run: Callable[..., object],
+    throughput: Callable[..., object],
+) -> int:
+    """Parse a training tool's command line, and train, evaluate, try or measure; return the exit code."""
+    given = parser.parse_intermixed_args(words)
+    for check, iterations in ((try_run, given.try_run), (throughput, given.throughput)):
+        if iterations is not None:
+            if given.resume or given.eval_only:
+                parser.error("--try and --throughput go without --resume and --eval-only")
+            return run_tool(given, load, check, {"iterations": iterations})
+    return run_tool(given, load, run)
 
 
 def run_tool(

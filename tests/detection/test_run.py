@@ -328,9 +328,9 @@ def test_a_stock_configuration_with_our_names_takes_its_depth(detection_config, 
     damp_stock(monkeypatch)
     cfg = detection_config(STOCK, tmp_path, *names, "MODEL.WEIGHTS", "", "MODEL.NETWORK.WIDTH", 0.125, *ALLOW)
     detection.run(cfg)
-    assert cfg.MODEL.NETWORK.NAME == "resnet50"
     assert losses(tmp_path)[0] < 1000
-    assert read_checkpoint(tmp_path / "model_final.pth").metadata.arguments["stride_in_1x1"] is True  # Detectron2's
+    metadata = read_checkpoint(tmp_path / "model_final.pth").metadata
+    assert metadata.architecture == "resnet50" and metadata.arguments["stride_in_1x1"] is True  # Detectron2's
 
 
 def test_a_stock_configuration_with_our_names_follows_the_weights(tmp_path, detection_config, classifier):

@@ -15,13 +15,15 @@ import torch
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultPredictor, DefaultTrainer
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.modeling import build_backbone, build_model
 
 from resnet_backbone import detection
 from resnet_backbone.detection import add_network_config, weights
 from resnet_backbone.detection.data import datasets
-from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.config import ConfigError, load_config
 from resnet_backbone.engine.network_config import fill_from_metadata
 from resnet_backbone.weights import CheckpointError, convert, read_checkpoint, write_checkpoint
 
@@ -372,6 +374,35 @@ def test_a_detector_of_ours_loads_in_a_script_and_the_log_says_so(own_detector, 
     assert said[0].startswith(f"{own_detector.MODEL.WEIGHTS}: detector resnet18(")
     assert said[-1] == "75 of 75 backbone tensors, 35 of 35 head tensors from a detector's checkpoint"
     assert not [r for r in caplog.records if r.levelname == "WARNING" and r.name.startswith("fvcore")]
+
+
+def test_the_tool_evaluates_and_goes_on_from_a_detector_of_detectron2s_trainer(own_script, tmp_path):
+    own_script.SOLVER.MAX_ITER = 1
+    trainer = DefaultTrainer(own_script)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    own_script.MODEL.WEIGHTS = str(tmp_path / "own" / "model_final.pth")
+    (tmp_path / "own.yaml").write_text(own_script.dump())
+
+    def load(output, *keys):
+        keys = ("OUTPUT_DIR", str(output), "MODEL.WEIGHTS", own_script.MODEL.WEIGHTS, *keys)
+        return load_config(detection.get_config(), tmp_path / "own.yaml", keys)
+
+    found = detection.run(load(tmp_path / "test"), eval_only=True)
+    expected = inference_on_dataset(
+        trainer.model,
+        build_detection_test_loader(own_script, own_script.DATASETS.TEST[0]),
+        COCOEvaluator(own_script.DATASETS.TEST[0], output_dir=str(tmp_path / "theirs"), use_fast_impl=False),
+    )
+    assert found["bbox"] == pytest.approx(expected["bbox"], nan_ok=True)
+    log = (tmp_path / "test" / "log.txt").read_text()
+    assert log.count("does not say how it was fed") == 1
+    assert "detector: all 110 of 110 tensors loaded from" in log
+    detection.run(load(tmp_path / "on", "SOLVER.MAX_ITER", "1"))
+
+    other = load(tmp_path / "other", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
+    with pytest.raises(CheckpointError, match="roi_heads.box_predictor.bbox_pred.weight is"):
+        detection.run(other, eval_only=True)
 
 
 def test_a_detectors_frozen_norms_without_statistics_stop_in_every_way_in(own_detector, detection_config, tmp_path):

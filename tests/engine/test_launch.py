@@ -26,7 +26,7 @@ class TestArguments:
         words = ["--config-file", "f", "--num-gpus", "3", "--num-machines", "2", "--machine-rank", "1"]
         words += ["--dist-url", "tcp://a:1", "--eval-only", "SEED", "1"]
         ours = vars(launch.argument_parser("", "").parse_args(words))
-        assert ours.pop("print_config") is False
+        assert (ours.pop("print_config"), ours.pop("try_run"), ours.pop("throughput")) == (False, None, None)
         assert ours == vars(default_argument_parser().parse_args(words))
 
     def test_exit_codes(self, cfg, capsys):

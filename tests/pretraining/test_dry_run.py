@@ -7,8 +7,9 @@ import pytest
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source, register_source
 from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.dry_run import _shortened
 from resnet_backbone.errors import InputError
-from resnet_backbone.pretraining import checks
+from resnet_backbone.pretraining import dry_run
 
 SECONDS = 0.01  # that reading an image takes from a slow disk
 
@@ -41,7 +42,7 @@ def output(tmp_path) -> Path:
 def test_a_configuration_that_works(pretrain_config, output, capsys):
     cfg = pretrain_config(output, "SOLVER.MAX_ITER", 10**6, "SOLVER.CHECKPOINT_PERIOD", 1000)
     before = cfg.dump()
-    checks.try_run(cfg, iterations=5)
+    dry_run.try_run(cfg, iterations=5)
     printed = capsys.readouterr().out
     assert "resumed: the next iteration is 2\n" in printed
     saved = re.findall(r"saved \S+/(model_\d+\.pth)", printed)
@@ -55,7 +56,7 @@ def test_a_configuration_that_works(pretrain_config, output, capsys):
 
 def test_it_tests_on_images_from_the_whole_test_set(pretrain_config, shapes, output):
     cfg = pretrain_config(output, "TEST.IMS_PER_BATCH", 5)
-    checks._test_on_few(cfg)
+    dry_run._test_on_few(cfg)
     source, few = open_source(shapes), open_source(cfg.DATASETS.TEST[0])
     assert len(few) == 10 and few.class_names == source.class_names
     assert few.indices.tolist() == [0, 7, 14, 21, 28, 35, 42, 49, 56, 63]
@@ -72,7 +73,7 @@ def test_it_tests_on_images_from_the_whole_test_set(pretrain_config, shapes, out
 )
 def test_the_learning_rate_is_that_of_the_first_iteration(pretrain_config, output, warm_up, rate):
     cfg = pretrain_config(output, "SOLVER.BASE_LR", 0.05, *warm_up)
-    short = checks._shortened(cfg, output, {"SOLVER.MAX_ITER": 3})
+    short = _shortened(cfg, output, {"SOLVER.MAX_ITER": 3})
     found = short.SOLVER.BASE_LR
     assert found == pytest.approx(rate)
     assert (short.SOLVER.WARMUP_ITERS, short.SOLVER.MAX_ITER) == (0, 3)
@@ -81,12 +82,12 @@ def test_the_learning_rate_is_that_of_the_first_iteration(pretrain_config, outpu
 def test_what_does_not_work_is_said_and_leaves_nothing(pretrain_config, shapes, output):
     register_source("bad images", lambda _: BadSource(shapes))
     with pytest.raises(InputError, match="is unreadable"):
-        checks.try_run(pretrain_config(output, "DATASETS.TEST", "bad images"), iterations=2)
+        dry_run.try_run(pretrain_config(output, "DATASETS.TEST", "bad images"), iterations=2)
 
 
 def test_throughput_of_slow_data(pretrain_config, shapes, output, capsys):
     register_source("slow images", lambda _: SlowSource(shapes))
-    checks.throughput(pretrain_config(output, "DATASETS.TRAIN", "slow images"), iterations=3)
+    dry_run.throughput(pretrain_config(output, "DATASETS.TRAIN", "slow images"), iterations=3)
     head, *table = capsys.readouterr().out.splitlines()
     assert head == ("resnet18, batches of 8 images over 1 process(es), cpu, fp32; 3 iterations, after 3 of warm-up")
     slow, repeated = (re.fullmatch(r"(.*?) {2,}([\d.]+) +([\d.]+)", line).groups() for line in table[2:])
@@ -98,7 +99,7 @@ def test_throughput_of_slow_data(pretrain_config, shapes, output, capsys):
     assert float(repeated[1]) > rate and float(repeated[2]) < 5
 
 
-@pytest.mark.parametrize(("check", "iterations"), [(checks.try_run, 1), (checks.throughput, 0)])
+@pytest.mark.parametrize(("check", "iterations"), [(dry_run.try_run, 1), (dry_run.throughput, 0)])
 def test_too_few_iterations(pretrain_config, output, check, iterations):
     with pytest.raises(ConfigError, match=f"is {iterations}, expected at least {iterations + 1}"):
         check(pretrain_config(output), iterations=iterations)
@@ -106,13 +107,13 @@ def test_too_few_iterations(pretrain_config, output, check, iterations):
 
 def test_a_folder_that_cannot_be_written(pretrain_config):
     with pytest.raises(ConfigError, match="/proc, for OUTPUT_DIR /proc/nope, cannot be written"):
-        checks.try_run(pretrain_config("/proc/nope"), iterations=2)
+        dry_run.try_run(pretrain_config("/proc/nope"), iterations=2)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu(pretrain_config, output, capsys):
     cfg = pretrain_config(output, "MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True)
-    checks.try_run(cfg, iterations=4)
+    dry_run.try_run(cfg, iterations=4)
     assert "GPU memory" in capsys.readouterr().out
-    checks.throughput(cfg, iterations=3)
+    dry_run.throughput(cfg, iterations=3)
     assert "cuda, bf16" in capsys.readouterr().out

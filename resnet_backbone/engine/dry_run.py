@@ -1,4 +1,4 @@
-"""Check that a configuration works and how fast it runs, in a temporary folder."""
+"""Check in a temporary folder that a configuration works and how fast it trains; nothing of it stays."""
 
 import contextlib
 import itertools
@@ -8,35 +8,31 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from resnet_backbone.data.sources import open_source, register_source
-from resnet_backbone.data.subset import Subset
 from resnet_backbone.engine.config import ConfigError, set_key
-from resnet_backbone.engine.network_config import network_name
+from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.precision import precision_of
+from resnet_backbone.engine.run import Task
 from resnet_backbone.engine.schedule import rescale_for_batch
-from resnet_backbone.engine.train import check_batch, choose_seed
-from resnet_backbone.pretraining.network import train_new
-from resnet_backbone.pretraining.pipelines import build_pipeline
-from resnet_backbone.pretraining.task import run
-
-TEST_BATCHES = 2  # number of batches that try_run evaluates
-SOME = "some images of DATASETS.TEST"  # the name of the data set that try_run evaluates
+from resnet_backbone.engine.train import check_batch, choose_seed, train
 
 
-def try_run(cfg: CfgNode, *, iterations: int) -> None:
-    """Train, save, evaluate on a few batches and resume halfway; then print "works", the time and the memory.
+def try_run(cfg: CfgNode, run: Callable[..., Any], test_on_few: Callable[[CfgNode], int], *, iterations: int) -> None:
+    """Train, save, evaluate on a few images and resume halfway; then print "works", the time and the memory.
 
     Everything runs as in a real run, except that it is short and stays at the first iteration's learning rate.
+
+    Args:
+        run: called as `run(cfg, resume=…)`, in all processes.
+        test_on_few: limits a configuration's DATASETS.TEST to a few images, and returns their number.
 
     Raises:
         InputError: something does not work.
@@ -56,20 +52,19 @@ def try_run(cfg: CfgNode, *, iterations: int) -> None:
                 "TEST.PRECISE_BN.NUM_ITER": min(cfg.TEST.PRECISE_BN.NUM_ITER, iterations),
             },
         )
-        _test_on_few(trial)
+        images = test_on_few(trial)
         for resume, last in ((False, half), (True, iterations)):
             set_key(trial, "SOLVER.MAX_ITER", last, "a short run")
-            results = run(trial.clone(), resume=resume)
+            run(trial.clone(), resume=resume)
     memory, kind = max(comm.all_gather(_peak_memory())), "GPU memory" if torch.cuda.is_initialized() else "memory"
     if comm.is_main_process():
         print(
-            f"works: {iterations} iterations with checkpoints, a resume and evaluations on "
-            f"{results['images']:.0f} images in {time.perf_counter() - start:.0f} s; at most "
-            f"{memory / 2**30:.2f} GiB of {kind} in a process"
+            f"works: {iterations} iterations with checkpoints, a resume and evaluations on {images} images in "
+            f"{time.perf_counter() - start:.0f} s; at most {memory / 2**30:.2f} GiB of {kind} in a process"
         )
 
 
-def throughput(cfg: CfgNode, *, iterations: int) -> None:
+def throughput(cfg: CfgNode, make_task: Callable[[CfgNode], Task], *, iterations: int) -> None:
     """Print training images per second, on the data and on one repeated batch, after an equally long warm-up.
 
     Raises:
@@ -93,28 +88,40 @@ def throughput(cfg: CfgNode, *, iterations: int) -> None:
             },
         )
         choose_seed(short, None)
-        torch.manual_seed(short.SEED)
-        source = open_source(short.DATASETS.TRAIN[0])
-        pipeline = build_pipeline(short, source)
-        one = next(pipeline(0))
-        rows = []
-        for title, feed in (
-            (short.DATASETS.TRAIN[0], lambda *_: pipeline(0)),
-            ("one batch, repeated", lambda *_: itertools.repeat(one)),
-        ):
-            target = folder / str(len(rows))
-            target.mkdir(exist_ok=True)
-            train_new(short, len(source.class_names), feed, pipeline.images_of, target)
-            comm.synchronize()  # wait for the main process to write
-            measured = json.loads((target / "metrics.json").read_text().splitlines()[-1])
-            rows.append((title, measured["images_per_second"], 100 * measured["data_share"]))
+        network, *on_data = _measure(short, make_task(short), folder / "data")
+        _, *on_one_batch = _measure(short, _OneBatch(make_task(short)), folder / "one_batch")
     if comm.is_main_process():
-        precision = precision_of(cfg)
         print(
-            f"{network_name(cfg)}, batches of {cfg.SOLVER.IMS_PER_BATCH} images over {comm.get_world_size()} "
-            f"process(es), {cfg.MODEL.DEVICE}, {precision}; {iterations} iterations, after {iterations} of warm-up"
+            f"{network}, batches of {cfg.SOLVER.IMS_PER_BATCH} images over {comm.get_world_size()} process(es), "
+            f"{cfg.MODEL.DEVICE}, {precision_of(cfg)}; {iterations} iterations, after {iterations} of warm-up"
         )
+        rows = [(", ".join(cfg.DATASETS.TRAIN), *on_data), ("one batch, repeated", *on_one_batch)]
         print(tabulate(rows, ("data", "images per second", "waiting for data, % of the time"), floatfmt=".1f"))
+
+
+def _measure(cfg: CfgNode, task: Task, folder: Path) -> tuple[str, float, float]:
+    """Train; return the network's name, and of the last period the images per second and the percentage of waiting."""
+    torch.manual_seed(cfg.SEED)
+    task.check(eval_only=False)
+    model = task.build(None, eval_only=False)
+    folder.mkdir(exist_ok=True)
+    train(cfg, task, model, build_optimizer(cfg, model), folder=folder, resume_from=None)
+    comm.synchronize()  # wait for the main process to write
+    measured = json.loads((folder / "metrics.json").read_text().splitlines()[-1])
+    return task.metadata(0).architecture, measured["images_per_second"], 100 * measured["data_share"]
+
+
+class _OneBatch:
+    """A task whose batches are all its first one."""
+
+    def __init__(self, task: Task):
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def batches(self, start_iteration: int) -> Iterable[Any]:
+        return itertools.repeat(next(iter(self._task.batches(0))))
 
 
 def _shortened(cfg: CfgNode, folder: Path, keys: Mapping[str, Any]) -> CfgNode:
@@ -135,21 +142,6 @@ def _shortened(cfg: CfgNode, folder: Path, keys: Mapping[str, Any]) -> CfgNode:
     for key, value in {**common, **keys}.items():
         set_key(short, key, value, "a short run")
     return short
-
-
-def _test_on_few(cfg: CfgNode) -> None:
-    """Limit the test data of `cfg` to a few batches."""
-    count = TEST_BATCHES * (cfg.TEST.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH)
-    cfg.DATASETS.HOLD_OUT = min(cfg.DATASETS.HOLD_OUT, count)
-    if len(cfg.DATASETS.TEST) == 1:  # otherwise the run reports the error
-        entry = cfg.DATASETS.TEST[0]
-
-        def open_some(_: Path) -> Subset:
-            source = open_source(entry)
-            return Subset(source, np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64)))
-
-        register_source(SOME, open_some)
-        cfg.DATASETS.TEST = (SOME,)
 
 
 @contextlib.contextmanager
