@@ -71,13 +71,14 @@ def _refuse_foreign_keys(cfg: CfgNode, name: str) -> None:
         # Detectron2 wants 64 for its basic blocks and gives 256 as the default.
         "RES2_OUT_CHANNELS": {256} if "block" not in row else {256, 64 * row["block"].expansion},
         "DEFORM_ON_PER_STAGE": {(False, False, False, False)},
+        "DEFORM_MODULATED": {False},
+        "DEFORM_NUM_GROUPS": {1},
     }
     used = {"DEPTH", "OUT_FEATURES", "NORM", "STRIDE_IN_1X1", "RES5_DILATION"}
-    idle = {"DEFORM_MODULATED", "DEFORM_NUM_GROUPS"}  # without DEFORM_ON_PER_STAGE
-    for key, value in cfg.MODEL.RESNETS.items():
-        value = tuple(value) if isinstance(value, list) else value
-        # A key that Detectron2 does not have asks for something of a project's own, such as DeepLab's stem.
-        if value not in offered.get(key, ()) and key not in used | idle:
+    # A key that Detectron2 does not have asks for something of a project's own, such as DeepLab's stem.
+    for key in [key for key in cfg.MODEL.RESNETS if key not in used]:
+        value = cfg.MODEL.RESNETS[key]
+        if (tuple(value) if isinstance(value, list) else value) not in offered.get(key, ()):
             default = _defaults().MODEL.RESNETS.get(key)
             raise ConfigError(
                 f"{_said(cfg, f'MODEL.RESNETS.{key}')}, but {name} here does not have that. "

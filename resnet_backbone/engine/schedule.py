@@ -9,7 +9,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver.lr_scheduler import WarmupParamScheduler
 from fvcore.common.param_scheduler import (
-    ConstantParamScheduler,
     CosineParamScheduler,
     MultiStepParamScheduler,
     ParamScheduler,
@@ -87,7 +86,9 @@ def build_multiplier(cfg: CfgNode) -> ParamScheduler:
                 "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, which follows the evaluations, but TEST.EVAL_PERIOD is "
                 f"{cfg.TEST.EVAL_PERIOD}. Set it to the number of iterations between two."
             )
-        multiplier = ConstantParamScheduler(1.0)  # `Plateau` does the rest
+        # 1 throughout; `Plateau` does the rest. (fvcore's constant schedule has no value at the end of a warm-up that
+        # lasts as long as the run.)
+        multiplier = MultiStepParamScheduler(values=[1.0], milestones=[], num_updates=total)
     else:
         raise ConfigError(
             f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}, expected one of {', '.join(SCHEDULES)}."

@@ -19,7 +19,9 @@ from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.precise_bn import estimate_norm_statistics
 from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.pretrained import command_line_overrides, read_with_overrides
+from resnet_backbone.engine.unread import refuse_unread
 from resnet_backbone.networks import FrozenBatchNorm2d
+from resnet_backbone.pretraining.config import UNREAD, get_config
 from resnet_backbone.pretraining.evaluation import build_evaluator, load_ensemble
 from resnet_backbone.pretraining.losses import ClassificationLosses
 from resnet_backbone.pretraining.network import build_classifier, describe_classifier
@@ -48,6 +50,7 @@ class Classification:
         self._precise = False
 
     def check(self, *, eval_only: bool) -> None:
+        refuse_unread(self._cfg, get_config(), UNREAD, tool="tools/pretrain.py")
         ensemble = self._cfg.TEST.ENSEMBLE
         if ensemble and not eval_only:
             raise ConfigError(

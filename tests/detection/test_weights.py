@@ -401,7 +401,7 @@ def test_the_tool_evaluates_and_goes_on_from_a_detector_of_detectron2s_trainer(o
     detection.run(load(tmp_path / "on", "SOLVER.MAX_ITER", "1"))
 
     other = load(tmp_path / "other", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
-    with pytest.raises(CheckpointError, match="roi_heads.box_predictor.bbox_pred.weight is"):
+    with pytest.raises(CheckpointError, match=r"roi_heads\.box_predictor\.bbox_pred\.weight is"):
         detection.run(other, eval_only=True)
 
 

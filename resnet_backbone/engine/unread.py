@@ -1,0 +1,24 @@
+"""Refuse keys that a tool never reads, instead of ignoring them silently."""
+
+from collections.abc import Mapping
+
+from detectron2.config import CfgNode
+
+from resnet_backbone.engine.config import ConfigError, flatten, origin
+
+
+def refuse_unread(cfg: CfgNode, defaults: CfgNode, unread: Mapping[str, str], *, tool: str) -> None:
+    """Raise ConfigError if a key that `tool` does not read has another value than its default.
+
+    Args:
+        defaults: the tool's configuration before anybody set a key.
+        unread: maps keys, or groups of keys such as "MODEL.RPN", to what to do instead; "" if there is nothing.
+    """
+    expected = dict(flatten(defaults))
+    for key, value in flatten(cfg):
+        reason = next((unread[group] for group in unread if f"{key}.".startswith(f"{group}.")), None)
+        if reason is not None and value != expected.get(key):
+            by = f" ({origin(cfg, key)})" if origin(cfg, key) else ""
+            raise ConfigError(
+                f"{key} is {value}{by}, but {tool} does not read it. {reason or f'Leave it at {expected.get(key)}.'}"
+            )
