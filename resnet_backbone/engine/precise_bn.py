@@ -3,19 +3,39 @@
 The ResNet paper recomputes them on the training set after pretraining and freezes them in detection (appendix A).
 """
 
+import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
 from resnet_backbone.engine.config import ConfigError
-from resnet_backbone.engine.precision import autocast
+from resnet_backbone.engine.precision import autocast, precision_of
+
+logger = logging.getLogger(__name__)
+
+
+def finish_norm_statistics(cfg: CfgNode, model: nn.Module, batches: Iterable[Any]) -> bool:
+    """With TEST.PRECISE_BN, estimate a trained model's statistics over training batches, in the training's precision.
+
+    Returns:
+        Whether the model has batch normalizations and they were estimated.
+    """
+    precise_bn = cfg.TEST.PRECISE_BN
+    if not precise_bn.ENABLED:
+        return False
+    layers = estimate_norm_statistics(model, batches, precise_bn.NUM_ITER, precision=precision_of(cfg))
+    if layers:
+        logger.info("precise BN: %d layers over %d batches", layers, precise_bn.NUM_ITER)
+    return bool(layers)
 
 
 def estimate_norm_statistics(
-    model: nn.Module, batches: Iterable[torch.Tensor], iterations: int, *, precision: str = "fp32"
+    model: nn.Module, batches: Iterable[Any], iterations: int, *, precision: str = "fp32"
 ) -> int:
     """Replace every batch normalization's running averages with the statistics over `iterations` batches.
 
@@ -25,7 +45,7 @@ def estimate_norm_statistics(
 
     Args:
         model: the model; its train or eval mode is restored afterwards.
-        batches: normalized images `(N, 3, H, W)` on the model's device, at least `iterations` batches.
+        batches: what the model takes, such as normalized images `(N, 3, H, W)` on its device; at least `iterations`.
         precision: precision of the forward passes, as in training. The statistics are always in float32.
 
     Returns:

@@ -1,6 +1,5 @@
 """Classifier training as a task: from random or given weights to a checkpoint that describes its preprocessing."""
 
-import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,8 +15,7 @@ from resnet_backbone.engine import run as engine_run
 from resnet_backbone.engine.config import ConfigError, origin
 from resnet_backbone.engine.network_config import fill_adjustable, fill_from_metadata
 from resnet_backbone.engine.nonfinite import Losses
-from resnet_backbone.engine.precise_bn import estimate_norm_statistics
-from resnet_backbone.engine.precision import precision_of
+from resnet_backbone.engine.precise_bn import finish_norm_statistics
 from resnet_backbone.engine.pretrained import command_line_overrides, read_with_overrides
 from resnet_backbone.engine.unread import refuse_unread
 from resnet_backbone.networks import FrozenBatchNorm2d
@@ -116,15 +114,8 @@ class Classification:
 
     def finish(self, model: nn.Module) -> None:
         """Replace batch norm's running averages with statistics over training images (ResNet paper, appendix A)."""
-        precise_bn = self._cfg.TEST.PRECISE_BN
-        if not precise_bn.ENABLED:
-            return
-        batches = itertools.islice(self._pipeline(0), precise_bn.NUM_ITER)
-        images = (self._normalize(self._pipeline.images_of(batch)[0]) for batch in batches)
-        precision = precision_of(self._cfg)
-        if layers := estimate_norm_statistics(model, images, precise_bn.NUM_ITER, precision=precision):
-            self._precise = True
-            logger.info("precise BN: %d layers over %d batches", layers, precise_bn.NUM_ITER)
+        images = (self._normalize(self._pipeline.images_of(batch)[0]) for batch in self._pipeline(0))
+        self._precise = finish_norm_statistics(self._cfg, model, images)
 
     def headline(self, results: dict[str, float]) -> dict[str, float]:
         return {name: results[name] for name in ("top1", "top5")}

@@ -1,5 +1,4 @@
 import json
-import sys
 
 import cv2
 import numpy as np
@@ -9,6 +8,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from resnet_backbone import build_network, pretraining
+from resnet_backbone.engine import precise_bn
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.errors import InputError
@@ -180,8 +180,7 @@ def test_training_steps_alone_are_compiled(pretrain_config, tmp_path, compiled, 
 
 def test_precise_bn_runs_in_the_precision_of_training(pretrain_config, tmp_path, monkeypatch):
     seen = set()
-    module = sys.modules[pretraining.run.__module__]
-    estimate = module.estimate_norm_statistics
+    estimate = precise_bn.estimate_norm_statistics
 
     def watched(model, *arguments, **named):
         handle = model.conv1.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
@@ -189,7 +188,7 @@ def test_precise_bn_runs_in_the_precision_of_training(pretrain_config, tmp_path,
         handle.remove()
         return layers
 
-    monkeypatch.setattr(module, "estimate_norm_statistics", watched)
+    monkeypatch.setattr(precise_bn, "estimate_norm_statistics", watched)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         seen.clear()
         keys = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", precision, "SOLVER.MAX_ITER", 0)
