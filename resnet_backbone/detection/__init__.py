@@ -5,6 +5,7 @@ Your own script needs two lines: import `add_network_config` from here, and call
 
 from resnet_backbone import engine  # isort: skip  (first: it says how to install a missing Detectron2)
 from resnet_backbone.detection.config import add_network_config, get_config
+from resnet_backbone.detection.data.datasets import register as register_dataset
 from resnet_backbone.detection.modeling import (
     NetworkBackbone,
     NetworkRes5ROIHeads,
@@ -24,5 +25,6 @@ __all__ = [
     "build_network_fpn_backbone",
     "build_network_retinanet_fpn_backbone",
     "get_config",
+    "register_dataset",
     "run",
 ]

@@ -61,10 +61,10 @@ def try_run(cfg: CfgNode, *, iterations: int) -> None:
             results = run(trial.clone(), resume=resume)
     memory, kind = max(comm.all_gather(_peak_memory())), "GPU memory" if torch.cuda.is_initialized() else "memory"
     if comm.is_main_process():
+        evaluations = f"evaluations on {results['images']:.0f} images" if results else "no evaluation"
         print(
-            f"works: {iterations} iterations with checkpoints, a resume and evaluations on "
-            f"{results['images']:.0f} images in {time.perf_counter() - start:.0f} s; at most "
-            f"{memory / 2**30:.2f} GiB of {kind} in a process"
+            f"works: {iterations} iterations with checkpoints, a resume and {evaluations} in "
+            f"{time.perf_counter() - start:.0f} s; at most {memory / 2**30:.2f} GiB of {kind} in a process"
         )
 
 
