@@ -66,11 +66,9 @@ def convert(folder: Path, split: str, into: Path) -> tuple[Path, str]:
                 info = {"fingerprint": fingerprint, "order": found.order}
                 with atomic_write(file) as out:
                     out.write(json.dumps(_coco(found, info), allow_nan=False).encode())
-                logger.info(
-                    "%s%s: %d classes %s: %s; converted to %s",
-                    *(folder, f":{split}" if split else "", len(found.class_names), found.order),
-                    *(some(list(found.class_names), 20), file),
-                )
+                names = list(found.class_names)
+                logger.info("%s: %d classes, %s: %s", file.stem, len(names), found.order, some(names, 20))
+                logger.info("%s is converted to %s", folder, file)
             else:
                 logger.info("%s has not changed since it was converted to %s", folder, file)
     except OSError as error:

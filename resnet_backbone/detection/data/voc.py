@@ -137,11 +137,12 @@ def _read_annotation(file: Path) -> _Annotation:
         return child.text.strip()
 
     def number(parent: ElementTree.Element, name: str) -> float:
+        word = text(parent, name)
         try:
-            return float(text(parent, name))
+            return float(word)
         except ValueError:
             line = lines[parent.find(name)]
-            raise ConfigError(f"{file}, line {line}: <{name}> is {text(parent, name)!r}, expected a number.") from None
+            raise ConfigError(f"{file}, line {line}: <{name}> is {word!r}, expected a number.") from None
 
     size = root.find("size")
     if size is not None:
