@@ -60,6 +60,8 @@ class Detection:
             self._batches = TrainBatches(cfg)
             self.num_images = self._batches.num_images
         model = _build_model(cfg, weights, file)
+        if (keypoint_head := getattr(getattr(model, "roi_heads", None), "keypoint_head", None)) is not None:
+            keypoint_head.to(memory_format=torch.contiguous_format)  # Detectron2's loss takes views of its output
         logger.info(describe_frozen(model))
         self._norms = [
             m for m in model.modules() if is_frozen_norm(m) or isinstance(m, nn.modules.batchnorm._BatchNorm)

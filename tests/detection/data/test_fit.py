@@ -115,7 +115,9 @@ def test_a_number_that_the_user_set_is_compared(make_cfg, scenes, coco):
         ConfigError, match=r"NUM_CLASSES is 20 \(.*PascalVOC-Detection/faster_rcnn_R_50_C4\.yaml\).*to 8"
     ):
         check_datasets(make_cfg(file=zoo), training=True)
-    check_datasets(make_cfg("MODEL.META_ARCHITECTURE", "ProposalNetwork", "MODEL.ROI_HEADS.NUM_CLASSES", 80), training=True)
+    check_datasets(
+        make_cfg("MODEL.META_ARCHITECTURE", "ProposalNetwork", "MODEL.ROI_HEADS.NUM_CLASSES", 80), training=True
+    )
 
 
 @pytest.mark.parametrize("overrides", [(), ("MODEL.ROI_HEADS.NUM_CLASSES", 9)])
