@@ -78,6 +78,7 @@ def test_a_folder_trains_resumes_and_evaluates(make_cfg, yolo, tmp_path):
     assert (run / "inference" / "yolo_val" / "coco_instances_results.json").is_file()
 
     again = detection.run(make_cfg(train, test, *keys, "SOLVER.MAX_ITER", 3), resume=True)
+    assert "has not changed since it was converted" in log(run)
     assert "the next iteration is 2" in log(run) and set(again) == set(results)
     assert {file: file.stat().st_mtime_ns for file in files} == files
     final = ("MODEL.WEIGHTS", run / "model_final.pth")

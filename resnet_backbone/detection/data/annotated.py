@@ -72,7 +72,7 @@ def files_below(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
         for name in sorted(files):
             if not name.startswith("."):
                 path = os.path.join(place, name)
-                yield os.path.relpath(path, folder), os.stat(path)
+                yield os.path.relpath(path, folder), os.stat(path) if os.path.exists(path) else os.lstat(path)
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:

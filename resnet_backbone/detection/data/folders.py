@@ -55,24 +55,23 @@ def convert(folder: Path, split: str, into: Path) -> tuple[Path, str]:
             f"the folder {folder} ({content(folder)}) has no layout that is known here. Expected JPEGImages and "
             "Annotations as in PASCAL VOC, or images and labels as in YOLO; or name its COCO file, FILE.json:IMAGES."
         )
-    fingerprint = _fingerprint(sources)
     place = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:6]  # folders of the same name stay apart
     file = into / f"{short_name(folder, split)}-{place}.json"
     try:
+        fingerprint = _fingerprint(sources)
         with file_lock(str(file)):
-            info = _info(file)
-            if info.get("fingerprint") != fingerprint:
-                found = read(folder, split)
-                info = {"fingerprint": fingerprint, "order": found.order}
+            coco = _read_converted(file, fingerprint)
+            done = "has not changed since it was converted to"
+            if coco is None:
+                coco = _coco(read(folder, split), fingerprint)
                 with atomic_write(file) as out:
-                    out.write(json.dumps(_coco(found, info), allow_nan=False).encode())
-                names = list(found.class_names)
-                logger.info("%s: %d classes, %s: %s", file.stem, len(names), found.order, some(names, 20))
-                logger.info("%s is converted to %s", folder, file)
-            else:
-                logger.info("%s has not changed since it was converted to %s", folder, file)
+                    out.write(json.dumps(coco, allow_nan=False).encode())
+                done = "is converted to"
     except OSError as error:
         raise ConfigError(f"{folder} cannot be converted to {file}: {error.strerror or error}.") from error
+    names = [category["name"] for category in coco["categories"]]
+    logger.info("%s: %d classes, %s: %s", short_name(folder, split), len(names), coco["info"]["order"], some(names, 20))
+    logger.info("%s %s %s", folder, done, file)
     return file, fingerprint
 
 
@@ -92,15 +91,16 @@ def _fingerprint(sources: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _info(file: Path) -> dict[str, Any]:
-    """Return what an earlier conversion recorded; empty if there is none, or a file of something else."""
+def _read_converted(file: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Return an earlier conversion with this fingerprint; None if there is none, or the file is something else."""
     try:
-        return dict(json.loads(file.read_bytes())["info"])
+        coco = json.loads(file.read_bytes())
+        return coco if coco["info"]["fingerprint"] == fingerprint else None
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return None
 
 
-def _coco(found: AnnotatedFolder, info: dict[str, Any]) -> dict[str, Any]:
+def _coco(found: AnnotatedFolder, fingerprint: str) -> dict[str, Any]:
     annotations = []
     for number, image in enumerate(found.images, 1):
         for item in image.objects:
@@ -116,7 +116,7 @@ def _coco(found: AnnotatedFolder, info: dict[str, Any]) -> dict[str, Any]:
                 }
             )
     return {
-        "info": info,
+        "info": {"fingerprint": fingerprint, "order": found.order},
         "images": [
             {"id": number, "file_name": image.file, "width": image.width, "height": image.height}
             for number, image in enumerate(found.images, 1)

@@ -1,5 +1,7 @@
 """Folders in YOLO's layout: `images` and `labels`, with one text file of normalized boxes or outlines an image."""
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from resnet_backbone.detection.data.annotated import (
     AnnotatedImage,
     Object,
     check_class_names,
+    files_below,
     image_size,
     images_below,
     read_class_names,
     read_text,
 )
 from resnet_backbone.engine.config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-3  # how far beyond the image a number may be, for being rounded
 
@@ -40,12 +45,17 @@ def read_yolo(folder: Path, split: str) -> AnnotatedFolder:
     images_folder, labels_folder = _places(folder, split)
     names, order = _class_names(folder)
     prefix = images_folder.relative_to(folder)
+    labels = {file for file, _ in files_below(labels_folder) if file.endswith(".txt") and file != "classes.txt"}
     images = []
     for file in images_below(images_folder):
         width, height = image_size(images_folder / file)
-        labels = (labels_folder / file).with_suffix(".txt")
-        objects = _read_labels(labels, names, width, height) if labels.is_file() else []
+        objects = []
+        if (label := os.path.splitext(file)[0] + ".txt") in labels:
+            labels.remove(label)
+            objects = _read_labels(labels_folder / label, names, width, height)
         images.append(AnnotatedImage(str(prefix / file), width, height, objects))
+    if labels:
+        logger.warning("%d label files in %s have no image: %s", len(labels), labels_folder, some(sorted(labels)))
     return AnnotatedFolder(images, names, order)
 
 

@@ -194,6 +194,20 @@ def test_where_yolos_class_names_come_from(make_yolo, opened, files, expected):
     assert MetadataCatalog.get(f"{root}:train").thing_classes == expected
 
 
+def test_labels_without_an_image_are_said(make_yolo, opened, caplog):
+    root = make_yolo(a="0 .5 .5 .5 .5\n", b="0 .5 .5 .5 .5\n")
+    (root / "images" / "train" / "b.png").rename(root / "images" / "train" / "B.png")
+    assert [len(record["annotations"]) for record in opened(f"{root}:train")] == [0, 1]
+    assert "1 label files in" in caplog.text and "have no image: b.txt" in caplog.text
+
+
+def test_a_link_to_nowhere_is_named(make_yolo, opened):
+    root = make_yolo(a="0 .5 .5 .5 .5\n")
+    (root / "images" / "train" / "b.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(ConfigError, match=r"b\.jpg cannot be read"):
+        opened(f"{root}:train")
+
+
 def test_yolos_other_layout(make_yolo, opened):
     make_yolo("valid", layout="{}/images", v="0 .5 .5 .5 .5\n")
     root = make_yolo("train", layout="{}/images", a="0 .5 .5 .5 .5\n", b=None)
