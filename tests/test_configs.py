@@ -90,6 +90,12 @@ def test_stride_placement_is_stated(file):
 
 
 @pytest.mark.parametrize("file", DETECTORS)
+def test_detectors_leave_the_number_of_classes_to_the_data(file):
+    cfg = load_config(detection.get_config(), CONFIGS / file)
+    assert origin(cfg, "MODEL.ROI_HEADS.NUM_CLASSES") is None and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
+
+
+@pytest.mark.parametrize("file", DETECTORS)
 def test_detectors_leave_the_preprocessing_to_the_weights(file):
     cfg = load_config(detection.get_config(), CONFIGS / file)
     assert all(origin(cfg, key) is None for key in ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"))

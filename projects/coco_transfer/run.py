@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
     data = parser.add_argument_group("data (subset: required; paper: ImageNet and COCO 2014; demo: generated)")
     entry = ("TRAIN", "TEST")
     data.add_argument("--pretrain-data", nargs=2, metavar=entry, help="folders, shard patterns or registered names")
-    data.add_argument("--detection-data", nargs=2, metavar=entry, help="FILE.json:IMAGES or registered names")
+    data.add_argument("--detection-data", nargs=2, metavar=entry, help="FILE.json:IMAGES, FOLDER:SPLIT or names")
     keys = parser.add_argument_group("configuration over the scale's own, for every network or, as NAME:KEY, for one")
     keys.add_argument("--pretrain", nargs="+", default=[], metavar="KEY VALUE")
     keys.add_argument("--detection", nargs="+", default=[], metavar="KEY VALUE")

@@ -5,6 +5,7 @@ Your own script needs two lines: import `add_network_config` from here, and call
 
 from resnet_backbone import engine  # isort: skip  (first: it says how to install a missing Detectron2)
 from resnet_backbone.detection.config import add_network_config, get_config
+from resnet_backbone.detection.data.datasets import register as register_dataset
 from resnet_backbone.detection.modeling import (
     NetworkBackbone,
     NetworkRes5ROIHeads,
@@ -30,5 +31,6 @@ __all__ = [
     "pretrained_backbone",
     "pretrained_input",
     "pretrained_res5",
+    "register_dataset",
     "run",
 ]

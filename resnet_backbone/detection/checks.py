@@ -13,7 +13,7 @@ from detectron2.modeling import (
     ROI_HEADS_REGISTRY,
 )
 
-from resnet_backbone.detection.data import datasets
+from resnet_backbone.detection.data import datasets, fit
 from resnet_backbone.engine.config import ConfigError, get_key, origin
 from resnet_backbone.weights import Checkpoint
 
@@ -51,14 +51,27 @@ def check_classifiers_keys(cfg: CfgNode) -> None:
 
 
 def check_datasets(cfg: CfgNode, *, training: bool) -> None:
-    wanted = (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST))
-    for key, entries in wanted if training else wanted[1:]:
-        if not entries:
-            raise ConfigError(f"{key} is empty. Give a registered name, FILE.json, or FILE.json:IMAGES.")
-        for entry in entries:
-            logger.info("%s: %d images", entry, len(datasets.check(cfg, entry)))
-    if training:
-        datasets.check_same_classes(cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    """Open all data sets, check that they fit the configuration and each other, and fill in what follows from them.
+
+    Raises:
+        ConfigError: a data set cannot be used, or a key contradicts it.
+    """
+    train, test = cfg.DATASETS.TRAIN if training else (), cfg.DATASETS.TEST
+    if training and not train:
+        raise ConfigError(f"DATASETS.TRAIN is empty. {datasets.FORMS}")
+    opened = {}
+    for entry in dict.fromkeys((*train, *test)):
+        records = datasets.check(cfg, entry)
+        logger.info("%s: %d images", entry, len(records))
+        fit.check_annotations(cfg, entry, records, training=entry in train)
+        if entry in test:
+            fit.check_ground_truth(cfg, entry)
+        opened[entry] = records if cfg.MODEL.LOAD_PROPOSALS else []  # not to hold all data sets at once
+    fit.check_same_names(cfg, list(opened))
+    fit.fill_counts(cfg, next(iter(opened)))
+    fit.check_sigmas(cfg)
+    for suffix in ("TRAIN", "TEST") if training else ("TEST",):
+        fit.check_proposals(cfg, suffix, opened)
 
 
 def check_evaluable(cfg: CfgNode, weights: Checkpoint | None, file: str) -> None:

@@ -24,14 +24,15 @@ def _test_on_few(cfg: CfgNode) -> int:
     """Limit the test data of `cfg` to a few images of each data set; return their number."""
     names, count = [], 0
     for entry in cfg.DATASETS.TEST:
-        register(entry)
+        register(entry, cfg.OUTPUT_DIR)
         dicts = DatasetCatalog.get(entry)
         few = dicts[:: -(-len(dicts) // TEST_IMAGES) or 1]
         name = f"some images of {entry}"
         if name not in DatasetCatalog:
             DatasetCatalog.register(name, lambda few=few: few)
             described = MetadataCatalog.get(entry).as_dict()
-            MetadataCatalog.get(name).set(**{key: value for key, value in described.items() if key != "name"})
+            own = ("name", "fingerprint")  # of the data set itself, and of the folder that it was converted from
+            MetadataCatalog.get(name).set(**{key: value for key, value in described.items() if key not in own})
         names.append(name)
         count += len(few)
     cfg.DATASETS.TEST = tuple(names)

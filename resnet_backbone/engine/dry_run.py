@@ -58,8 +58,9 @@ def try_run(cfg: CfgNode, run: Callable[..., Any], test_on_few: Callable[[CfgNod
             run(trial.clone(), resume=resume)
     memory, kind = max(comm.all_gather(_peak_memory())), "GPU memory" if torch.cuda.is_initialized() else "memory"
     if comm.is_main_process():
+        evaluations = f"evaluations on {images} images" if images else "no evaluation"
         print(
-            f"works: {iterations} iterations with checkpoints, a resume and evaluations on {images} images in "
+            f"works: {iterations} iterations with checkpoints, a resume and {evaluations} in "
             f"{time.perf_counter() - start:.0f} s; at most {memory / 2**30:.2f} GiB of {kind} in a process"
         )
 

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
+from resnet_backbone.engine.config import ConfigError, set_key
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, write_config
 from resnet_backbone.engine.schedule import rescale_for_batch
@@ -34,7 +35,10 @@ class Task(TrainingTask, Protocol):
         """
 
     def try_evaluation(self, model: nn.Module) -> None:
-        """Dry run: evaluate on two images, so that a broken evaluation fails now and not after hours."""
+        """Dry run: evaluate on two images, so that a broken evaluation fails now and not after hours.
+
+        Like `evaluate`, it does nothing if DATASETS.TEST is empty.
+        """
 
     def finish(self, model: nn.Module) -> None:
         """Finalize the trained model once, after the last iteration."""
@@ -45,6 +49,8 @@ class Task(TrainingTask, Protocol):
 
 def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = False) -> dict[str, Any]:
     """Train, evaluate, write `model_final.pth`; return the metrics, on the main process.
+
+    With an empty DATASETS.TEST nothing is evaluated, and there are no metrics.
 
     Args:
         cfg: loaded by `engine.config.load_config`; the same object that the task holds.
@@ -58,9 +64,14 @@ def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = Fal
     """
     check_batch(cfg)
     check_solver(cfg)
+    if eval_only and not cfg.DATASETS.TEST:
+        raise ConfigError("DATASETS.TEST is empty, so --eval-only has nothing to evaluate. Name a data set.")
     task.check(eval_only=eval_only)
     folder = open_output(cfg, resume=resume or eval_only)
     rescale_for_batch(cfg)
+    if not cfg.DATASETS.TEST:
+        logger.info("DATASETS.TEST is empty: no evaluation, and so no best checkpoint")
+        set_key(cfg, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST is empty")
     last = read_last_checkpoint(folder) if resume else None
     choose_seed(cfg, last)
     torch.manual_seed(cfg.SEED)

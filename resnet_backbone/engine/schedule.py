@@ -84,7 +84,8 @@ def build_multiplier(cfg: CfgNode) -> ParamScheduler:
         if cfg.TEST.EVAL_PERIOD <= 0:
             raise ConfigError(
                 "SOLVER.LR_SCHEDULER_NAME is WarmupPlateauLR, which follows the evaluations, but TEST.EVAL_PERIOD is "
-                f"{cfg.TEST.EVAL_PERIOD}. Set it to the number of iterations between two."
+                f"{cfg.TEST.EVAL_PERIOD} ({origin(cfg, 'TEST.EVAL_PERIOD') or 'default'}). Set it to the number of "
+                "iterations between two, with DATASETS.TEST to evaluate on."
             )
         # 1 throughout; `Plateau` does the rest. (fvcore's constant schedule has no value at the end of a warm-up that
         # lasts as long as the run.)

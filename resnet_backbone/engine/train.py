@@ -54,7 +54,7 @@ class TrainingTask(Protocol):
         """The names of this process's images in an iteration; empty if they have none."""
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        """Metrics on DATASETS.TEST."""
+        """Metrics on DATASETS.TEST; empty if that is."""
 
     def metadata(self, iterations: int, **results: float) -> Metadata:
         """The metadata of a checkpoint after `iterations` iterations, with results by name."""

@@ -59,7 +59,7 @@ class Classification:
     def build(self, last: Checkpoint | None, *, eval_only: bool) -> nn.Module:
         cfg = self._cfg
         source, test_source = _open_sources(cfg)
-        weights = _read_weights(cfg, last, test_source, eval_only=eval_only)
+        weights = _read_weights(cfg, last, test_source or source, eval_only=eval_only)
         model, self._arguments = _build_model(cfg, weights, len(source.class_names))
         self._norm_statistics = "never" if weights is None else weights.metadata.norm_statistics
         norms = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
@@ -73,13 +73,16 @@ class Classification:
             normalize=self._normalize,
             label_smoothing=cfg.SOLVER.LABEL_SMOOTHING,
         )
-        ensemble = load_ensemble(cfg, test_source.class_names)
-        self._evaluator = build_evaluator(cfg, test_source, self._normalize, ensemble=ensemble)
+        self._evaluator = None
+        if test_source is not None:
+            ensemble = load_ensemble(cfg, test_source.class_names)
+            self._evaluator = build_evaluator(cfg, test_source, self._normalize, ensemble=ensemble)
         self.num_images = self._pipeline.num_images
         return model
 
     def try_evaluation(self, model: nn.Module) -> None:
-        self._evaluator.try_two_images(model)
+        if self._evaluator is not None:
+            self._evaluator.try_two_images(model)
 
     def batches(self, start_iteration: int) -> Iterable[Any]:
         return self._pipeline(start_iteration)
@@ -94,7 +97,7 @@ class Classification:
         return self._pipeline.names(iteration)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return self._evaluator(model)
+        return {} if self._evaluator is None else self._evaluator(model)
 
     def metadata(self, iterations: int, **results: float) -> Metadata:
         statistics = self._norm_statistics
@@ -118,19 +121,23 @@ class Classification:
         self._precise = finish_norm_statistics(self._cfg, model, images)
 
     def headline(self, results: dict[str, float]) -> dict[str, float]:
-        return {name: results[name] for name in ("top1", "top5")}
+        return {name: results[name] for name in ("top1", "top5") if name in results}
 
 
-def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSource]:
-    """Open the training and test data, and check them against each other and the configuration."""
+def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSource | None]:
+    """Open the training and test data, and check them against each other and the configuration.
+
+    The test data are None if DATASETS.TEST is empty.
+    """
     for key, names in (("DATASETS.TRAIN", cfg.DATASETS.TRAIN), ("DATASETS.TEST", cfg.DATASETS.TEST)):
-        if len(names) != 1:
+        if len(names) != 1 and (names or key == "DATASETS.TRAIN"):
             raise ConfigError(
                 f"{key} is {names or 'empty'}, expected one entry: a folder of class folders, a quoted shard pattern "
                 "such as 'train-{000000..000007}.tar', imagenet_train or cifar10_train."
             )
-    source, test_source = open_source(cfg.DATASETS.TRAIN[0]), open_source(cfg.DATASETS.TEST[0])
-    if list(source.class_names) != list(test_source.class_names):
+    source = open_source(cfg.DATASETS.TRAIN[0])
+    test_source = open_source(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+    if test_source is not None and list(source.class_names) != list(test_source.class_names):
         raise ConfigError(
             f"the classes of DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]} ({len(source.class_names)}: "
             f"{', '.join(source.class_names[:3])} …) and DATASETS.TEST {cfg.DATASETS.TEST[0]} "
@@ -142,12 +149,17 @@ def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSou
             f"MODEL.NETWORK.NUM_CLASSES is {num_classes}, but {cfg.DATASETS.TRAIN[0]} has {len(source.class_names)} "
             "classes. Set it to 0 to follow the data."
         )
-    tested = cfg.DATASETS.TEST[0]
     if cfg.DATASETS.HOLD_OUT:
+        if test_source is None:
+            raise ConfigError(
+                f"DATASETS.HOLD_OUT is {cfg.DATASETS.HOLD_OUT}, which holds images out for the evaluation, but "
+                "DATASETS.TEST is empty, so there is none. Set DATASETS.TEST, or DATASETS.HOLD_OUT to 0."
+            )
         source, test_source = hold_out(source, cfg.DATASETS.HOLD_OUT)
-        tested = f"held out of {cfg.DATASETS.TRAIN[0]}"
     logger.info("%s: %d images, %d classes", cfg.DATASETS.TRAIN[0], len(source), len(source.class_names))
-    logger.info("%s: %d images", tested, len(test_source))
+    if test_source is not None:
+        tested = f"held out of {cfg.DATASETS.TRAIN[0]}" if cfg.DATASETS.HOLD_OUT else cfg.DATASETS.TEST[0]
+        logger.info("%s: %d images", tested, len(test_source))
     return source, test_source
 
 

@@ -54,6 +54,11 @@ def test_a_configuration_that_works(pretrain_config, output, capsys):
     assert cfg.dump() == before
 
 
+def test_a_configuration_without_a_test_set_works(pretrain_config, output, capsys):
+    dry_run.try_run(pretrain_config(output, "DATASETS.TEST", ()), iterations=2)
+    assert re.search(r"works: 2 iterations .* and no evaluation in \d+ s", capsys.readouterr().out)
+
+
 def test_it_tests_on_images_from_the_whole_test_set(pretrain_config, shapes, output):
     cfg = pretrain_config(output, "TEST.IMS_PER_BATCH", 5)
     dry_run._test_on_few(cfg)

@@ -230,7 +230,13 @@ def test_every_parameter_learns(pretrain_config, tmp_path, monkeypatch):
         (("MODEL.RESNETS.NORM", "FrozenBN"), ("FrozenBN", "command line", "BN")),
         (("MODEL.NETWORK.NUM_CLASSES", 5), ("NUM_CLASSES is 5", "8")),
         (("DATASETS.TRAIN", "/nowhere/at/all"), ("/nowhere/at/all", "does not exist")),
-        (("DATASETS.TEST", ()), ("DATASETS.TEST", "one entry")),
+        (("DATASETS.TRAIN", ()), ("DATASETS.TRAIN is empty", "one entry")),
+        (("DATASETS.TEST", ("a", "b")), ("DATASETS.TEST", "one entry")),
+        (("DATASETS.TEST", (), "DATASETS.HOLD_OUT", 9), ("DATASETS.HOLD_OUT is 9", "DATASETS.TEST is empty")),
+        (
+            ("DATASETS.TEST", (), "SOLVER.LR_SCHEDULER_NAME", "WarmupPlateauLR", "TEST.EVAL_PERIOD", 1),
+            ("follows the evaluations", "EVAL_PERIOD is 0 (DATASETS.TEST is empty)"),
+        ),
         (("INPUT.CROP.TYPE", "relative_range"), ("relative_range", "absolute")),
         (("INPUT.CROP.SIZE", (0.9, 0.9)), ("INPUT.CROP.SIZE", "pixels")),
         (("INPUT.CROP.SIZE", (64, 64)), ("64x64", "32")),
@@ -246,6 +252,21 @@ def test_what_cannot_be_used_stops_before_the_first_iteration(pretrain_config, t
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*.pth"))
+
+
+def test_without_a_test_set_a_run_trains_and_says_so(pretrain_config, tmp_path):
+    keys = ("DATASETS.TEST", (), "TEST.EVAL_PERIOD", 1)
+    assert pretraining.run(pretrain_config(tmp_path, *keys)) == {}
+    assert "DATASETS.TEST is empty: no evaluation" in (tmp_path / "log.txt").read_text()
+    assert json.loads((tmp_path / "results.json").read_text()) == {}
+    assert not (tmp_path / "model_best.pth").exists()
+    assert '"top1"' not in (tmp_path / "metrics.json").read_text()
+    metadata = read_checkpoint(tmp_path / "model_final.pth").metadata
+    assert metadata.norm_statistics == "precise" and "top1" not in metadata.origin and metadata.describe()
+    with pytest.raises(ConfigError, match=r"DATASETS.TEST is empty, so --eval-only has nothing"):
+        final = ("MODEL.WEIGHTS", tmp_path / "model_final.pth")
+        pretraining.run(pretrain_config(tmp_path, *keys, *final), eval_only=True)
+    assert pretraining.run(pretrain_config(tmp_path, *keys, "SOLVER.MAX_ITER", 3), resume=True) == {}
 
 
 def test_data_sets_of_different_classes_stop(pretrain_config, tmp_path, bright_and_dark):

@@ -182,7 +182,6 @@ def test_a_network_that_fails_is_named_after_the_others_are_done(run, project, t
 
     monkeypatch.setattr(project["stages"], "run_stage", run_stage)
     monkeypatch.setattr(project["plan"].Plan, "with_data", lambda plan: plan)
-    monkeypatch.setattr(project["plan"].datasets, "class_names", lambda entry: ("a", "b"))
     assert run.main(_arguments(tmp_path / "out", "shapes", "scenes")) == 2
     error = capsys.readouterr().err
     assert "error: vgg16: the loss is not a number.\n" in error

@@ -42,7 +42,7 @@ def draw_curves(plan: Plan, path: Path) -> None:
 def draw_detections(plan: Plan, path: Path) -> None:
     """Draw test images in rows: ground truth, then each network's detections with scores above 0.5."""
     name = plan.detection_data[1]
-    names = datasets.class_names(name)
+    names = datasets.class_names(name, plan.output)
     records = [record for record in DatasetCatalog.get(name) if record.get("annotations")]
     records = records[:: max(1, len(records) // SHOWN_IMAGES)][:SHOWN_IMAGES]
     ids = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id", {})

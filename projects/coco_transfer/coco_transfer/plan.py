@@ -9,7 +9,6 @@ from detectron2.config import CfgNode
 
 from resnet_backbone import detection, pretraining
 from resnet_backbone.data.generated import write_classification, write_detection
-from resnet_backbone.detection.data import datasets
 from resnet_backbone.engine.config import load_config, set_key
 from resnet_backbone.engine.output import FINAL
 from resnet_backbone.errors import InputError
@@ -124,7 +123,6 @@ class Plan:
         cfg = self._load(detection.get_config(), net, "detection", self.detection_keys)
         _set(cfg, "DATASETS.TRAIN", self.detection_data[:1])
         _set(cfg, "DATASETS.TEST", self.detection_data[1:])
-        _set(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", len(datasets.class_names(self.detection_data[0])))
         if control:
             _set(cfg, "MODEL.BACKBONE.FREEZE_AT", 0)
         _set(cfg, "MODEL.WEIGHTS", str(self.folder(net, "pretrain", control=control) / FINAL))

@@ -1,49 +1,105 @@
-"""Data sets by Detectron2 name or COCO file path, checked before training."""
+"""Data sets by Detectron2 name or by path, opened and checked before training."""
 
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
+from detectron2.utils.colormap import colormap
 
-from resnet_backbone.engine.config import ConfigError, origin
+from resnet_backbone.data.errors import nearest_existing
+from resnet_backbone.detection.data import folders
+from resnet_backbone.engine.config import ConfigError
+
+FORMS = (
+    "Give a registered name, a COCO file as FILE.json (images in the folder images beside it) or FILE.json:IMAGES, or "
+    "a folder in PASCAL VOC's or YOLO's layout as FOLDER or FOLDER:SPLIT."
+)
 
 
-def register(entry: str) -> None:
+def register(entry: str, output_dir: str | Path = "./output") -> None:
     """Register an entry of DATASETS.TRAIN or TEST with Detectron2, using the entry itself as its name.
 
+    A second call does no harm: it converts a folder again if that has changed.
+
     Args:
-        entry: a registered name (`coco_2014_train`, `voc_2007_trainval`), or `FILE.json:IMAGES` with a COCO file and
-            its folder of images; `FILE.json` alone means the folder `images` beside it.
+        entry: a registered name (`coco_2014_train`); `FILE.json:IMAGES` with a COCO file and its folder of images;
+            `FILE.json` alone, which means the folder `images` beside it; `FOLDER` or `FOLDER:SPLIT` in PASCAL VOC's
+            or YOLO's layout.
+        output_dir: the run's OUTPUT_DIR; a folder is converted to a COCO file in `output_dir/datasets`.
 
     Raises:
-        ConfigError: there is no such name, file or folder.
+        ConfigError: there is no such name, file or folder, or the folder cannot be converted.
     """
+    fingerprint = None
     if entry in DatasetCatalog:
-        return
+        fingerprint = MetadataCatalog.get(entry).get("fingerprint")
+        if fingerprint is None:  # not a folder
+            return
     file, _, images = entry.partition(".json:")
-    if not images and not entry.endswith(".json"):
+    if images or entry.endswith(".json"):
+        path = Path(f"{file}.json" if images else entry).expanduser()
+        folder = Path(images).expanduser() if images else path.parent / "images"
+        if not path.is_file():
+            raise ConfigError(f"there is no COCO file {path}. {_near(path)}")
+        if not folder.is_dir():
+            raise ConfigError(f"there is no folder of images {folder} for {path}; name it as {path}:IMAGES.")
+        _register_coco(entry, path, folder)
+        return
+    if (found := folders.find_folder(entry)) is None:
+        if os.sep in entry:
+            raise ConfigError(f"there is no data set {entry}: {nearest_existing(Path(entry).expanduser())}. {FORMS}")
         near = difflib.get_close_matches(entry, DatasetCatalog.list(), n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"there is no data set {entry}; the nearest registered name is {near}. Give a registered name, FILE.json, "
-            "or FILE.json:IMAGES for a COCO file and its folder of images."
-        )
-    path = Path(f"{file}.json" if images else entry).expanduser()
-    folder = Path(images).expanduser() if images else path.parent / "images"
-    if not path.is_file():
-        raise ConfigError(f"there is no COCO file {path}. {_near(path)}")
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder of images {folder} for {path}; name it as {path}:IMAGES.")
-    register_coco_instances(entry, {}, str(path), str(folder))
+        raise ConfigError(f"there is no data set {entry}; the nearest registered name is {near}. {FORMS}")
+    path, new = folders.convert(*found, Path(output_dir) / "datasets")
+    if fingerprint is not None:
+        if (fingerprint, MetadataCatalog.get(entry).json_file) == (new, str(path)):
+            return
+        DatasetCatalog.remove(entry)
+        MetadataCatalog.remove(entry)
+    _register_coco(entry, path, found[0], fingerprint=new)
+
+
+def _register_coco(entry: str, file: Path, images: Path, **metadata: Any) -> None:
+    """Do what Detectron2's `register_coco_instances` does, and have the keypoints' names set on reading."""
+    DatasetCatalog.register(entry, lambda: _load_coco(entry, file, images))
+    MetadataCatalog.get(entry).set(json_file=str(file), image_root=str(images), evaluator_type="coco", **metadata)
+
+
+def _load_coco(entry: str, file: Path, images: Path) -> list[dict[str, Any]]:
+    dicts = load_coco_json(str(file), str(images), entry)
+    if "keypoint_names" not in MetadataCatalog.get(entry).as_dict() and any(
+        annotation.get("keypoints") for record in dicts for annotation in record["annotations"]
+    ):
+        MetadataCatalog.get(entry).set(**_keypoints(json.loads(file.read_bytes())["categories"]))
+    return dicts
+
+
+def _keypoints(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return Detectron2's metadata about keypoints from the categories that have any; empty unless they agree."""
+    found = [category for category in categories if category.get("keypoints")]
+    names = found[0]["keypoints"] if found else []
+    if not names or any(category["keypoints"] != names for category in found):
+        return {}
+    pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
+    colors = colormap(rgb=True).astype(int).tolist()
+    # The skeleton counts from 1.
+    bones = [(names[a - 1], names[b - 1]) for a, b in found[0].get("skeleton") or []]
+    return {
+        "keypoint_names": names,
+        "keypoint_flip_map": [(left, right) for left, right in pairs if right in names],
+        "keypoint_connection_rules": [(*bone, tuple(colors[n % len(colors)])) for n, bone in enumerate(bones)],
+    }
 
 
 def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
-    """Open a data set and return its images; raise ConfigError if it is empty or does not fit the configuration."""
-    register(entry)
+    """Open a data set and return its images; raise ConfigError if it is empty, incomplete or not in COCO's form."""
+    register(entry, cfg.OUTPUT_DIR)
     try:
         dicts = DatasetCatalog.get(entry)
     except OSError as error:
@@ -64,62 +120,50 @@ def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
         ) from error
     if not dicts:
         raise ConfigError(f"the data set {entry} has no images.")
-    if cfg.MODEL.META_ARCHITECTURE != "SemanticSegmentor" and not any(r.get("annotations") for r in dicts):
-        raise ConfigError(f"the data set {entry} has {len(dicts)} images but not one annotated object.")
-    if missing := _missing_images(dicts):
+    if cfg.MODEL.META_ARCHITECTURE != "SemanticSegmentor" and not any(objects_of(record) for record in dicts):
         raise ConfigError(
-            f"{len(missing)} of {len(dicts)} images of {entry} do not exist, for instance {missing[0]}. Put them "
-            "there, remove them from the annotations, or name another folder as FILE.json:IMAGES."
+            f"the data set {entry} has {len(dicts)} images but not one annotated object. Crowd regions and difficult "
+            "objects do not count."
         )
-    key, expected = num_classes(cfg)
-    names = MetadataCatalog.get(entry).get("thing_classes", ())
-    if key is not None and names and len(names) != expected:
+    files = [record["file_name"] for record in dicts]
+    files += [record["sem_seg_file_name"] for record in dicts if "sem_seg_file_name" in record]
+    if missing := _missing(files):
         raise ConfigError(
-            f"{key} is {expected} ({origin(cfg, key) or 'default'}), but {entry} has {len(names)} categories "
-            f"({', '.join(names[:3])} …). Set {key} to {len(names)}."
+            f"{len(missing)} of {len(files)} images of {entry} do not exist, for instance {missing[0]}. Put them "
+            "there, remove them from the annotations, or name another folder as FILE.json:IMAGES."
         )
     return dicts
 
 
-def class_names(entry: str) -> tuple[str, ...]:
-    """Return a data set's category names in the order of the detector's outputs."""
-    register(entry)
+def objects_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the annotations of an image that are trained on: all but crowd regions."""
+    return [annotation for annotation in record.get("annotations", ()) if not annotation.get("iscrowd", 0)]
+
+
+def class_names(entry: str, output_dir: str | Path = "./output") -> tuple[str, ...]:
+    """Return a data set's category names in the order of the detector's outputs; the arguments are `register`'s."""
+    register(entry, output_dir)
     if "thing_classes" not in MetadataCatalog.get(entry).as_dict():
         DatasetCatalog.get(entry)  # reading a COCO file sets its categories
     return tuple(MetadataCatalog.get(entry).thing_classes)
 
 
-def num_classes(cfg: CfgNode) -> tuple[str | None, int]:
-    """Return the config key for this architecture's number of foreground classes, and its value."""
-    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
-        return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
-    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
-        return "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    return None, 0
+def file_name(entry: str) -> str:
+    """Return a name for files about a data set: its own, or its file's or folder's."""
+    if (found := folders.find_folder(entry)) is not None and "fingerprint" in MetadataCatalog.get(entry).as_dict():
+        return folders.short_name(*found)
+    return Path(entry.partition(".json:")[0]).stem
 
 
-def check_same_classes(train: tuple[str, ...], test: tuple[str, ...]) -> None:
-    """Raise ConfigError if the data sets do not have the same class names in the same order."""
-    names = {entry: list(MetadataCatalog.get(entry).get("thing_classes", ())) for entry in (*train, *test)}
-    reference = train[0]
-    for entry, classes in names.items():
-        if classes != names[reference]:
-            raise ConfigError(
-                f"{reference} and {entry} have different classes: {', '.join(names[reference][:3])} … "
-                f"({len(names[reference])}) against {', '.join(classes[:3])} … ({len(classes)}). Give both the "
-                "same categories."
-            )
-
-
-def _missing_images(dicts: list[dict[str, Any]]) -> list[str]:
-    """Return missing image files. Listing each folder once is thousands of times faster on a network disk."""
-    folders: dict[str, set[str]] = {}
+def _missing(files: list[str]) -> list[str]:
+    """Return files that do not exist. Listing each folder once is thousands of times faster on a network disk."""
+    listed: dict[str, set[str]] = {}
     missing = []
-    for file in (record["file_name"] for record in dicts):
+    for file in files:
         folder, name = os.path.split(file)
-        if folder not in folders:
-            folders[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
-        if name not in folders[folder] and "://" not in file:
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+        if name not in listed[folder] and "://" not in file:
             missing.append(file)
     return missing
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.sampler import BatchSampler, seeded_globals
 from resnet_backbone.data.workers import Loader
+from resnet_backbone.detection.data.annotated import image_size
 from resnet_backbone.engine.config import ConfigError
 
 
@@ -65,18 +66,25 @@ class TrainBatches:
                 f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, but the only sampler whose runs resume "
                 "exactly is TrainingSampler. Set it to TrainingSampler."
             )
-        dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        fewest = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        try:
+            dicts = get_detection_dataset_dicts(
+                cfg.DATASETS.TRAIN,
+                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=fewest,
+                proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+            )
+        except AssertionError as error:  # Detectron2 filtered every image out
+            raise ConfigError(
+                f"no image of DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} has {fewest} labeled keypoints. Lower "
+                "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE."
+            ) from error
         self.num_images = len(dicts)
         self._cfg = cfg
         self._dataset = PositionDataset(dicts, DatasetMapper(cfg, is_train=True), seed=cfg.SEED)
         self._groups = None
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-            self._groups = np.array([record["width"] > record["height"] for record in dicts], dtype=np.int8)
+            self._groups = np.array([_is_wide(record) for record in dicts], dtype=np.int8)
 
     def names(self, iteration: int) -> list[str]:
         """Return the files of this process's images at an iteration."""
@@ -96,6 +104,13 @@ class TrainBatches:
     def __call__(self, start_iteration: int) -> Iterator[list[dict[str, Any]]]:
         workers = self._cfg.DATALOADER.NUM_WORKERS
         return iter(Loader(self._dataset, self._sampler(start_iteration), workers=workers, collate_fn=_as_list))
+
+
+def _is_wide(record: dict[str, Any]) -> bool:
+    if "width" in record:
+        return record["width"] > record["height"]
+    width, height = image_size(record["file_name"])  # Detectron2's semantic data sets do not say
+    return width > height
 
 
 def _as_list(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
 from resnet_backbone.data.workers import Loader
+from resnet_backbone.detection.data.datasets import file_name
 from resnet_backbone.detection.data.loader import ReadableImages
 from resnet_backbone.detection.evaluation.registry import build_evaluator
 
@@ -24,11 +25,12 @@ logger = logging.getLogger(__name__)
 def evaluate(cfg: CfgNode, model: nn.Module, folder: Path) -> dict[str, Any]:
     """Return the metrics of `model` on DATASETS.TEST in Detectron2's format: `{"bbox": {"AP": …, "AP50": …}}`.
 
-    With several data sets, metrics are keyed by data set name. Only the main process gets metrics.
+    With several data sets, metrics are keyed by data set name; with none, there are none. Only the main process gets
+    metrics.
     """
     results = {}
     for name in cfg.DATASETS.TEST:
-        evaluator = build_evaluator(name, _folder(cfg, name, folder))
+        evaluator = build_evaluator(cfg, name, _folder(cfg, name, folder))
         with torch.compiler.set_stance("force_eager"):  # shapes differ from training
             found = inference_on_dataset(model, _loader(cfg, name), evaluator)
         # Convert to plain floats: the VOC evaluator's NumPy floats cannot be read back from a checkpoint's metadata.
@@ -40,26 +42,38 @@ def evaluate(cfg: CfgNode, model: nn.Module, folder: Path) -> dict[str, Any]:
 def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
     """Quietly run inference and evaluation on two images of each data set in DATASETS.TEST, to fail early."""
     for name in cfg.DATASETS.TEST:
-        dicts = get_detection_dataset_dicts(name, filter_empty=False)[:2]
-        mapper = ReadableImages(DatasetMapper(cfg, is_train=False))
+        dicts = _images(cfg, name)[:2]
         # A data set without a COCO file is converted to one, which is kept for later evaluations.
         in_memory = MetadataCatalog.get(name).get("json_file") is not None
         with _quiet():
-            evaluator = build_evaluator(name, None if in_memory else _folder(cfg, name, Path(cfg.OUTPUT_DIR)))
-            inference_on_dataset(model, build_detection_test_loader(dicts, mapper=mapper), evaluator)
+            folder = None if in_memory else _folder(cfg, name, Path(cfg.OUTPUT_DIR))
+            evaluator = build_evaluator(cfg, name, folder, whole=False)
+            inference_on_dataset(model, build_detection_test_loader(dicts, mapper=_mapper(cfg, name)), evaluator)
 
 
 def _loader(cfg: CfgNode, name: str) -> Loader:
     """Return Detectron2's test loader for a data set, with the same kind of worker processes as in training."""
-    theirs = build_detection_test_loader(cfg, name, mapper=ReadableImages(DatasetMapper(cfg, is_train=False)))
+    theirs = build_detection_test_loader(_images(cfg, name), mapper=_mapper(cfg, name))
     return Loader(
         theirs.dataset, theirs.batch_sampler, workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=theirs.collate_fn
     )
 
 
+def _images(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
+    files = [cfg.DATASETS.PROPOSAL_FILES_TEST[cfg.DATASETS.TEST.index(name)]] if cfg.MODEL.LOAD_PROPOSALS else None
+    return get_detection_dataset_dicts(name, filter_empty=False, proposal_files=files)
+
+
+def _mapper(cfg: CfgNode, name: str) -> ReadableImages:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = (name,)  # where Detectron2 looks for the keypoints' names, even for a test
+    return ReadableImages(DatasetMapper(cfg, is_train=False))
+
+
 def _folder(cfg: CfgNode, name: str, folder: Path) -> Path:
     """Return the output folder for a data set, named after it, with a number if the name is already taken."""
-    stems = [Path(entry.partition(".json:")[0]).stem for entry in cfg.DATASETS.TEST]
+    stems = [file_name(entry) for entry in cfg.DATASETS.TEST]
     number = cfg.DATASETS.TEST.index(name)
     again = stems[:number].count(stems[number])
     return folder / "inference" / (f"{stems[number]}_{again + 1}" if again else stems[number])
@@ -67,7 +81,7 @@ def _folder(cfg: CfgNode, name: str, folder: Path) -> Path:
 
 def _summary(results: dict[str, dict[str, float]]) -> str:
     return "; ".join(
-        f"{task} " + ", ".join(f"{key} {value:.2f}" for key, value in metrics.items() if not key.startswith("AP-"))
+        f"{task} " + ", ".join(f"{key} {value:.2f}" for key, value in metrics.items() if "-" not in key)  # not by class
         for task, metrics in results.items()
     )
 

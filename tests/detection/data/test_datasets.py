@@ -4,6 +4,12 @@ from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin_meta import (
+    COCO_PERSON_KEYPOINT_FLIP_MAP,
+    COCO_PERSON_KEYPOINT_NAMES,
+    KEYPOINT_CONNECTION_RULES,
+)
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from pycocotools.coco import COCO
 
 from resnet_backbone.data.drawing import CLASS_NAMES
@@ -79,7 +85,6 @@ def _lost_image(content):
         (_set("images", []), ("no images",)),
         (_set("annotations", []), ("not one annotated object", "6 images")),
         (_foreign_category, ("77", "categories")),
-        (_set("categories", [{"id": n, "name": str(n)} for n in range(1, 10)]), ("NUM_CLASSES is 8", "9 categories")),
         (_lost_image, ("1 of 6 images", "lost.jpg")),
     ],
 )
@@ -107,27 +112,46 @@ def test_an_entry_that_is_not_there_stops_with_a_sentence(cfg, coco, tmp_path, e
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_the_number_of_classes_is_looked_up_where_the_architecture_has_it(cfg, scenes):
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-    with pytest.raises(ConfigError, match=r"MODEL.RETINANET.NUM_CLASSES is 80 .*8 categories.*to 8"):
-        datasets.check(cfg, scenes)
-    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
-    assert len(datasets.check(cfg, scenes)) == 6
+def test_only_crowd_regions_are_no_objects(cfg, coco):
+    def crowd(content):
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = 1
+
+    with pytest.raises(ConfigError, match=r"not one annotated object\. Crowd"):
+        datasets.check(cfg, coco(crowd))
 
 
-def test_data_sets_must_agree_on_the_order_of_classes(cfg, coco, scenes):
-    swapped = coco(lambda content: content["categories"].reverse(), name="same.json")
-    datasets.check(cfg, scenes)
-    datasets.check(cfg, swapped)
-    datasets.check_same_classes((scenes,), (swapped,))  # ids give the order, not the place in the list
+def _with_keypoints(names, skeleton=(), per_object=None, **fields):
+    """A change that gives every object keypoints at (1, 2), all labeled, and every category their names."""
 
-    def rename(content):
-        content["categories"][0]["name"] = "other"
+    def change(content):
+        for category in content["categories"]:
+            category |= {"keypoints": names, "skeleton": skeleton} if names else {}
+        for annotation in content["annotations"]:
+            annotation |= {"keypoints": [1, 2, 2] * (per_object or len(names)), "num_keypoints": len(names), **fields}
 
-    renamed = coco(rename, name="renamed.json")
-    datasets.check(cfg, renamed)
-    with pytest.raises(ConfigError, match="different classes"):
-        datasets.check_same_classes((scenes,), (renamed,))
+    return change
+
+
+def test_keypoints_are_named_as_in_the_file(coco):
+    """COCO's own names give Detectron2's own flip map and skeleton."""
+    names = COCO_PERSON_KEYPOINT_NAMES
+    pairs = [[names.index(word) + 1 for word in rule[:2]] for rule in KEYPOINT_CONNECTION_RULES]
+    entry = coco(_with_keypoints(list(names), pairs))
+    datasets.register(entry)
+    DatasetCatalog.get(entry)
+    metadata = MetadataCatalog.get(entry)
+    assert tuple(metadata.keypoint_names) == names
+    assert tuple(metadata.keypoint_flip_map) == COCO_PERSON_KEYPOINT_FLIP_MAP
+    assert [rule[:2] for rule in metadata.keypoint_connection_rules] == [rule[:2] for rule in KEYPOINT_CONNECTION_RULES]
+    assert all(0 <= c <= 255 and type(c) is int for rule in metadata.keypoint_connection_rules for c in rule[2])
+    assert len(create_keypoint_hflip_indices(entry)) == 17
+
+
+def test_a_file_without_keypoints_names_none(scenes):
+    datasets.register(scenes)
+    DatasetCatalog.get(scenes)
+    assert "keypoint_names" not in MetadataCatalog.get(scenes).as_dict()
 
 
 def test_a_broken_data_set_stays_unharmed(cfg, coco):

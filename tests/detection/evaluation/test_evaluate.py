@@ -127,7 +127,7 @@ def voc(tmp_path) -> str:
 
 
 def test_pascal_voc_is_evaluated_by_its_own_rules_and_gives_plain_numbers(cfg, voc, tmp_path):
-    assert isinstance(build_evaluator(voc, None), PascalVOCDetectionEvaluator)
+    assert isinstance(build_evaluator(cfg, voc, None), PascalVOCDetectionEvaluator)
     cfg.DATASETS.TEST = (voc,)
     results = evaluate(cfg, Oracle(voc), tmp_path)
     assert results["bbox"]["AP"] == pytest.approx(100)
@@ -148,11 +148,72 @@ def test_a_users_own_data_set_without_a_json_file_is_tried_and_evaluated(cfg, sc
         MetadataCatalog.remove("own_scenes")
 
 
-def test_the_evaluator_follows_the_type(scenes, monkeypatch):
-    assert isinstance(build_evaluator(scenes, None), COCOEvaluator)
+def test_the_evaluator_follows_the_type(cfg, scenes, monkeypatch):
+    assert isinstance(build_evaluator(cfg, scenes, None), COCOEvaluator)
     made = []
     monkeypatch.setattr(LVISEvaluator, "__init__", lambda self, *args, **kwargs: made.append(args))
-    build_evaluator("lvis_v1_val", None)
+    build_evaluator(cfg, "lvis_v1_val", None)
     assert made == [("lvis_v1_val",)]
-    with pytest.raises(ConfigError, match=r"'sem_seg'|'cityscapes_sem_seg'"):
-        build_evaluator("cityscapes_fine_sem_seg_val", None)
+    with pytest.raises(
+        ConfigError, match=r"'cityscapes_sem_seg', .*coco, coco_panoptic_seg, sem_seg, pascal_voc, lvis"
+    ):
+        build_evaluator(cfg, "cityscapes_fine_sem_seg_val", None)
+
+
+class Painter(nn.Module):
+    """A model that sees every pixel as the tiny panoptic images have it, but for the ball, where it paints `ball`.
+
+    Args:
+        ball: the ball's semantic class: 0 for a thing, 1 for sky, 2 for sea.
+    """
+
+    def __init__(self, ball: int = 0):
+        super().__init__()
+        self.ball = ball
+
+    def forward(self, inputs):
+        return [self.paint(image) for image in inputs]
+
+    def paint(self, image):
+        seen = torch.full((64, 80), 1)
+        seen[40:] = 2
+        seen[10:30, 20:50] = self.ball
+        output = {"sem_seg": nn.functional.one_hot(seen, 3).permute(2, 0, 1), "instances": Instances((64, 80))}
+        found = self.ball == 0
+        output["instances"].pred_boxes = Boxes(torch.tensor([[20.0, 10, 50, 30]] * found).reshape(-1, 4))
+        output["instances"].scores = torch.ones(int(found))
+        output["instances"].pred_classes = torch.zeros(int(found), dtype=torch.long)
+        segments = [{"id": n + 1, "isthing": n == 0, "category_id": n} for n in (0, 1, 2) if n or found]
+        return {**output, "panoptic_seg": (seen + 1, segments)}
+
+
+def test_semantic_segmentation_is_scored(cfg, panoptic, tmp_path):
+    cfg.DATASETS.TEST = ("tiny_stuffonly",)
+    perfect = evaluate(cfg, Painter(), tmp_path)
+    assert perfect["sem_seg"]["mIoU"] == perfect["sem_seg"]["pACC"] == 100
+    # The ball covers 600 pixels, 2,600 of sky and 1,920 of sea remain.
+    found = evaluate(cfg, Painter(ball=1), tmp_path)["sem_seg"]
+    assert found["mIoU"] == pytest.approx(100 * (0 + 2600 / 3200 + 1) / 3)
+    assert found["pACC"] == pytest.approx(100 * (2600 + 1920) / 5120)
+    assert found["IoU-things"] == 0 and type(found["IoU-sky"]) is float
+    try_two_images(cfg, Painter())
+
+
+def test_panoptic_quality_is_scored_beside_boxes_and_labels(cfg, panoptic, tmp_path):
+    pytest.importorskip("panopticapi")
+    cfg.DATASETS.TEST = (panoptic,)
+    perfect = evaluate(cfg, Painter(), tmp_path)
+    assert set(perfect) == {"sem_seg", "bbox", "panoptic_seg"}
+    assert perfect["panoptic_seg"]["PQ"] == perfect["bbox"]["AP50"] == perfect["sem_seg"]["mIoU"] == pytest.approx(100)
+    # Painted sea, the ball is missed; as stuff, the sky has an IoU of 1 and the sea of 1920 / 2520.
+    found = evaluate(cfg, Painter(ball=2), tmp_path)["panoptic_seg"]
+    assert found["PQ_th"] == 0 and found["PQ_st"] == pytest.approx(100 * (1 + 1920 / 2520) / 2)
+    assert found["PQ"] == pytest.approx(2 / 3 * found["PQ_st"])
+    assert (tmp_path / "inference" / panoptic / "predictions.json").is_file()
+    try_two_images(cfg, Painter())  # of three, which panoptic quality alone would refuse
+
+
+def test_without_a_test_set_there_are_no_metrics(cfg, scenes, tmp_path):
+    cfg.DATASETS.TEST = ()
+    assert evaluate(cfg, Oracle(scenes), tmp_path) == {} and not (tmp_path / "inference").exists()
+    try_two_images(cfg, Oracle(scenes))
