@@ -50,6 +50,31 @@ def check_classifiers_keys(cfg: CfgNode) -> None:
             raise ConfigError(f"{key} is {get_key(cfg, key)} ({origin(cfg, key)}), but {why}. Set it to {off}.")
 
 
+def check_test_keys(cfg: CfgNode) -> None:
+    """Reject test-time augmentation for models that Detectron2 cannot do it for, and malformed expected results."""
+    if cfg.TEST.AUG.ENABLED:
+        for key, wanted in (
+            ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
+            ("MODEL.KEYPOINT_ON", False),
+            ("MODEL.LOAD_PROPOSALS", False),
+        ):
+            if get_key(cfg, key) != wanted:
+                raise ConfigError(
+                    f"TEST.AUG.ENABLED is True ({origin(cfg, 'TEST.AUG.ENABLED')}), but Detectron2's test-time "
+                    f"augmentation needs {key} {wanted}, and it is {get_key(cfg, key)}. Set TEST.AUG.ENABLED to False."
+                )
+    expected = cfg.TEST.EXPECTED_RESULTS
+    if any(not isinstance(row, (list, tuple)) or len(row) != 4 for row in expected):
+        raise ConfigError(
+            f"TEST.EXPECTED_RESULTS is {expected}, expected rows of task, metric, value, and tolerance, such as "
+            "[['bbox', 'AP', 38.5, 0.2]]."
+        )
+    if expected and len(cfg.DATASETS.TEST) != 1:
+        raise ConfigError(
+            f"TEST.EXPECTED_RESULTS is about one data set, but DATASETS.TEST has {len(cfg.DATASETS.TEST)}. Name one."
+        )
+
+
 def check_datasets(cfg: CfgNode, *, training: bool) -> None:
     """Open all data sets, check that they fit the configuration and each other, and fill in what follows from them.
 

@@ -19,3 +19,11 @@ def get_config() -> CfgNode:
     cfg = get_cfg()
     add_network_config(cfg)
     return cfg
+
+
+# The keys that the training tool does not read, and what to do instead (`engine.unread`).
+UNREAD = {
+    "DATALOADER.REPEAT_THRESHOLD": "It belongs to a sampler whose runs do not resume exactly.",
+    "GLOBAL": "",
+    "SOLVER.REFERENCE_WORLD_SIZE": "Set SOLVER.REFERENCE_IMS_PER_BATCH, which rescales the schedule by the batch size.",
+}

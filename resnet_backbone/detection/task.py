@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,20 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
 
-from resnet_backbone.detection.checks import check_classifiers_keys, check_datasets, check_evaluable, check_names
+from resnet_backbone.detection.checks import (
+    check_classifiers_keys,
+    check_datasets,
+    check_evaluable,
+    check_names,
+    check_test_keys,
+)
+from resnet_backbone.detection.config import UNREAD, get_config
 from resnet_backbone.detection.data.loader import TrainBatches
-from resnet_backbone.detection.evaluation.evaluate import evaluate, try_two_images
+from resnet_backbone.detection.evaluation.evaluate import check_expected, evaluate, try_two_images
 from resnet_backbone.detection.modeling.backbone import NetworkBackbone
 from resnet_backbone.detection.modeling.layout import use_channels_last
 from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
@@ -23,6 +33,8 @@ from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.network_config import configured_network
 from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.output import versions
+from resnet_backbone.engine.precise_bn import finish_norm_statistics
+from resnet_backbone.engine.unread import refuse_unread
 from resnet_backbone.weights import Checkpoint, Metadata
 
 logger = logging.getLogger(__name__)
@@ -33,7 +45,10 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
 
     A stock Detectron2 configuration works too.
     """
-    return engine_run.run(cfg, Detection(cfg), resume=resume, eval_only=eval_only)
+    results = engine_run.run(cfg, Detection(cfg), resume=resume, eval_only=eval_only)
+    if comm.is_main_process():
+        check_expected(cfg, results)
+    return results
 
 
 class Detection:
@@ -44,10 +59,14 @@ class Detection:
     def __init__(self, cfg: CfgNode):
         self._cfg = cfg
         self._folder = Path(cfg.OUTPUT_DIR)
+        self._precise = False
 
     def check(self, *, eval_only: bool) -> None:
         check_names(self._cfg)
+        refuse_unread(self._cfg, get_config(), UNREAD, tool="tools/train_net.py")
         check_classifiers_keys(self._cfg)
+        check_test_keys(self._cfg)
+        self._last_evaluation = eval_only
 
     def build(self, last: Checkpoint | None, *, eval_only: bool) -> nn.Module:
         cfg = self._cfg
@@ -83,13 +102,18 @@ class Detection:
         return self._batches.names(iteration)
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        return evaluate(self._cfg, model, self._folder)
+        augmented = self._cfg.TEST.AUG.ENABLED and self._last_evaluation
+        return evaluate(self._cfg, model, self._folder, augmented=augmented)
 
     def metadata(self, iterations: int, **results: float) -> Metadata:
-        return _describe(self._cfg, self._norms, self._pretrained_by, iterations, results)
+        metadata = _describe(self._cfg, self._norms, self._pretrained_by, iterations, results)
+        return replace(metadata, norm_statistics="precise") if self._precise else metadata
 
     def finish(self, model: nn.Module) -> None:
-        """Do nothing: a detector is finished after its last iteration."""
+        """With TEST.PRECISE_BN, replace batch norm's running averages with statistics over training images."""
+        with EventStorage():  # Detectron2's models log something in each forward pass
+            self._precise = finish_norm_statistics(self._cfg, model, self._batches(0))
+        self._last_evaluation = True
 
     def headline(self, results: dict[str, Any]) -> dict[str, float]:
         boxes = results.get("bbox", {})

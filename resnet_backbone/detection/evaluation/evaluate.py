@@ -12,31 +12,53 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.data.build import get_detection_dataset_dicts
 from detectron2.evaluation import inference_on_dataset
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
 from resnet_backbone.data.workers import Loader
 from resnet_backbone.detection.data.datasets import file_name
 from resnet_backbone.detection.data.loader import ReadableImages
 from resnet_backbone.detection.evaluation.registry import build_evaluator
+from resnet_backbone.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, folder: Path) -> dict[str, Any]:
+def evaluate(cfg: CfgNode, model: nn.Module, folder: Path, *, augmented: bool = False) -> dict[str, Any]:
     """Return the metrics of `model` on DATASETS.TEST in Detectron2's format: `{"bbox": {"AP": …, "AP50": …}}`.
 
     With several data sets, metrics are keyed by data set name; with none, there are none. Only the main process gets
     metrics.
+
+    Args:
+        folder: the run's output folder.
+        augmented: test once more with test-time augmentation (TEST.AUG), which gives `bbox_TTA` and so on.
     """
     results = {}
     for name in cfg.DATASETS.TEST:
-        evaluator = build_evaluator(cfg, name, _folder(cfg, name, folder))
-        with torch.compiler.set_stance("force_eager"):  # shapes differ from training
-            found = inference_on_dataset(model, _loader(cfg, name), evaluator)
-        # Convert to plain floats: the VOC evaluator's NumPy floats cannot be read back from a checkpoint's metadata.
-        results[name] = {task: {k: float(v) for k, v in metrics.items()} for task, metrics in found.items()}
+        results[name] = _test(cfg, model, name, _folder(cfg, name, folder / "inference"))
+        if augmented:
+            found = _test(cfg, GeneralizedRCNNWithTTA(cfg, model), name, _folder(cfg, name, folder / "inference_TTA"))
+            results[name] |= {f"{task}_TTA": metrics for task, metrics in found.items()}
         logger.info("%s: %s", name, _summary(results[name]))
     return results if len(results) != 1 else next(iter(results.values()))
+
+
+def check_expected(cfg: CfgNode, results: dict[str, Any]) -> None:
+    """Compare the metrics with TEST.EXPECTED_RESULTS: lists of task, metric, value, and tolerance.
+
+    Raises:
+        InputError: a metric is missing or out of its range.
+    """
+    wrong = []
+    for task, metric, value, tolerance in cfg.TEST.EXPECTED_RESULTS:
+        found = results.get(task, {}).get(metric)
+        if found is None or not abs(found - value) <= tolerance:  # also for NaN
+            wrong.append(f"{task} {metric} is {found if found is None else f'{found:.2f}'}, not {value} ± {tolerance}")
+    if wrong:
+        raise InputError(f"the results are not those of TEST.EXPECTED_RESULTS: {'; '.join(wrong)}.")
+    if cfg.TEST.EXPECTED_RESULTS:
+        logger.info("all %d metrics are as in TEST.EXPECTED_RESULTS", len(cfg.TEST.EXPECTED_RESULTS))
 
 
 def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
@@ -46,9 +68,20 @@ def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
         # A data set without a COCO file is converted to one, which is kept for later evaluations.
         in_memory = MetadataCatalog.get(name).get("json_file") is not None
         with _quiet():
-            folder = None if in_memory else _folder(cfg, name, Path(cfg.OUTPUT_DIR))
+            folder = None if in_memory else _folder(cfg, name, Path(cfg.OUTPUT_DIR) / "inference")
             evaluator = build_evaluator(cfg, name, folder, whole=False)
-            inference_on_dataset(model, build_detection_test_loader(dicts, mapper=_mapper(cfg, name)), evaluator)
+            loader = build_detection_test_loader(dicts, mapper=_mapper(cfg, name))
+            inference_on_dataset(model, loader, evaluator)
+            if cfg.TEST.AUG.ENABLED:
+                inference_on_dataset(GeneralizedRCNNWithTTA(cfg, model), loader, evaluator)
+
+
+def _test(cfg: CfgNode, model: nn.Module, name: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Return the metrics on one data set by task; empty but on the main process."""
+    with torch.compiler.set_stance("force_eager"):  # shapes differ from training
+        found = inference_on_dataset(model, _loader(cfg, name), build_evaluator(cfg, name, folder))
+    # Convert to plain floats: the VOC evaluator's NumPy floats cannot be read back from a checkpoint's metadata.
+    return {task: {key: float(value) for key, value in metrics.items()} for task, metrics in found.items()}
 
 
 def _loader(cfg: CfgNode, name: str) -> Loader:
@@ -76,7 +109,7 @@ def _folder(cfg: CfgNode, name: str, folder: Path) -> Path:
     stems = [file_name(entry) for entry in cfg.DATASETS.TEST]
     number = cfg.DATASETS.TEST.index(name)
     again = stems[:number].count(stems[number])
-    return folder / "inference" / (f"{stems[number]}_{again + 1}" if again else stems[number])
+    return folder / (f"{stems[number]}_{again + 1}" if again else stems[number])
 
 
 def _summary(results: dict[str, dict[str, float]]) -> str:
