@@ -14,6 +14,7 @@ from resnet_backbone.detection.modeling import (
     build_network_retinanet_fpn_backbone,
 )
 from resnet_backbone.detection.task import run
+from resnet_backbone.engine.config import get_config_file
 
 __all__ = [
     "NetworkBackbone",
@@ -24,5 +25,6 @@ __all__ = [
     "build_network_fpn_backbone",
     "build_network_retinanet_fpn_backbone",
     "get_config",
+    "get_config_file",
     "run",
 ]
