@@ -7,6 +7,23 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).resolve().parent
 
+# In the repository these lie beside the package. An installation has them inside it, at the same places to each other.
+SHIPPED = {
+    "resnet_backbone.configs": "configs",
+    "resnet_backbone.tools": "tools",
+    "resnet_backbone.projects.benchmarks.benchmarks": "projects/benchmarks/benchmarks",
+}
+# tools/check_gpu.py has no command: it runs the repository's tests.
+COMMANDS = (
+    "analyze_model",
+    "benchmark",
+    "check_dataset",
+    "convert_weights",
+    "install_detectron2",
+    "pretrain",
+    "train_net",
+)
+
 
 def read_version() -> str:
     """Take __version__ from the package's source; importing the package would need torch."""
@@ -30,7 +47,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["resnet_backbone", "resnet_backbone.*"]),
+    packages=[*find_packages(include=["resnet_backbone", "resnet_backbone.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={"resnet_backbone.configs": ["*.yaml", "pretrain/*.yaml"]},
+    entry_points={
+        "console_scripts": [
+            f"resnet-backbone-{name.replace('_', '-')} = resnet_backbone.tools.{name}:main" for name in COMMANDS
+        ]
+    },
     # Ranges; requirements.txt holds the versions that the tests ran with. Detectron2 0.6 is not on the package index
     # under its own name: tools/install_detectron2.py installs it after these.
     install_requires=[
@@ -45,6 +69,7 @@ setup(
         "iopath>=0.1.9,<0.2",
         "yacs>=0.1.8",
         "pycocotools>=2.0.8",
+        "shapely>=2.0.6",
         "faster-coco-eval>=1.6.5",
         "matplotlib>=3.9",
         "tensorboard>=2.17",

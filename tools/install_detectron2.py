@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Install Detectron2 0.6 into the Python environment that runs this script.
 
-    python tools/install_detectron2.py [--sdist FILE]
+    python tools/install_detectron2.py [--sdist FILE]    # in a clone
+    resnet-backbone-install-detectron2 [--sdist FILE]    # where pip installed this package
 
 Detectron2 is not published under its own name on the package index, and release 0.6 does not import with today's
 NumPy, Pillow, setuptools and torch. This script
@@ -103,7 +104,8 @@ PATCHES = (
           "# An ImportError, so that code with a fallback to pycocotools takes it.\n"
           '_C = _no_ops.refuse("COCOeval_opt")\n', 1, NO_C),
     Patch("detectron2/export/__init__.py", "from .api import *\n",
-          "try:\n    from .api import *\nexcept ImportError:  # needs caffe2, which torch 2 does not have\n    pass\n",
+          "try:\n    from .api import *\nexcept ImportError:  # needs caffe2, which torch 2 does not have\n"
+          "    from .._no_ops import Caffe2Tracer, add_export_config  # for tools/deploy/export_model.py\n",
           1, "torch 2 has no caffe2; without this, detectron2.utils.analysis (FLOP counts) does not import"),
     Patch("detectron2/model_zoo/model_zoo.py", "import pkg_resources\n", "", 1, NO_PKG_RESOURCES),
     Patch("detectron2/model_zoo/model_zoo.py",
@@ -115,6 +117,10 @@ PATCHES = (
     Patch("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", 1,
           NO_ALIAS + "; an `except AttributeError` hid it, and the table of instances per class was never printed"),
     Patch("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n", 1, NO_ALIAS),
+    Patch("detectron2/data/common.py", "sample(self._fallback_candidates, k=1)",
+          "sample(tuple(self._fallback_candidates), k=1)", 1,
+          "random.sample takes no set since Python 3.11, before which it made this tuple itself; so a mapper that "
+          "returned None ended the run"),
     Patch("detectron2/data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", 1, NO_ALIAS),
     Patch("detectron2/evaluation/sem_seg_evaluation.py", "np.array(output, dtype=np.int)", "output.numpy().astype(int)",
           1, NO_ALIAS + "; " + ARRAY),
@@ -147,8 +153,13 @@ PATCHES = (
           "    return deform_conv2d(\n"
           "        input, offset, weight, bias, stride=stride, padding=padding, dilation=dilation, mask=mask\n"
           "    )\n", 1, NO_C),
-    Patch("detectron2/layers/nms.py", "return torch.ops.detectron2.nms_rotated(",
-          "from detectron2._no_ops import _C\n\n    return _C.nms_rotated(", 1, NO_C),
+    Patch("detectron2/layers/nms.py", "from torchvision.ops import nms  # BC-compat\n",
+          "from torchvision.ops import nms  # BC-compat\n\n"
+          "from detectron2._no_ops import _C\n\n\n"
+          "@torch.jit.ignore  # the callers can be scripted; a scripted call raises too\n"
+          "def _nms_rotated(boxes, scores, iou_threshold):\n"
+          "    return _C.nms_rotated(boxes, scores, iou_threshold)\n", 1, NO_C),
+    Patch("detectron2/layers/nms.py", "return torch.ops.detectron2.nms_rotated(", "return _nms_rotated(", 1, NO_C),
 
     # Only warns.
     Patch("detectron2/modeling/anchor_generator.py", "meshgrid(shifts_y, shifts_x)",
@@ -189,6 +200,15 @@ class _MissingOperators:
 
 
 _C = _MissingOperators()
+
+
+def add_export_config(cfg):
+    """Stands for detectron2.export.add_export_config, whose one key is caffe2's."""
+    return cfg
+
+
+def Caffe2Tracer(*arguments):
+    raise ImportError("Caffe2Tracer needs caffe2, which torch 2 does not have. Trace with TracingAdapter instead.")
 '''
 }
 
@@ -309,7 +329,7 @@ def check_tools() -> None:
     if missing:
         raise InstallError(
             f"{', '.join(missing)} not found in {sys.prefix}; Detectron2 needs torch, setuptools and wheel installed "
-            f"first: {sys.executable} -m pip install -r requirements.txt"
+            f"first: {sys.executable} -m pip install torch setuptools wheel"
         )
 
 

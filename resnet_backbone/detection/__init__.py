@@ -18,6 +18,7 @@ from resnet_backbone.detection.modeling import (
     pretrained_res5,
 )
 from resnet_backbone.detection.task import run
+from resnet_backbone.engine.config import get_config_file
 
 __all__ = [
     "NetworkBackbone",
@@ -28,6 +29,7 @@ __all__ = [
     "build_network_fpn_backbone",
     "build_network_retinanet_fpn_backbone",
     "get_config",
+    "get_config_file",
     "pretrained_backbone",
     "pretrained_input",
     "pretrained_res5",

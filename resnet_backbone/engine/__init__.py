@@ -7,5 +7,5 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(
         "resnet_backbone's training and detection need Detectron2 0.6, which is not installed here. "
-        "Install it with: python tools/install_detectron2.py"
+        "Install it with: resnet-backbone-install-detectron2"
     ) from error

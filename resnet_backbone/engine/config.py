@@ -20,6 +20,9 @@ from resnet_backbone.errors import InputError
 
 COMMAND_LINE = "command line"
 _ORIGINS = "_resnet_backbone_origins"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# An installation has the configurations inside the package, a clone beside it.
+_SHIPPED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 
 class ConfigError(InputError):
@@ -45,7 +48,7 @@ def load_config(cfg: CfgNode, config_file: str | Path | None, overrides: Sequenc
             wrong type.
     """
     if config_file:
-        for file, content in _yaml_chain(_find_file(config_file)):
+        for file, content in _yaml_chain(Path(get_config_file(config_file))):
             for key, value in flatten(content):
                 if key not in ("_BASE_", "VERSION"):
                     set_key(cfg, key, value, str(file))
@@ -105,21 +108,28 @@ def _settle_device(cfg: CfgNode) -> None:
     set_key(cfg, "MODEL.DEVICE", "cpu", "no GPU here")
 
 
-def _find_file(config_file: str | Path) -> Path:
-    path = Path(config_file).expanduser()
-    if path.is_file():
-        return path
-    from detectron2 import model_zoo  # only for names such as COCO-Detection/faster_rcnn_R_50_C4_1x.yaml
+def get_config_file(name: str | Path) -> str:
+    """Find a configuration: an existing path, or else a name of ours, or else a name of Detectron2's model zoo.
 
-    try:
-        return Path(model_zoo.get_config_file(str(config_file)))
-    except RuntimeError:
-        folder = path.parent
-        near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1, cutoff=0.0)
-        hint = f"the nearest in {folder} is {near[0]}" if near else f"{folder} has no .yaml file"
-        raise ConfigError(
-            f"there is no config file {path}, nor one of that name in Detectron2's zoo; {hint}."
-        ) from None
+    Raises:
+        ConfigError: there is no such file; the nearest of all three is suggested.
+    """
+    path = Path(name).expanduser()
+    for file in (path, _SHIPPED / name):
+        if file.is_file():
+            return str(file)
+    from detectron2 import model_zoo  # only here, since it imports all of Detectron2's models
+
+    zoo = Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).parent
+    if (zoo / name).is_file():
+        return str(zoo / name)
+    known = [str(file) for file in path.parent.glob("*.yaml")]
+    known += [file.relative_to(folder).as_posix() for folder in (_SHIPPED, zoo) for file in folder.rglob("*.yaml")]
+    near = difflib.get_close_matches(str(path), known, n=1, cutoff=0.0)
+    raise ConfigError(
+        f"there is no config file {path}, nor one of that name among this package's or in Detectron2's model zoo; the "
+        f"nearest is {near[0]}."
+    )
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

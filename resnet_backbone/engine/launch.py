@@ -22,7 +22,7 @@ def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
         description=description, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="YAML, or a name of Detectron2's model zoo"
+        "--config-file", required=True, metavar="FILE", help="YAML, or a name of ours or of Detectron2's model zoo"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST and stop")

@@ -97,8 +97,9 @@ def _build(checkpoint: Checkpoint, path: str | os.PathLike) -> nn.Module:
     metadata = checkpoint.metadata
     if metadata.kind != "classifier":
         raise CheckpointError(
-            f"{path} cannot be written: the weights are those of a {metadata.kind}, and ONNX is for classifiers. "
-            "Detectron2's export tools do detectors."
+            f"{path} cannot be written: the weights are those of a {metadata.kind}, and this writes classifiers. Build "
+            "the detector, wrap it in detectron2.export.TracingAdapter, and give that to torch.onnx.export with "
+            "dynamo=False (docs/weights.md, Exporting a detector)."
         )
     network = build_network(metadata.architecture, len(metadata.class_names), **metadata.arguments)
     load_state(network, checkpoint.model, part="network", source="the checkpoint")

@@ -121,7 +121,11 @@ def _write_detectron2(path: Path, checkpoint: Checkpoint) -> str:
 
 def _refuse_detector(metadata: Metadata, format: str) -> None:
     if metadata.kind != "classifier":
-        raise InputError(f"this is a {metadata.kind}, {format} takes classifiers. Write .pth or .safetensors.")
+        raise InputError(
+            f"this is a {metadata.kind}, {format} takes classifiers. Write .pth, which Detectron2 loads as it is, or "
+            ".safetensors. For TorchScript or ONNX, trace the detector with detectron2.export.TracingAdapter "
+            "(docs/weights.md, Exporting a detector)."
+        )
 
 
 def _plain(tensor: Tensor) -> Tensor:

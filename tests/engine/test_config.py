@@ -1,15 +1,19 @@
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
 
+from resnet_backbone import detection, pretraining
 from resnet_backbone.engine.config import (
     COMMAND_LINE,
     ConfigError,
     as_config_error,
+    get_config_file,
     get_key,
     load_config,
     origin,
@@ -19,6 +23,7 @@ from resnet_backbone.engine.keys import add_engine_config
 from resnet_backbone.errors import InputError
 from tests.engine.tiny import refusal
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
 
@@ -64,9 +69,8 @@ class TestChain:
         assert "['x.yaml', 'y.yaml']" in refusal(load_config, cfg, write("a.yaml", "_BASE_: [x.yaml, y.yaml]"))
 
     def test_a_missing_file_offers_the_nearest(self, cfg, write, tmp_path):
-        write("faster_rcnn_R50.yaml", "")
-        assert "faster_rcnn_R50.yaml" in refusal(load_config, cfg, tmp_path / "faster_rcn_R50.yml")
-        assert "has no .yaml file" in refusal(load_config, cfg, tmp_path / "absent" / "a.yaml")
+        near = write("faster_rcnn_R50.yaml", "")
+        assert f"nearest is {near}." in refusal(load_config, cfg, tmp_path / "faster_rcn_R50.yml")
 
     @pytest.mark.parametrize("text", ["MODEL: [", "just words", "- a\n- b", "a: b: c", "MODEL: !local x"])
     def test_what_is_no_yaml_mapping(self, cfg, write, text):
@@ -78,7 +82,46 @@ class TestChain:
         assert load_config(cfg, write("a.yaml", "")) == before
 
 
-class TestZoo:
+class TestNames:
+    @pytest.mark.parametrize("name", ["faster_rcnn_R101.yaml", "pretrain/imagenet.yaml"])
+    def test_names_of_ours_are_found_from_any_folder(self, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        assert Path(get_config_file(name)).samefile(CONFIGS / name)
+        cfg = pretraining.get_config() if "pretrain" in name else detection.get_config()
+        load_config(cfg, name)
+        assert origin(cfg, "MODEL.NETWORK.NAME") == get_config_file(name)
+
+    def test_an_existing_path_goes_first(self, write, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name in ("faster_rcnn_R101.yaml", "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"):
+            write(name, "SEED: 1")
+            assert get_config_file(name) == name
+
+    def test_detectron2s_own_loader_takes_the_result(self):
+        theirs = detection.get_config()
+        theirs.merge_from_file(detection.get_config_file("faster_rcnn_R50.yaml"))
+        assert theirs.MODEL.NETWORK.NAME == "resnet50"
+        zoo = detection.get_config_file(RETINANET)
+        assert zoo == model_zoo.get_config_file(RETINANET)
+        theirs.merge_from_file(zoo)
+        assert theirs.MODEL.META_ARCHITECTURE == "RetinaNet"
+
+    @pytest.mark.parametrize(
+        ("name", "near"),
+        [
+            ("faster_rcn_R101.yaml", "faster_rcnn_R101.yaml"),
+            ("imagenet.yaml", "pretrain/imagenet.yaml"),
+            ("configs/faster_rcnn_VGG16.yaml", "faster_rcnn_VGG16.yaml"),
+            ("COCO-Detection/faster_rcnn_R_101_C4.yaml", "COCO-Detection/faster_rcnn_R_101_C4_3x.yaml"),
+            ("my_detecter.yml", "my_detector.yaml"),
+        ],
+    )
+    def test_an_unknown_name_offers_the_nearest_of_all(self, write, tmp_path, monkeypatch, name, near):
+        write("my_detector.yaml", "")
+        monkeypatch.chdir(tmp_path)
+        message = refusal(get_config_file, name)
+        assert f"no config file {name}," in message and f"the nearest is {near}." in message
+
     def test_names_of_detectron2s_zoo(self, cfg):
         name = "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"
         load_config(cfg, name)
@@ -106,8 +149,6 @@ class TestZoo:
 
 
 def _zoo() -> str:
-    from detectron2 import model_zoo
-
     return model_zoo.get_config_file(RETINANET).removesuffix(f"/{RETINANET}")
 
 

@@ -26,7 +26,7 @@ def without(package: str, code: str) -> str:
 @pytest.mark.parametrize("module", ["engine", "detection", "pretraining"])
 def test_a_missing_detectron2_gives_the_command_that_installs_it(module):
     line = without("detectron2", f"import resnet_backbone.{module}")
-    assert "need Detectron2 0.6" in line and "python tools/install_detectron2.py" in line
+    assert "need Detectron2 0.6" in line and "resnet-backbone-install-detectron2" in line
 
 
 def test_something_else_that_is_missing_is_not_taken_for_detectron2():

@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import io
 import pkgutil
+import random
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -106,7 +108,7 @@ def test_missing_build_tools_are_named_with_the_command(installer, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name in ("torch", "wheel") else real(name, *rest)
     )
-    with pytest.raises(installer.InstallError, match=r"torch, wheel not found .* pip install -r requirements\.txt"):
+    with pytest.raises(installer.InstallError, match=r"torch, wheel not found .* pip install torch setuptools wheel"):
         installer.check_tools()
 
 
@@ -279,6 +281,59 @@ def test_asking_for_compiled_operators_says_what_to_do():
 
 
 @patched_only
+def test_callers_of_rotated_nms_can_be_scripted():
+    """As Detectron2's own test scripts a module; without compiled operators, only the call fails."""
+    from detectron2.layers import batched_nms_rotated, nms_rotated
+
+    class Suppress(torch.nn.Module):
+        def forward(self, boxes, scores, threshold):
+            return nms_rotated(boxes, scores, threshold)
+
+    scripted = torch.jit.script(Suppress())
+    torch.jit.script(batched_nms_rotated)
+    with pytest.raises(RuntimeError, match="nms_rotated needs Detectron2's compiled operators"):
+        scripted(torch.tensor([[10.0, 10.0, 4.0, 2.0, 30.0]]), torch.ones(1), torch.tensor(0.5))
+
+
+@patched_only
+def test_a_mapper_that_returns_none_gets_another_image():
+    """Which one, random.sample of Python 3.10 decided for a set as for a tuple of it, from Detectron2's own seed."""
+    from detectron2.data.common import MapDataset
+
+    dataset = MapDataset(list(range(10)), lambda x: x if x % 2 else None)
+    found = [dataset[i] for i in range(10)]
+    draws, candidates, expected = random.Random(42), set(range(10)), []
+    for index in range(10):
+        while index % 2 == 0:
+            candidates.discard(index)
+            (index,) = draws.sample(tuple(candidates), k=1)
+        expected.append(index)
+    assert found == expected
+
+
+@patched_only
+def test_the_names_that_detectron2s_export_script_imports():
+    from detectron2.config import get_cfg
+    from detectron2.export import Caffe2Tracer, add_export_config
+
+    cfg = get_cfg()
+    assert add_export_config(cfg) is cfg
+    with pytest.raises(ImportError, match="needs caffe2, which torch 2 does not have"):
+        Caffe2Tracer(cfg, None, [])
+
+
+def test_polygons_are_cropped():
+    """Detectron2 does it with shapely, which it does not declare."""
+    from detectron2.data import transforms as T
+
+    square = np.array([[0.0, 0.0], [10.0, 0.0], [10.0, 10.0], [0.0, 10.0]])
+    (cropped,) = T.CropTransform(4, 6, 20, 20).apply_polygons([square])
+    x, y = cropped.T
+    area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
+    assert area == pytest.approx(6 * 4) and cropped.min() == 0 and tuple(cropped.max(0)) == (6, 4)
+
+
+@patched_only
 @pytest.mark.parametrize("groups, deformable_groups, stride, dilation", [(1, 1, 1, 1), (2, 1, 2, 1), (1, 4, 1, 2)])
 def test_deformable_convolution_on_the_cpu(groups, deformable_groups, stride, dilation):
     from detectron2.layers import DeformConv, ModulatedDeformConv
@@ -331,7 +386,6 @@ def test_torch_schedulers_are_saved_by_the_hook():
 @patched_only
 def test_semantic_segmentation_is_evaluated(tmp_path):
     """Seven of the removed NumPy names stand in this evaluator; two pixels of six are wrong here."""
-    import numpy as np
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.evaluation import SemSegEvaluator
     from PIL import Image
