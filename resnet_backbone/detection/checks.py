@@ -40,16 +40,6 @@ def check_names(cfg: CfgNode) -> None:
             )
 
 
-def check_classifiers_keys(cfg: CfgNode) -> None:
-    """Reject options of the training loop that only work for classifiers."""
-    for key, off, why in (
-        ("SOLVER.CUDA_GRAPH", False, "a detector's shapes change with every image, and a graph's cannot"),
-        ("SOLVER.WARMUP_UNTIL_ERROR", 0.0, "a detector has no training error"),
-    ):
-        if get_key(cfg, key) != off:
-            raise ConfigError(f"{key} is {get_key(cfg, key)} ({origin(cfg, key)}), but {why}. Set it to {off}.")
-
-
 def check_test_keys(cfg: CfgNode) -> None:
     """Reject test-time augmentation for models that Detectron2 cannot do it for, and malformed expected results."""
     if cfg.TEST.AUG.ENABLED:

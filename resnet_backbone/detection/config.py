@@ -21,9 +21,11 @@ def get_config() -> CfgNode:
     return cfg
 
 
-# The keys that the training tool does not read, and what to do instead (`engine.unread`).
+# The keys that the training tool does not read, and why (`engine.unread`).
 UNREAD = {
     "DATALOADER.REPEAT_THRESHOLD": "It belongs to a sampler whose runs do not resume exactly.",
     "GLOBAL": "",
+    "SOLVER.CUDA_GRAPH": "A detector's shapes change with every image, and a graph's cannot.",
     "SOLVER.REFERENCE_WORLD_SIZE": "Set SOLVER.REFERENCE_IMS_PER_BATCH, which rescales the schedule by the batch size.",
+    "SOLVER.WARMUP_UNTIL_ERROR": "A detector has no training error. Set SOLVER.WARMUP_ITERS.",
 }

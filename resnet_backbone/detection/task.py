@@ -15,7 +15,6 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from resnet_backbone.detection.checks import (
-    check_classifiers_keys,
     check_datasets,
     check_evaluable,
     check_names,
@@ -64,7 +63,6 @@ class Detection:
     def check(self, *, eval_only: bool) -> None:
         check_names(self._cfg)
         refuse_unread(self._cfg, get_config(), UNREAD, tool="tools/train_net.py")
-        check_classifiers_keys(self._cfg)
         check_test_keys(self._cfg)
         self._last_evaluation = eval_only
 

@@ -12,7 +12,8 @@ def refuse_unread(cfg: CfgNode, defaults: CfgNode, unread: Mapping[str, str], *,
 
     Args:
         defaults: the tool's configuration before anybody set a key.
-        unread: maps keys, or groups of keys such as "MODEL.RPN", to what to do instead; "" if there is nothing.
+        unread: maps keys, or groups of keys such as "MODEL.RPN", to why, or what to do instead; "" if there is nothing
+            to say.
     """
     expected = dict(flatten(defaults))
     for key, value in flatten(cfg):
@@ -20,5 +21,6 @@ def refuse_unread(cfg: CfgNode, defaults: CfgNode, unread: Mapping[str, str], *,
         if reason is not None and value != expected.get(key):
             by = f" ({origin(cfg, key)})" if origin(cfg, key) else ""
             raise ConfigError(
-                f"{key} is {value}{by}, but {tool} does not read it. {reason or f'Leave it at {expected.get(key)}.'}"
+                f"{key} is {value}{by}, but {tool} does not read it. {f'{reason} ' if reason else ''}"
+                f"Leave it at {expected.get(key)!r}."
             )

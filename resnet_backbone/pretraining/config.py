@@ -46,7 +46,7 @@ def get_config() -> CfgNode:
 
 
 _DETECTORS = "It belongs to detectors, which tools/train_net.py trains."
-# The keys that pretraining does not read, and what to do instead (`engine.unread`).
+# The keys that pretraining does not read, and why (`engine.unread`).
 UNREAD = {
     "DATALOADER.ASPECT_RATIO_GROUPING": _DETECTORS,
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": _DETECTORS,

@@ -260,7 +260,7 @@ def test_a_contradiction_to_the_weights_stops_and_names_both(small, tmp_path, ke
         (("MODEL.WEIGHTS", "/no/model_final.pth"), ("no checkpoint /no/model_final.pth",)),
         (("MODEL.WEIGHTS", ""), ("MODEL.WEIGHTS is empty", "ALLOW_UNTRAINED_FROZEN_BN")),
         (("MODEL.RESNETS.RES5_DILATION", 4), ("res5_dilation is 4",)),
-        (("SOLVER.WARMUP_UNTIL_ERROR", 80), ("WARMUP_UNTIL_ERROR is 80", "Set it to 0.0")),
+        (("SOLVER.WARMUP_UNTIL_ERROR", 80), ("WARMUP_UNTIL_ERROR is 80", "no training error", "Leave it at 0.0")),
         (("SOLVER.CUDA_GRAPH", True), ("SOLVER.CUDA_GRAPH",)),
     ],
 )
