@@ -23,7 +23,6 @@ def get_config() -> CfgNode:
 
 # The keys that the training tool does not read, and why (`engine.unread`).
 UNREAD = {
-    "DATALOADER.REPEAT_THRESHOLD": "It belongs to a sampler whose runs do not resume exactly.",
     "GLOBAL": "",
     "SOLVER.CUDA_GRAPH": "A detector's shapes change with every image, and a graph's cannot.",
     "SOLVER.REFERENCE_WORLD_SIZE": "Set SOLVER.REFERENCE_IMS_PER_BATCH, which rescales the schedule by the batch size.",
