@@ -13,7 +13,9 @@ from detectron2.modeling import (
     ROI_HEADS_REGISTRY,
 )
 
+from resnet_backbone.detection.config import get_config
 from resnet_backbone.detection.data import datasets, fit
+from resnet_backbone.detection.weights import OWN_BACKBONES, is_own
 from resnet_backbone.engine.config import ConfigError, get_key, origin
 from resnet_backbone.weights import Checkpoint
 
@@ -37,6 +39,22 @@ def check_names(cfg: CfgNode) -> None:
             raise ConfigError(
                 f"{key} is {get_key(cfg, key)} ({origin(cfg, key) or 'default'}), which is not registered; the "
                 f"nearest is {near[0]}."
+            )
+
+
+def check_network_keys(cfg: CfgNode) -> None:
+    """Reject keys of MODEL.NETWORK for a model of Detectron2's own parts, which do not read them."""
+    own_parts = (cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_BOX_HEAD.NAME)
+    if is_own(cfg) or "NetworkRes5ROIHeads" in own_parts or "VGGBoxHead" in own_parts:
+        return
+    defaults = get_config()
+    for name in ("NAME", "WIDTH", "SHORTCUT", "ZERO_INIT_LAST_NORM", "POOL5"):
+        key = f"MODEL.NETWORK.{name}"
+        if get_key(cfg, key) != get_key(defaults, key):
+            raise ConfigError(
+                f"{key} is {get_key(cfg, key)} ({origin(cfg, key)}), but MODEL.BACKBONE.NAME is "
+                f"{cfg.MODEL.BACKBONE.NAME}, which does not read it. Set MODEL.BACKBONE.NAME to one of "
+                f"{', '.join(OWN_BACKBONES)}, or leave {key} out."
             )
 
 

@@ -18,6 +18,7 @@ from resnet_backbone.detection.checks import (
     check_datasets,
     check_evaluable,
     check_names,
+    check_network_keys,
     check_test_keys,
 )
 from resnet_backbone.detection.config import UNREAD, get_config
@@ -63,6 +64,7 @@ class Detection:
     def check(self, *, eval_only: bool) -> None:
         check_names(self._cfg)
         refuse_unread(self._cfg, get_config(), UNREAD, tool="tools/train_net.py")
+        check_network_keys(self._cfg)
         check_test_keys(self._cfg)
         self._last_evaluation = eval_only
 

@@ -314,6 +314,8 @@ def test_a_stock_configuration_with_stock_names_trains_resumes_and_evaluates(det
     keys += ("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "SOLVER.CHECKPOINT_PERIOD", 1)
     with pytest.raises(ConfigError, match="ALLOW_UNTRAINED_FROZEN_BN"):
         detection.run(detection_config(STOCK, tmp_path / "no", *keys))
+    with pytest.raises(ConfigError, match=r"MODEL.NETWORK.NAME is resnet18 .* build_resnet_backbone, which does not"):
+        detection.run(detection_config(STOCK, tmp_path / "no", *keys, "MODEL.NETWORK.NAME", "resnet18"))
     detection.run(detection_config(STOCK, tmp_path / "run", *keys, *ALLOW))
     assert "frozen: stages stem, res2;" in log(tmp_path / "run")
     detection.run(detection_config(STOCK, tmp_path / "run", *keys, *ALLOW, "SOLVER.MAX_ITER", 2), resume=True)
