@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import build_resnet_backbone
@@ -17,6 +15,7 @@ from resnet_backbone.networks import build_network
 from resnet_backbone.weights import Checkpoint, CheckpointError, load_state
 from resnet_backbone.weights.convert import convert, read_weights
 from resnet_backbone.weights.writers import write_weights
+from tests.weights.foreign import detectron2_config
 from tests.weights.networks import (
     IMAGE,
     STAGES,
@@ -27,22 +26,6 @@ from tests.weights.networks import (
     rebuilt,
     save_pickle,
 )
-
-
-def detectron2_config(depth: int = 50, stride_in_1x1: bool = True, file: str | None = None):
-    """Detectron2's network, with an eighth of the channels where it has bottlenecks (it builds no other narrow)."""
-    cfg = get_cfg()
-    if file:
-        cfg.merge_from_file(model_zoo.get_config_file(file))
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.RESNETS.DEPTH = depth
-    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = stride_in_1x1
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    if depth >= 50:
-        cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 8
-        cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 8
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 32
-    return cfg
 
 
 def narrow_detectron2(depth: int = 50, stride_in_1x1: bool = True) -> nn.Module:
