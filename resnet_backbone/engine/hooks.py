@@ -62,8 +62,9 @@ class Checkpoints(HookBase):
             return
         self.trainer.check_finite()
         self.trainer.share_metrics()
-        if comm.is_main_process():
-            self._save(iteration)
+        with self.trainer.norm_statistics.averaged():
+            if comm.is_main_process():
+                self._save(iteration)
         self._saved = iteration
         comm.synchronize()
 
@@ -100,6 +101,10 @@ class Evaluation(HookBase):
         if self.period <= 0 or self.trainer.iter == 0 or self.trainer.iter % self.period:
             return
         self.trainer.check_finite()  # else evaluators fail on NaN boxes with errors of their own
+        with self.trainer.norm_statistics.averaged():
+            self._evaluate_and_save()
+
+    def _evaluate_and_save(self) -> None:
         results = flatten_results_dict(self._evaluate())
         results = {name: float(value) for name, value in results.items()}
         self.trainer.store(results)

@@ -142,6 +142,7 @@ def train(
                 part.load_state_dict(resume_from.trainer[name])
     if start >= cfg.SOLVER.MAX_ITER:
         logger.info("all %d iterations are done", cfg.SOLVER.MAX_ITER)
+        trainer.norm_statistics.average()
         return result()
 
     task.metadata(start)  # catch an invalid entry now, not at the first checkpoint
@@ -154,6 +155,7 @@ def train(
         trainer.register_hooks([hooks.Writers(_writers(cfg, folder, start))])
     trainer.register_hooks([checkpoints, preemption])
     trainer.train(start, cfg.SOLVER.MAX_ITER)
+    trainer.norm_statistics.average()
     return result()
 
 

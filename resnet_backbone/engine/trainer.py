@@ -20,6 +20,7 @@ from resnet_backbone.engine.ema import MovingAverage
 from resnet_backbone.engine.graph import GraphedStep
 from resnet_backbone.engine.metrics import MetricSums, Throughput
 from resnet_backbone.engine.nonfinite import Diagnosis, Losses, NonFiniteGuard, check_weights
+from resnet_backbone.engine.norm_statistics import NormStatistics
 from resnet_backbone.engine.precision import autocast
 from resnet_backbone.errors import InputError, Interrupted
 
@@ -46,6 +47,7 @@ class Trainer(TrainerBase):
 
     Attributes:
         last_measured: the latest iteration that measured something (`store`); -1 before the first.
+        norm_statistics: batch norm's running statistics, each process's own outside of its context `averaged`.
 
     Args:
         model: the model to train, on its device and already wrapped for several processes.
@@ -100,6 +102,7 @@ class Trainer(TrainerBase):
         self._diagnosis = Diagnosis(unwrap(model), replay=self._replay, names=names, rate_at=self._rate_at)
         self._metrics = MetricSums(self._device)
         self._throughput = Throughput(images_per_batch)
+        self.norm_statistics = NormStatistics([unwrap(model)] + ([] if average is None else [average.model]))
         self._graph = GraphedStep(self._step) if cuda_graph else None
         self._iterator: Iterator[Any] | None = None
 
@@ -285,8 +288,9 @@ class Trainer(TrainerBase):
             state["scaler"] = self._scaler.state_dict()
         if self.average is not None:
             state["average"] = self.average.state_dict()
-        if metrics := self._metrics.state_dict():
-            state["metrics"] = metrics
+        for name, part in (("metrics", self._metrics), ("norm_statistics", self.norm_statistics)):
+            if value := part.state_dict():
+                state[name] = value
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -302,8 +306,9 @@ class Trainer(TrainerBase):
             self._scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"] if "average" in state else unwrap(self.model).state_dict())
-        if "metrics" in state:
-            self._metrics.load_state_dict(state["metrics"])
+        for name, part in (("metrics", self._metrics), ("norm_statistics", self.norm_statistics)):
+            if name in state:
+                part.load_state_dict(state[name])
 
 
 def split(batch: Any, parts: int) -> list[Any]:

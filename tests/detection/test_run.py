@@ -182,6 +182,12 @@ def test_the_metadata_say_whether_statistics_were_ever_estimated(detection_confi
     assert statistics == ("never" if norm == "FrozenBN" else "running")
 
 
+def test_frozen_stages_with_random_batch_norm_stop(detection_config, tmp_path):
+    keys = ("MODEL.NETWORK.NAME", "resnet18", "MODEL.NETWORK.WIDTH", 0.125, "MODEL.RESNETS.NORM", "BN")
+    with pytest.raises(ConfigError, match="backbone has 5 frozen batch normalizations without statistics"):
+        detection.run(detection_config(R50, tmp_path, *keys, "MODEL.BACKBONE.FREEZE_AT", 2))
+
+
 def test_parts_of_a_batch_and_the_average_of_the_weights(small, tmp_path):
     """After two steps with decay d the average is d · first + (1 − d) · second; the final file holds it."""
     keys = ("SOLVER.ACCUMULATE", 2, "SOLVER.EMA_DECAY", 0.25, "SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1)

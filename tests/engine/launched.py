@@ -26,12 +26,14 @@ STOP = 5  # the iteration in which the first half of a run ends; saved was after
 
 
 def build_network(name: str) -> nn.Module:
-    """A network in float64 in which no image depends on the others of its batch."""
+    """A network in float64 in which no image depends on the others of its batch, but for "bn"."""
     from resnet_backbone.networks import build_network
 
     torch.manual_seed(0)
     if name == "gn":
         network = build_network("cifar_resnet20", 5, norm="GN", width=2.0)
+    elif name == "bn":
+        network = build_network("cifar_resnet20", 5, width=1.0)
     elif name == "frozen_bn":
         network = build_network("resnet18", 5, norm="FrozenBN", width=0.125)
         for key, buffer in network.named_buffers():
@@ -45,7 +47,10 @@ def build_network(name: str) -> nn.Module:
 
 
 def train_network(cfg, name: str, folder: Path, *, stop_at: int | None = None) -> None:
-    """Train from the last checkpoint in `folder`, if there is one; each rank writes down what it saw."""
+    """Train from the last checkpoint in `folder`, if there is one; each rank writes down what it saw.
+
+    An evaluation's metric is a number that the running statistics decide, when there are any.
+    """
     from detectron2.solver import build_optimizer
 
     from resnet_backbone.data.sampler import BatchSampler
@@ -60,7 +65,7 @@ def train_network(cfg, name: str, folder: Path, *, stop_at: int | None = None) -
     size = 32 if name == "vgg" else 16
     images = torch.randn(IMAGES, 3, size, size, generator=generator, dtype=torch.float64)
     labels = torch.randint(5, (IMAGES,), generator=generator)
-    model, seen = build_network(name), {}
+    model, seen, evaluated = build_network(name), {}, {}
 
     def batches(start):
         share = {"rank": comm.get_rank(), "world_size": comm.get_world_size()}
@@ -76,7 +81,7 @@ def train_network(cfg, name: str, folder: Path, *, stop_at: int | None = None) -
     def compute(model, batch):
         return {"loss": nn.functional.cross_entropy(model(batch[0]), batch[1])}, {}
 
-    def describe(iterations: int) -> Metadata:
+    def describe(iterations: int, **results: float) -> Metadata:
         return Metadata(
             kind="classifier",
             architecture="tiny",
@@ -87,22 +92,28 @@ def train_network(cfg, name: str, folder: Path, *, stop_at: int | None = None) -
             norm_statistics="none",
             norm_epsilon=None,
             class_names=("a",),
+            origin={"iterations": iterations, **results},
         )
+
+    def evaluate(network):
+        statistics = {key: b.clone() for key, b in network.named_buffers() if "running" in key}
+        evaluated[max(seen)] = statistics
+        return {"score": sum(b.sum().item() for b in statistics.values()) % 1} if statistics else {}
 
     try:
         task = SimpleNamespace(
             batches=batches,
             losses=compute,
-            evaluate=lambda _: {},
+            evaluate=evaluate,
             metadata=describe,
             image_names=lambda _: (),
             num_images=IMAGES,
-            best_metric="",
+            best_metric="score",
         )
         train(cfg, task, model, build_optimizer(cfg, model), folder=folder, resume_from=last)
     except KeyboardInterrupt:
         assert stop_at is not None
-    state = {"model": model.state_dict(), "seen": seen, "seed": cfg.SEED}
+    state = {"model": model.state_dict(), "seen": seen, "seed": cfg.SEED, "evaluated": evaluated}
     torch.save(state, folder / f"rank{comm.get_rank()}.pt")
 
 
@@ -114,6 +125,15 @@ def trainings_run(cfg, **_):
         train_network(cfg.clone(), name, folder / "half", stop_at=STOP)
         if (folder / "rest").exists():
             train_network(cfg.clone(), name, folder / "rest")
+
+
+def statistics_run(cfg, **_):
+    """With batch norm, a moving average and a plateau: a whole run, one that stops, and its rest."""
+    cfg.SOLVER.EMA_DECAY = 0.5
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.PLATEAU_PATIENCE = "WarmupPlateauLR", 0
+    cfg.TEST.EVAL_PERIOD = 3
+    for name, stop_at in (("whole", None), ("run", STOP), ("run", None)):
+        train_network(cfg.clone(), "bn", Path(cfg.OUTPUT_DIR) / name, stop_at=stop_at)
 
 
 def long_run(cfg, **_):

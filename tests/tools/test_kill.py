@@ -491,6 +491,40 @@ def test_two_processes_leave_together(words, finish, alone, tmp_path, number, to
     assert_close(folder, alone)
 
 
+def test_two_processes_with_batch_norm_are_killed_and_asked_to_leave(words, tmp_path):
+    """With a plateau and a moving average: the bits of a run that nothing disturbed, and files worth what they say."""
+
+    def run(folder: Path, keys: str = "", *, accident: Callable[[Run], None] | None = None) -> tuple[int, str]:
+        started = command(tmp_path / "output.txt", words(folder, f"{keys} --num-gpus 2", resume=accident is not None))
+        if accident is not None:
+            accident(started)
+        return started.end()
+
+    def kill_the_second(started: Run) -> None:
+        started.wait_for("model_0000005.pth")
+        os.kill(ranks(started.pid)[1], signal.SIGKILL)
+
+    def ask(started: Run) -> None:
+        started.wait_for("model_0000011.pth")
+        started.send(signal.SIGTERM)
+
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    for place, accident, expected in (
+        (whole, None, 0),
+        (folder, kill_the_second, 128 + signal.SIGKILL),
+        (folder, ask, 75),
+        (folder, lambda started: None, 0),
+    ):
+        status, printed = run(place, accident=accident)
+        assert status == expected, printed
+    assert_same(folder, whole)
+    best = read_checkpoint(whole / "model_best.pth").metadata.origin
+    assert read_checkpoint(whole / "model_0000023.pth").trainer["plateau"]["drops"] > 0
+    status, printed = run(tmp_path / "test", f"--eval-only MODEL.WEIGHTS {whole / 'model_best.pth'}")
+    assert status == 0, printed
+    assert f"top-1 {best['top1']:.2f} %, " in printed
+
+
 def ranks(parent: int) -> list[int]:
     """The processes that train, in the order of their start."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()

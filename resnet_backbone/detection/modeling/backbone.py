@@ -45,8 +45,9 @@ def build_network_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> NetworkBackb
     """Build the configured network up to the last of MODEL.RESNETS.OUT_FEATURES, initialized from MODEL.WEIGHTS."""
     out_features = cfg.MODEL.RESNETS.OUT_FEATURES
     network = build_part(cfg, out_features=out_features)
-    fill(network, cfg, part="backbone")
-    return NetworkBackbone(network, out_features=out_features, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+    backbone = NetworkBackbone(network, out_features=out_features, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+    fill(backbone.network, cfg, part="backbone")  # after freezing, which fixes the statistics of more norms
+    return backbone
 
 
 @BACKBONE_REGISTRY.register()

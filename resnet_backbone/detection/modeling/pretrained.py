@@ -48,8 +48,10 @@ def pretrained_backbone(
     """
     checkpoint = _read(weights)
     stages = _build(checkpoint.metadata, device="meta").stages_up_to(out_features)
-    network = _load(checkpoint, weights, part="backbone", stages=stages, norm=norm)
-    return PretrainedBackbone(network, checkpoint.metadata, out_features=out_features, freeze_at=freeze_at)
+    network = _build_stages(checkpoint.metadata, stages, norm)
+    backbone = PretrainedBackbone(network, checkpoint.metadata, out_features=out_features, freeze_at=freeze_at)
+    _load(backbone.network, checkpoint, weights, part="backbone")  # after freezing, which fixes more statistics
+    return backbone
 
 
 def pretrained_res5(*, weights: str, norm: str = "FrozenBN") -> nn.Module:
@@ -61,7 +63,9 @@ def pretrained_res5(*, weights: str, norm: str = "FrozenBN") -> nn.Module:
     stages = _build(checkpoint.metadata, device="meta").stage_names
     if "res5" not in stages:
         raise ConfigError(f"the {checkpoint.metadata.architecture} in {weights} has no res5, only {', '.join(stages)}.")
-    return _load(checkpoint, weights, part="roi_heads.res5", stages=("res5",), norm=norm).layer4
+    network = _build_stages(checkpoint.metadata, ("res5",), norm)
+    _load(network, checkpoint, weights, part="roi_heads.res5")
+    return network.layer4
 
 
 def pretrained_input(weights: str) -> dict[str, Any]:
@@ -94,13 +98,15 @@ def _build(metadata: Metadata, *, device: str, **arguments: Any) -> nn.Module:
         return build_network(metadata.architecture, **theirs | arguments)
 
 
-def _load(checkpoint: Checkpoint, file: str, *, part: str, stages: Sequence[str], norm: str) -> nn.Module:
-    """Build some stages of the network in `checkpoint` and fill them."""
-    metadata, arguments = checkpoint.metadata, {}
+def _build_stages(metadata: Metadata, stages: Sequence[str], norm: str) -> nn.Module:
+    """Build some stages of the network that `metadata` describes, with `norm` for batch norm."""
+    arguments = {}
     has_batch_norm = metadata.arguments.get("norm", "BN") in ("BN", "SyncBN", "FrozenBN")
     if has_batch_norm and "norm" in accepted_arguments(metadata.architecture):
         arguments["norm"] = norm
-    network = _build(metadata, device="cpu", stages=stages, **arguments)
+    return _build(metadata, device="cpu", stages=stages, **arguments)
+
+
+def _load(network: nn.Module, checkpoint: Checkpoint, file: str, *, part: str) -> None:
     logger.info("%s from %s", load_state(network, checkpoint.model, part=part, source=file), file)
     check_frozen_norms(network, checkpoint, file, part=part)
-    return network

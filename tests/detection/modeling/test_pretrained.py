@@ -82,6 +82,8 @@ def test_what_cannot_be_used(weights, classifier, tmp_path):
     with pytest.raises(ConfigError, match="frozen batch normalizations without statistics"):
         pretrained_backbone(weights=never, out_features=["res4"])
     pretrained_backbone(weights=never, out_features=["res4"], norm="BN")
+    with pytest.raises(ConfigError, match="backbone has 5 frozen batch normalizations without statistics"):
+        pretrained_backbone(weights=never, out_features=["res4"], norm="BN", freeze_at=2)
 
     detector = read_checkpoint(weights)
     object.__setattr__(detector.metadata, "kind", "detector")
