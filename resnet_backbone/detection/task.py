@@ -24,6 +24,7 @@ from resnet_backbone.detection.checks import (
 from resnet_backbone.detection.config import UNREAD, get_config
 from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.detection.evaluation.evaluate import check_expected, evaluate, try_two_images
+from resnet_backbone.detection.evaluation.metrics import best_metric, headline
 from resnet_backbone.detection.modeling.backbone import NetworkBackbone
 from resnet_backbone.detection.modeling.layout import use_channels_last
 from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
@@ -54,12 +55,11 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
 class Detection:
     """Detector training as a task of `engine.run`."""
 
-    best_metric = "bbox/AP"
-
     def __init__(self, cfg: CfgNode):
         self._cfg = cfg
         self._folder = Path(cfg.OUTPUT_DIR)
         self._precise = False
+        self.best_metric = best_metric(cfg)
 
     def check(self, *, eval_only: bool) -> None:
         check_names(self._cfg)
@@ -79,6 +79,8 @@ class Detection:
             self.num_images = self._batches.num_images
         model = _build_model(cfg, weights, file)
         logger.info(describe_frozen(model))
+        if len(cfg.DATASETS.TEST) > 1 and not eval_only:
+            logger.info("%s selects the best checkpoint (TEST.BEST_METRIC)", self.best_metric)
         self._norms = [
             m for m in model.modules() if is_frozen_norm(m) or isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
@@ -116,8 +118,7 @@ class Detection:
         self._last_evaluation = True
 
     def headline(self, results: dict[str, Any]) -> dict[str, float]:
-        boxes = results.get("bbox", {})
-        return {name: boxes[name] for name in ("AP", "AP50") if name in boxes}
+        return headline(self.best_metric, results)
 
 
 def describe_frozen(model: nn.Module) -> str:

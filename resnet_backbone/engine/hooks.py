@@ -1,5 +1,6 @@
 """Training loop hooks: learning rate, checkpoints, evaluation, metrics."""
 
+import difflib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from fvcore.common.param_scheduler import ParamScheduler
 
+from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.schedule import Plateau, WarmUpUntil, set_learning_rate
 
 
@@ -108,6 +110,11 @@ class Evaluation(HookBase):
         results = flatten_results_dict(self._evaluate())
         results = {name: float(value) for name, value in results.items()}
         self.trainer.store(results)
+        if comm.is_main_process() and self.metric and results and self.metric not in results:
+            near = difflib.get_close_matches(self.metric, results, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"TEST.BEST_METRIC is {self.metric}, which the evaluation does not give; the nearest is {near}."
+            )
         # Detectron2's evaluators return results on the main process only.
         score = comm.all_gather(results.get(self.metric))[0]
         if score is None:

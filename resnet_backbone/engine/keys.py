@@ -25,6 +25,10 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WARMUP_UNTIL_ERROR = 0.0
     # Also report to this Weights & Biases project; wandb must be installed.
     cfg.WANDB_PROJECT = ""
+    # The evaluation metric (higher is better) that selects model_best.pth and drives WarmupPlateauLR; empty: top1 of a
+    # classifier, bbox/AP of a detector. With several data sets in DATASETS.TEST, the first one's, unless the key begins
+    # with the name of another: NAME/bbox/AP.
+    cfg.TEST.BEST_METRIC = ""
     # Metrics are averaged on the device; read, print and write them every N iterations.
     cfg.SOLVER.LOG_PERIOD = 20
     # The batch size that BASE_LR, MAX_ITER, STEPS and the periods were written for. If IMS_PER_BATCH differs, they are

@@ -41,14 +41,15 @@ def run(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> dict[
 class Classification:
     """Pretraining as a task of `engine.run`."""
 
-    best_metric = "top1"
-
     def __init__(self, cfg: CfgNode):
+        self.best_metric = cfg.TEST.BEST_METRIC or "top1"
         self._cfg = cfg
         self._precise = False
 
     def check(self, *, eval_only: bool) -> None:
         refuse_unread(self._cfg, get_config(), UNREAD, tool="tools/pretrain.py")
+        if self.best_metric not in ("top1", "top5"):
+            raise ConfigError(f"TEST.BEST_METRIC is {self.best_metric}, expected top1 or top5.")
         ensemble = self._cfg.TEST.ENSEMBLE
         if ensemble and not eval_only:
             raise ConfigError(

@@ -182,6 +182,25 @@ def test_the_metadata_say_whether_statistics_were_ever_estimated(detection_confi
     assert statistics == ("never" if norm == "FrozenBN" else "running")
 
 
+def test_of_several_test_sets_the_first_decides_or_the_one_that_a_key_names(small, tmp_path, scenes):
+    again = f"{scenes}:{Path(scenes).parent / 'images'}"  # the same file under a second name
+    keys = ("DATASETS.TEST", (scenes, again), "SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 1)
+    keys += ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    results = detection.run(small("run", *keys))
+    assert f"{scenes}/bbox/AP selects the best checkpoint" in log(tmp_path / "run")
+    best = read_checkpoint(tmp_path / "run" / "model_best.pth").metadata.origin
+    assert best[f"{scenes}/bbox/AP"] == best[f"{again}/bbox/AP"]
+    origin = read_checkpoint(tmp_path / "run" / "model_final.pth").metadata.origin
+    assert {name: origin[name] for name in ("AP", "AP50")} == {
+        name: results[scenes]["bbox"][name] for name in ("AP", "AP50")
+    }
+    detection.run(small("other", *keys, "TEST.BEST_METRIC", f"{again}/bbox/AP75"))
+    assert f"{again}/bbox/AP75 selects the best checkpoint" in log(tmp_path / "other")
+    assert read_checkpoint(tmp_path / "other" / "model_final.pth").metadata.origin["AP75"] >= 0
+    with pytest.raises(ConfigError, match=r"TEST.BEST_METRIC is .*/bbox/AP49, which .* the nearest is .*/bbox/AP"):
+        detection.run(small("none", *keys, "TEST.BEST_METRIC", "bbox/AP49"))
+
+
 def test_frozen_stages_with_random_batch_norm_stop(detection_config, tmp_path):
     keys = ("MODEL.NETWORK.NAME", "resnet18", "MODEL.NETWORK.WIDTH", 0.125, "MODEL.RESNETS.NORM", "BN")
     with pytest.raises(ConfigError, match="backbone has 5 frozen batch normalizations without statistics"):

@@ -5,6 +5,7 @@ from fvcore.common.param_scheduler import ConstantParamScheduler, LinearParamSch
 from torch import nn
 
 from resnet_backbone.engine import hooks
+from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.nonfinite import NonFiniteLossError
 from resnet_backbone.engine.schedule import Plateau, WarmUpUntil
 from resnet_backbone.engine.trainer import Trainer
@@ -174,11 +175,12 @@ class TestBest:
         run([hook])
         assert [results["bbox/AP"] for results in saved] == [2.0] and hook.best == 2.0
 
-    def test_without_such_a_metric_none_is_best(self):
+    def test_a_metric_that_there_is_not_stops(self):
         saved = []
         hook = self.evaluate([1.0] * 4, metric="segm/AP", save_best=saved.append, plateau=Plateau(**PLATEAU))
-        run([hook])
-        assert saved == [] and hook.best is None
+        with pytest.raises(ConfigError, match=r"TEST.BEST_METRIC is segm/AP, which .* the nearest is bbox/AP\."):
+            run([hook])
+        assert saved == []
 
     def test_the_main_process_saves(self, monkeypatch):
         monkeypatch.setattr("resnet_backbone.engine.hooks.comm.is_main_process", lambda: False)

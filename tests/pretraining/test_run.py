@@ -292,6 +292,8 @@ def test_weights_fed_otherwise_stop(pretrain_config, tmp_path, classifier, key, 
 
 
 def test_eval_only_refuses_random_weights_and_other_classes(pretrain_config, tmp_path, classifier, bright_and_dark):
+    with pytest.raises(ConfigError, match=r"TEST.BEST_METRIC is test_loss, expected top1 or top5"):
+        pretraining.run(pretrain_config(tmp_path, "TEST.BEST_METRIC", "test_loss"))
     with pytest.raises(ConfigError, match="is empty, so --eval-only"):
         pretraining.run(pretrain_config(tmp_path), eval_only=True)
     root = tmp_path / "eight"
