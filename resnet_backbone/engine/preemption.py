@@ -19,6 +19,10 @@ class _EvaluationLeft(BaseException):
     """Raised in the middle of an evaluation, which may outlast the scheduler's grace period."""
 
 
+class _WaitLeft(BaseException):
+    """Raised by the signal handler while the next batch is awaited, which may never come."""
+
+
 class Preemption(HookBase):
     """On SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, raise Interrupted. A second Ctrl-C ends the run at once.
 
@@ -30,6 +34,7 @@ class Preemption(HookBase):
         self._checkpoints = checkpoints
         self._period = period
         self._received: str | None = None
+        self._waiting = False
         self._former: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
 
@@ -69,11 +74,32 @@ class Preemption(HookBase):
             watch.remove()
         self._leave(self._received, self.trainer.iter - 1)
 
+    def wait(self, fetch: Callable[[], Any]) -> Any:
+        """Call `fetch` for the next batch, but abort it on a signal; a resumed run fetches the batch again.
+
+        With several processes, it waits to the end: the others may be in the middle of the step.
+        """
+        if comm.get_world_size() > 1:
+            return fetch()
+        try:
+            self._waiting = True
+            if self._received is not None:
+                raise _WaitLeft
+            # Here the handler may raise: if something swallows the exception, the run leaves after the step.
+            return fetch()
+        except _WaitLeft:
+            pass
+        finally:
+            self._waiting = False
+        self._leave(self._received, self.trainer.iter - 1)
+
     def _leave_evaluation(self, *_: Any) -> None:
         if self._received is not None:
             raise _EvaluationLeft
 
     def _leave(self, received: str, iteration: int) -> None:
+        if iteration < self.trainer.start_iter:
+            raise Interrupted(f"{received}: left before the first iteration, with nothing new to save.")
         self._checkpoints.save(iteration)
         raise Interrupted(
             f"{received}: saved after {iteration + 1} of {self.trainer.max_iter} iterations. Go on with --resume."
@@ -90,3 +116,5 @@ class Preemption(HookBase):
             self._received = signal.Signals(number).name
             # Not through the logger, which may be in the middle of a line.
             os.write(2, f"{self._received}: finishing the step, then saving\n".encode())
+        if self._waiting:
+            raise _WaitLeft

@@ -154,6 +154,7 @@ def train(
         keep_metrics_before(folder, start)
         trainer.register_hooks([hooks.Writers(_writers(cfg, folder, start))])
     trainer.register_hooks([checkpoints, preemption])
+    trainer.wait = preemption.wait
     trainer.train(start, cfg.SOLVER.MAX_ITER)
     trainer.norm_statistics.average()
     return result()

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from resnet_backbone.data.workers import explained_deaths
 from resnet_backbone.engine.distributed import reduce_gradients, unwrap
 from resnet_backbone.engine.ema import MovingAverage
 from resnet_backbone.engine.graph import GraphedStep
@@ -47,6 +48,7 @@ class Trainer(TrainerBase):
 
     Attributes:
         last_measured: the latest iteration that measured something (`store`); -1 before the first.
+        wait: calls its argument, which fetches the next batch; to be replaced by something that a signal can interrupt.
         norm_statistics: batch norm's running statistics, each process's own outside of its context `averaged`.
 
     Args:
@@ -93,6 +95,7 @@ class Trainer(TrainerBase):
         self.accumulate = accumulate
         self.average = average
         self.last_measured = -1
+        self.wait: Callable[[Callable[[], Any]], Any] = lambda fetch: fetch()
         self._batches = batches
         self._loss_fn = loss_fn
         self._device = next(model.parameters()).device
@@ -115,11 +118,12 @@ class Trainer(TrainerBase):
         self.max_iter = max_iter
         with EventStorage(start_iter) as self.storage:
             try:
-                self.before_train()
-                for self.iter in range(start_iter, max_iter):
-                    self.before_step()
-                    self.run_step()
-                    self.after_step()
+                with explained_deaths():
+                    self.before_train()
+                    for self.iter in range(start_iter, max_iter):
+                        self.before_step()
+                        self.run_step()
+                        self.after_step()
                 self.iter += 1  # tells hooks in after_train that training finished
             except (InputError, Interrupted):
                 raise
@@ -143,7 +147,7 @@ class Trainer(TrainerBase):
         if not self.model.training:
             self.model.train()
         start = time.perf_counter()
-        batch = next(self._iterator)
+        batch = self.wait(lambda: next(self._iterator))
         waited = time.perf_counter() - start
 
         seed_iteration(self.seed, self.iter, comm.get_rank(), self._device)

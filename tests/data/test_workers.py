@@ -1,15 +1,22 @@
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import Dataset, default_collate
 
-from resnet_backbone.data.workers import STOPPING, Loader, prepare_worker
+from resnet_backbone.data import workers
+from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.workers import STOPPING, Loader, explained_deaths, prepare_worker
+
+ROOT = Path(__file__).parents[2]
 
 
 def work(ready) -> None:
@@ -114,3 +121,87 @@ def test_a_collection_copies_nothing_of_the_parent(private_memory):
     before, after = (float(batch) for batch in Loader(Collected(private_memory), [[0], [1]], workers=1))
     assert after - before < 4
     assert len(shared) == 500_000
+
+
+class Structure:
+    """As Detectron2's structures: tensors in attributes."""
+
+    def __init__(self, boxes: torch.Tensor):
+        self.fields = {"boxes": boxes, "name": "a"}
+
+
+class Images(Dataset):
+    def __getitem__(self, number: int) -> dict:
+        return {"image": torch.full((3, 640, 640), float(number)), "instances": Structure(torch.ones(2, 4) * number)}
+
+
+def as_list(samples: list) -> list:
+    return samples
+
+
+def test_tensors_come_in_shared_memory_with_their_values():
+    batches = list(Loader(Images(), [[0, 1], [2]], workers=1, collate_fn=as_list))
+    for number, sample in enumerate(sample for batch in batches for sample in batch):
+        tensors = sample["image"], sample["instances"].fields["boxes"]
+        assert all(tensor.is_shared() and bool((tensor == number).all()) for tensor in tensors)
+    (alone,) = Loader(Images(), [[0]], workers=0, collate_fn=as_list)
+    assert not alone[0]["image"].is_shared()
+
+
+SMALL_SHM = """
+import sys
+from resnet_backbone.data.workers import Loader
+from tests.data.test_workers import Images, as_list, stack
+for batch in Loader(Images(), [[n, n + 1] for n in range(0, 40, 2)], workers=2, collate_fn=globals()[sys.argv[1]]):
+    pass
+"""
+
+
+def stack(samples: list) -> torch.Tensor:
+    return default_collate([sample["image"] for sample in samples])
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode,
+    reason="this user may not mount a small /dev/shm",
+)
+@pytest.mark.parametrize("collate", ["as_list", "stack"])
+def test_a_small_shared_memory_ends_in_a_sentence(collate):
+    """As Docker gives it; the lists of detection used to wait forever for a batch that a thread had lost."""
+    mount = 'mount -t tmpfs -o size=12m tmpfs /dev/shm && exec "$@"'
+    python = [sys.executable, "-c", SMALL_SHM, collate]
+    command = ["unshare", "--mount", "sh", "-c", mount, "sh", *python]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "DatasetError: loading processes hand over batches in shared memory" in last, done.stderr
+    assert "of 12 MiB left" in last and "--shm-size" in last and "DATALOADER.NUM_WORKERS" in last
+
+
+class Dying(Dataset):
+    def __getitem__(self, number: int) -> int:
+        if number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+
+def test_a_worker_that_dies_is_named():
+    with pytest.raises(DatasetError) as caught, explained_deaths():
+        list(Loader(Dying(), [[0], [1], [0], [0]], workers=1))
+    assert re.search(r"ended: worker \(pid \d+\) is killed by signal: Killed\. The kernel kills", str(caught.value))
+    with pytest.raises(RuntimeError, match="^other"), explained_deaths():
+        raise RuntimeError("other")
+
+
+class Slow(Dataset):
+    def __getitem__(self, number: int) -> int:
+        time.sleep(1.5 if number else 0)
+        return number
+
+
+def test_a_worker_that_is_stuck_is_named_while_the_wait_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr(workers, "PATIENCE", 0.4)
+    monkeypatch.setattr(workers._WatchedIterator._try_get_data, "__defaults__", (0.1,))
+    assert [batch.item() for batch in Loader(Slow(), [[0], [1], [0]], workers=2)] == [0, 1, 0]
+    said = [record.getMessage() for record in caplog.records if record.name == workers.__name__]
+    assert 1 <= len(said) <= 4
+    assert re.fullmatch(r"no batch for \d s: loading process 2 of 2 \(pid \d+\) is stuck, or the disk .*", said[0])

@@ -1,9 +1,11 @@
 """Signals, sent to this process in the middle of a step or an evaluation."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,38 @@ class TestInAStep:
                 during_step=send(signal.SIGTERM, 7),
             )
         assert read_last_checkpoint(tmp_path / "run").iteration == 3
+
+
+class TestWhileABatchIsAwaited:
+    @pytest.mark.parametrize("number", SIGNALS)
+    def test_the_wait_is_left_at_once_and_the_batch_fetched_again(self, cfg, tmp_path, number):
+        def stuck(iteration: int) -> None:
+            if iteration == 5:
+                threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+                time.sleep(60)
+
+        whole, begin = Run(cfg, tmp_path / "whole"), time.monotonic()
+        name = signal.Signals(number).name
+        with pytest.raises(Interrupted, match=f"{name}: saved after 5 of 10 iterations"):
+            Run(cfg, tmp_path / "parts", during_fetch=stuck)
+        assert time.monotonic() - begin < 30
+        resumed = Run(cfg, tmp_path / "parts", resume=True)
+        assert resumed.seen == whole.seen[5:]
+        assert_same(whole, resumed)
+
+    def test_the_first_batch_leaves_nothing_to_save(self, cfg, tmp_path):
+        with pytest.raises(Interrupted, match="SIGTERM: left before the first iteration, with nothing new to save"):
+            Run(cfg, tmp_path / "run", during_fetch=send(signal.SIGTERM, 0))
+        assert not list((tmp_path / "run").glob("*.pth"))
+
+    def test_a_signal_that_something_swallows_is_obeyed_after_the_step(self, cfg, tmp_path):
+        def swallow(iteration: int) -> None:
+            if iteration == 5:
+                with contextlib.suppress(BaseException):
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(Interrupted, match="SIGTERM: saved after 6 of 10 iterations"):
+            Run(cfg, tmp_path / "run", during_fetch=swallow)
 
 
 class TestInAnEvaluation:

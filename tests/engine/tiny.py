@@ -138,7 +138,7 @@ class Run:
         factor: given the iteration, what the logits are multiplied by.
         error: given the iteration, the training error that is reported.
         scores: the AP of one evaluation after the other, by the iteration that follows.
-        during_step, during_evaluation: called with the iteration.
+        during_fetch, during_step, during_evaluation: called with the iteration.
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class Run:
         factor: Callable[[int], float] = lambda i: 1.0,
         error: Callable[[int], float] | None = None,
         scores: Callable[[int], float] = lambda i: 1.5,
+        during_fetch: Callable[[int], object] = lambda i: None,
         during_step: Callable[[int], object] = lambda i: None,
         during_evaluation: Callable[[int], object] = lambda i: None,
     ):
@@ -169,6 +170,7 @@ class Run:
             for number, pairs in enumerate(BatchSampler(37, 4, seed=cfg.SEED, start_iteration=start), start):
                 if number == stop_at:
                     raise KeyboardInterrupt
+                during_fetch(number)
                 self.seen.append(pairs)
                 yield Batch([number] * 4, IMAGES[[index for _, index in pairs]])
 
