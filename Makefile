@@ -17,7 +17,7 @@ ARGS ?=
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -ra --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench gpu clean distclean
+.PHONY: help setup demo test test-all lint bench gpu soak clean distclean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -45,6 +45,9 @@ bench: $(STAMP)  ## speed beside plain torch and torchvision, of what the machin
 
 gpu: $(STAMP)  ## on a GPU: the tests that need one and the benchmarks; report in output/gpu (ARGS="--parts tests data")
 	$(BIN)/python tools/check_gpu.py $(ARGS)
+
+soak: $(STAMP)  ## a detector through kills, full disks and resumes (20 minutes); report in output/soak (ARGS="--data TRAIN TEST")
+	$(BIN)/python projects/soak/run.py --output output/soak $(ARGS)
 
 clean:  ## remove build outputs and caches; keeps .venv and output/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

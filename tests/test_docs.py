@@ -54,12 +54,13 @@ SCRIPTS = {
     "projects/cifar10/run.py": ("carry_out",),
     "projects/coco_transfer/run.py": ("carry_out",),
     "projects/signal_propagation/run.py": ("measure",),
+    "projects/soak/run.py": ("carry_out",),
 }
 # What is checked of those functions' arguments, by name.
 CHECKS = {
     "names": lambda names: set(names) <= set(PARTS),
     "networks": lambda names: set(names or ()) <= set(list_networks()),
-    "plan": lambda plan: plan.check() is None,
+    "plan": lambda plan: plan.check() is None if hasattr(plan, "check") else plan.iterations > 0,
 }
 # What a `…` stands for.
 DATA = "--pretrain-data imagenet_train imagenet_val --detection-data coco_2014_train coco_2014_val"

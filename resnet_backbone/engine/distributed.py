@@ -21,6 +21,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def lost_another_process(error: Exception) -> bool:
+    """Return whether `error` is that of a collective operation whose other processes are gone."""
+    return isinstance(error, torch.distributed.DistBackendError) or "/gloo/" in str(error)
+
+
 def reduce_gradients(model: nn.Module, *, now: bool) -> contextlib.AbstractContextManager:
     """Average gradients over processes in this backward pass, or defer it to a later one of the same step."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else contextlib.nullcontext()

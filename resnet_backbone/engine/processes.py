@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.distributed import lost_another_process
 from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
 
 EXIT_CTRL_C = 128 + signal.SIGINT  # the shell's exit code for a signal
@@ -201,7 +202,10 @@ def _work(info: RankInfo, call: Callable[[], object], on_gpu: bool) -> Ending:
         return Ending(EXIT_CTRL_C, "interrupted")
     except Exception as error:
         get_error_handler().record_exception(error)  # for torchrun's summary
-        return Ending(1, f"process {info.rank} of {info.world_size}:\n{traceback.format_exc()}")
+        this = f"process {info.rank} of {info.world_size}"
+        if lost_another_process(error):
+            return Ending(1, f"{this}: the connection to another process broke ({' '.join(str(error).split())}).")
+        return Ending(1, f"{this}:\n{traceback.format_exc()}")
     return Ending(0)
 
 

@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from resnet_backbone.data.workers import explained_deaths
-from resnet_backbone.engine.distributed import reduce_gradients, unwrap
+from resnet_backbone.engine.distributed import lost_another_process, reduce_gradients, unwrap
 from resnet_backbone.engine.ema import MovingAverage
 from resnet_backbone.engine.graph import GraphedStep
 from resnet_backbone.engine.metrics import MetricSums, Throughput
@@ -127,8 +127,11 @@ class Trainer(TrainerBase):
                 self.iter += 1  # tells hooks in after_train that training finished
             except (InputError, Interrupted):
                 raise
-            except Exception:
-                logger.exception("training stopped at iteration %d", self.iter)
+            except Exception as error:
+                if lost_another_process(error):  # which says why
+                    logger.error("training stopped at iteration %d: the connection to another process broke", self.iter)
+                else:
+                    logger.exception("training stopped at iteration %d", self.iter)
                 raise
             finally:
                 self.after_train()
