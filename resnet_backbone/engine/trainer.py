@@ -21,7 +21,7 @@ from resnet_backbone.engine.graph import GraphedStep
 from resnet_backbone.engine.metrics import MetricSums, Throughput
 from resnet_backbone.engine.nonfinite import Diagnosis, Losses, NonFiniteGuard, check_weights
 from resnet_backbone.engine.precision import autocast
-from resnet_backbone.errors import InputError, Interrupted
+from resnet_backbone.errors import InputError, Interrupted, os_error
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,9 @@ class Trainer(TrainerBase):
                 self.iter += 1  # tells hooks in after_train that training finished
             except (InputError, Interrupted):
                 raise
-            except Exception:
-                logger.exception("training stopped at iteration %d", self.iter)
+            except Exception as error:
+                if os_error(error) is None:  # a disk's error needs no stack trace (`disk.write_errors`)
+                    logger.exception("training stopped at iteration %d", self.iter)
                 raise
             finally:
                 self.after_train()
