@@ -1,10 +1,12 @@
 """What ends a command in an orderly way, and the exit codes that scripts and queues can go by."""
 
+import argparse
 import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
@@ -39,14 +41,24 @@ def os_error(error: BaseException) -> OSError | None:
     return reason if isinstance(reason, OSError) else None
 
 
-def exit_code(command: Callable[[], int], *, interrupted: str = "") -> int:
-    """Call a command line's work; return its exit code, or the one for how it ended, with a sentence on stderr.
+def new_file(text: str) -> Path:
+    """For argparse: a path to write a file to, rejected now and not when there is something to write."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
+    return path
+
+
+def exit_code(command: Callable[[], object], *, interrupted: str = "") -> int:
+    """Call a command line's work; return its exit code, and say in a sentence what stopped it, if anything did.
 
     Args:
+        command: returns the exit code where that may be another than 0.
         interrupted: printed instead of an Interrupted's own message.
     """
     try:
-        return command()
+        code = command()
+        return code if isinstance(code, int) else 0
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine get the same error here
             print(f"error: {error}", file=sys.stderr)
