@@ -517,7 +517,7 @@ def test_ended_before_the_first_iteration(start, finish, whole, tmp_path, number
     run.send(number, to_all=to_all)
     status, printed = run.end()
     assert status == (130 if number == signal.SIGINT else -number) and "Traceback" not in printed, printed
-    assert {file.name for file in folder.iterdir()} <= {"config.yaml", "log.txt"}
+    assert {file.name for file in folder.iterdir()} <= {".lock", "config.yaml", "log.txt"}
     assert "nothing to resume" in finish(folder)
     assert_same(folder, whole)
 
