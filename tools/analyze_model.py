@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from resnet_backbone.analysis import NetworkAnalysis, analyze, analyze_catalogue, format_overview, format_table
-from resnet_backbone.errors import EXIT_BAD_INPUT, InputError
+from resnet_backbone.errors import exit_code
 from resnet_backbone.networks import accepted_arguments, list_networks
 
 EPILOG = f"""examples:
@@ -62,12 +62,7 @@ def report(given: argparse.Namespace) -> str:
 
 def main(words: Sequence[str] | None = None) -> int:
     given = parse(words)
-    try:
-        print(report(given))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return 0
+    return exit_code(lambda: print(report(given)))
 
 
 if __name__ == "__main__":

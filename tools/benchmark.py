@@ -14,7 +14,7 @@ from benchmarks import data, detect, pretrain
 from benchmarks.detectors import DETECTORS
 from benchmarks.plans import DEVICES, NETWORKS, PRECISIONS, run_data, run_detect, run_pretrain
 from benchmarks.report import format_page, write
-from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
+from resnet_backbone.errors import exit_code, new_file
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
 READING = """Each side has its turn in every round. "first ÷ this" is how many times as fast the first side of a group
@@ -85,29 +85,23 @@ def _command(
         "OMP_NUM_THREADS=1",
     )
     parser.add_argument("--tiny", action="store_true", help="a few seconds that show that it runs; says nothing else")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write everything that was measured")
     return parser
+
+
+def measure(*, run: Callable[..., dict[str, Any]], json: Path | None, **options: Any) -> None:
+    if json is not None:
+        options["keep"] = functools.partial(write, json)
+    results = run(report=lambda line: print(line, file=sys.stderr, flush=True), **options)
+    print(format_page(results))
+    if json is not None:
+        write(json, results)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     options = vars(parse(words))
     options.pop("command")
-    run, file = options.pop("run"), options.pop("json")
-    options.setdefault("configs", CONFIGS)
-    if file is not None:
-        options["keep"] = functools.partial(write, file)
-    try:
-        results = run(report=lambda line: print(line, file=sys.stderr, flush=True), **options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except Interrupted as signal:
-        print(signal, file=sys.stderr)
-        return EXIT_INTERRUPTED
-    print(format_page(results))
-    if file is not None:
-        write(file, results)
-    return 0
+    return exit_code(functools.partial(measure, **{"configs": CONFIGS, **options}))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 """Check every image of a classification dataset before a run: what would stop it, and what is worth knowing."""
 
 import argparse
+import functools
 import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from resnet_backbone.data.check import check, in_both, in_both_text
 from resnet_backbone.data.sources import open_source
-from resnet_backbone.errors import EXIT_BAD_INPUT, InputError
+from resnet_backbone.errors import exit_code, new_file
 
 EXIT_FOUND = 1
 
@@ -29,24 +29,19 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("other", metavar="ENTRY", nargs="?", help="a second one: find the images that are in both, too")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--limit", type=int, metavar="N", help="look at N images only, spread evenly")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found, name by name")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write everything that was found, name by name")
     given = parser.parse_args(words)
     if given.json and not given.json.absolute().parent.is_dir():
         parser.error(f"--json: the folder {given.json.absolute().parent} does not exist")
     return given
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    given = parse(words)
-    try:
-        reports = [
-            check(open_source(entry), entry=entry, workers=given.workers, limit=given.limit, progress=sys.stderr)
-            for entry in (given.entry, given.other)
-            if entry
-        ]
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+def report(given: argparse.Namespace) -> int:
+    reports = [
+        check(open_source(entry), entry=entry, workers=given.workers, limit=given.limit, progress=sys.stderr)
+        for entry in (given.entry, given.other)
+        if entry
+    ]
     print("\n\n".join(report.text() for report in reports))
     found = {"data_sets": [report.as_dict() for report in reports]}
     if len(reports) > 1:
@@ -56,6 +51,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.json:
         given.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return EXIT_FOUND if any(report.stops for report in reports) else 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    return exit_code(functools.partial(report, parse(words)))
 
 
 if __name__ == "__main__":

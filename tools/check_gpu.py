@@ -2,6 +2,7 @@
 """Run everything that needs a GPU, the tests marked gpu and the benchmark tables, and write a report."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects" / "benchmarks"))
 
 from benchmarks.gpu import PARTS, run_parts
-from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
+from resnet_backbone.errors import InputError, exit_code
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
@@ -26,20 +27,16 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    options = parse(words)
-    try:
-        if not torch.cuda.is_available():
-            raise InputError("torch finds no GPU here, and everything that this command runs needs one.")
-        good = run_parts(options.parts, options.output, report=lambda line: print(line, file=sys.stderr, flush=True))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except Interrupted as signal:
-        print(signal, file=sys.stderr)
-        return EXIT_INTERRUPTED
+def check(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise InputError("torch finds no GPU here, and everything that this command runs needs one.")
+    good = run_parts(options.parts, options.output, report=lambda line: print(line, file=sys.stderr, flush=True))
     print((options.output / "report.md").read_text())
     return 0 if good else 1
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    return exit_code(functools.partial(check, parse(words)))
 
 
 if __name__ == "__main__":

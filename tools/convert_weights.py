@@ -2,10 +2,12 @@
 """Convert weights between our checkpoints and other libraries' formats, accounting for every tensor."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from resnet_backbone.errors import EXIT_BAD_INPUT, InputError
+from resnet_backbone.errors import exit_code
 from resnet_backbone.weights.convert import convert
 from resnet_backbone.weights.preprocessing import PRESETS
 from resnet_backbone.weights.writers import WRITTEN_FORMATS
@@ -43,14 +45,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--pixel-std", type=float, nargs=3, metavar="X", help="in that order, 0…255")
     parser.add_argument("--stride-in-1x1", type=boolean, metavar="true|false", help="of the bottlenecks")
     parser.add_argument("--norm-epsilon", type=float, metavar="X", help="of the batch normalization in SRC")
-    try:
-        conversion, note = convert(**vars(parser.parse_args(words)))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    return exit_code(functools.partial(report, **vars(parser.parse_args(words))))
+
+
+def report(**arguments: Any) -> None:
+    conversion, note = convert(**arguments)
     print(conversion.summary())
     print(note or "the result carries this preprocessing in its metadata")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 """CIFAR-10 by depth: train plain and residual networks and compare with the ResNet paper's Table 6 and Figure 6."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from cifar10.plan import SCALES, Plan
 from cifar10.report import write_report
 from cifar10.runs import carry_out
 
-from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
+from resnet_backbone.errors import exit_code
 
 EXAMPLES = """examples:
   # two CPU cores, half an hour, on JPEG copies of CIFAR-10
@@ -47,29 +48,27 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
+def report(given: argparse.Namespace) -> None:
+    if given.report:
+        print(write_report(given.output))
+        return
+    plan = Plan(
+        scale=given.scale,
+        output=given.output,
+        data=given.data,
+        networks=tuple(given.networks),
+        seeds=tuple(given.seeds),
+        parallel=given.parallel,
+        keys=tuple(given.opts),
+    )
+    print(carry_out(plan))
+
+
 def main(words: list[str] | None = None) -> int:
-    given = parse(words)
-    try:
-        if given.report:
-            print(write_report(given.output))
-            return 0
-        plan = Plan(
-            scale=given.scale,
-            output=given.output,
-            data=given.data,
-            networks=tuple(given.networks),
-            seeds=tuple(given.seeds),
-            parallel=given.parallel,
-            keys=tuple(given.opts),
-        )
-        print(carry_out(plan))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except Interrupted:
-        print("stopped and saved: started again with the same arguments, it goes on from there.", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return exit_code(
+        functools.partial(report, parse(words)),
+        interrupted="stopped and saved: started again with the same arguments, it goes on from there.",
+    )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 """Measure what depth is worth: pretrain each network, transfer it to Faster R-CNN, print the comparison."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
 from coco_transfer.plan import SCALES, Plan
 from coco_transfer.stages import carry_out
 
-from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
+from resnet_backbone.errors import exit_code
 
 EXAMPLES = """examples:
   # generated data, ten minutes on two cores
@@ -62,15 +63,10 @@ def parse(arguments: list[str] | None = None) -> Plan:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        carry_out(parse(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except Interrupted:
-        print("stopped and saved: the same command goes on from there.", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return exit_code(
+        functools.partial(carry_out, parse(arguments)),
+        interrupted="stopped and saved: the same command goes on from there.",
+    )
 
 
 if __name__ == "__main__":

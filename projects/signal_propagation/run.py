@@ -2,6 +2,7 @@
 """Plot signal and gradient by depth for plain and residual networks, at initialization and after brief training."""
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -14,13 +15,12 @@ import torch
 from signal_propagation.figure import draw
 from signal_propagation.measure import EXPERIMENT, measure
 
+from resnet_backbone.errors import exit_code
 from resnet_backbone.weights import atomic_write
 
 
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets propagation.png, results.json")
-    output = parser.parse_args(words).output
+def carry_out(output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
     # One thread, so sums run in the same order everywhere.
     torch.set_num_threads(1)
     start = time.process_time()
@@ -37,7 +37,12 @@ def main(words: list[str] | None = None) -> int:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
     draw(results, EXPERIMENT, output / "propagation.png")
     print(f"{output / 'propagation.png'} after {setting['cpu_seconds']} seconds")
-    return 0
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="gets propagation.png, results.json")
+    return exit_code(functools.partial(carry_out, parser.parse_args(words).output))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
+from resnet_backbone.engine.paths import PATH_KEYS, expand
+from resnet_backbone.engine.yaml_file import DuplicateKey, read_yaml
 from resnet_backbone.errors import InputError
 
 COMMAND_LINE = "command line"
@@ -43,9 +45,12 @@ def as_config_error(keys: str) -> Iterator[None]:
 def load_config(cfg: CfgNode, config_file: str | Path | None, overrides: Sequence[str] = ()) -> CfgNode:
     """Merge a YAML file and its `_BASE_` chain, then the command line's `KEY VALUE …`, into `cfg` and return it.
 
+    `~` and environment variables are expanded in the keys that hold paths.
+
     Raises:
         ConfigError: a file is missing or not YAML, a key is unknown (the nearest is suggested), or a value has the
             wrong type.
+        InputError: a path has a variable that is not set.
     """
     if config_file:
         for file, content in _yaml_chain(Path(get_config_file(config_file))):
@@ -58,6 +63,7 @@ def load_config(cfg: CfgNode, config_file: str | Path | None, overrides: Sequenc
         )
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         set_key(cfg, key, value, COMMAND_LINE)
+    _expand_paths(cfg)
     _settle_device(cfg)
     return cfg
 
@@ -94,6 +100,20 @@ def origin(cfg: CfgNode, key: str) -> str | None:
     return cfg.__dict__.get(_ORIGINS, {}).get(key)
 
 
+def _expand_paths(cfg: CfgNode) -> None:
+    """Expand `~` and environment variables in the paths that a file or the command line has set."""
+    by = {key: origin(cfg, key) for key in PATH_KEYS}
+    if by["OUTPUT_DIR"] and not cfg.OUTPUT_DIR:
+        raise ConfigError(f"OUTPUT_DIR is empty ({by['OUTPUT_DIR']}), expected a folder; . is the current one.")
+    for key in (key for key in PATH_KEYS if by[key]):
+        value = get_key(cfg, key)
+        if isinstance(value, (tuple, list)):
+            value = type(value)(expand(item, key) if isinstance(item, str) else item for item in value)
+        elif isinstance(value, str):
+            value = expand(value, key)
+        set_key(cfg, key, value, by[key])
+
+
 def _settle_device(cfg: CfgNode) -> None:
     """Fall back to the CPU if there is no GPU and nobody asked for one (Detectron2's default device is a GPU)."""
     by = origin(cfg, "MODEL.DEVICE")
@@ -114,7 +134,7 @@ def get_config_file(name: str | Path) -> str:
     Raises:
         ConfigError: there is no such file; the nearest of all three is suggested.
     """
-    path = Path(name).expanduser()
+    path = Path(expand(str(name), "--config-file"))
     for file in (path, _SHIPPED / name):
         if file.is_file():
             return str(file)
@@ -134,7 +154,9 @@ def get_config_file(name: str | Path) -> str:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text()) or {}
+        content = read_yaml(file.read_text()) or {}
+    except DuplicateKey as error:
+        raise ConfigError(f"{file}, {error}, and only one of the two can count. Merge them.") from error
     except yaml.constructor.ConstructorError as error:
         if not _is_part_of_detectron2(file):
             raise ConfigError(
@@ -162,7 +184,7 @@ def _yaml_chain(file: Path) -> list[tuple[Path, dict[str, Any]]]:
         file = chain[0][0]
         if not isinstance(base, str):
             raise ConfigError(f"{file}: _BASE_ is {base!r}, expected the name of one YAML file.")
-        path = file.parent / Path(base).expanduser()  # an absolute path replaces the folder
+        path = file.parent / expand(base, f"_BASE_ of {file}")  # an absolute path replaces the folder
         if not path.is_file():
             raise ConfigError(f"{file} is based on {base}, but there is no file {path}.")
         if any(path.samefile(other) for other, _ in chain):

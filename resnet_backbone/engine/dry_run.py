@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from resnet_backbone.engine.config import ConfigError, set_key
+from resnet_backbone.engine.disk import write_errors
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.run import Task
@@ -162,6 +163,7 @@ def _temporary_folder(cfg: CfgNode) -> Iterator[Path]:
         if comm.is_main_process():
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
         stack.callback(_close_log_files)
+        stack.enter_context(write_errors(Path(folder)))
         yield Path(folder)
         _close_log_files()
         comm.synchronize()  # all processes are done writing

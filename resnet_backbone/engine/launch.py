@@ -2,9 +2,7 @@
 
 import argparse
 import functools
-import os
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,8 +10,8 @@ from detectron2.config import CfgNode
 
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.describe import describe_config
-from resnet_backbone.engine.processes import EXIT_CTRL_C, RankInfo, given_rank_info, leave, run_given, spawn
-from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
+from resnet_backbone.engine.processes import RankInfo, given_rank_info, leave, run_given, spawn
+from resnet_backbone.errors import exit_code
 
 
 def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -91,33 +89,31 @@ def run_tool(
         run: called in every process as `run(cfg, **named)`.
         named: defaults to the flags `resume` and `eval_only`.
     """
-    try:
-        cfg = load(arguments)
-        if arguments.print_config:
-            print(describe_config(cfg))
-            return 0
-        code = launch(
-            run,
-            cfg,
-            processes=arguments.num_gpus,
-            machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            url=arguments.dist_url,
-            **({"resume": arguments.resume, "eval_only": arguments.eval_only} if named is None else named),
-        )
-        if (given := given_rank_info()) is not None and given.world_size > 1:
-            leave(code)
-        return code
-    except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a machine get the same error here
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except Interrupted as error:
-        print(error, file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_CTRL_C
+    return exit_code(functools.partial(_load_and_launch, arguments, load, run, named))
+
+
+def _load_and_launch(
+    arguments: argparse.Namespace,
+    load: Callable[[argparse.Namespace], CfgNode],
+    run: Callable[..., object],
+    named: Mapping[str, object] | None,
+) -> int:
+    cfg = load(arguments)
+    if arguments.print_config:
+        print(describe_config(cfg))
+        return 0
+    code = launch(
+        run,
+        cfg,
+        processes=arguments.num_gpus,
+        machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        url=arguments.dist_url,
+        **({"resume": arguments.resume, "eval_only": arguments.eval_only} if named is None else named),
+    )
+    if (given := given_rank_info()) is not None and given.world_size > 1:
+        leave(code)
+    return code
 
 
 def launch(

@@ -1,5 +1,6 @@
 """The output folder: up-front checks, the log, the configuration, and saving and finding checkpoints."""
 
+import contextlib
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import detectron2
@@ -18,6 +20,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.disk import LogFile, LogStream, write_errors
+from resnet_backbone.engine.lock import locked
 from resnet_backbone.weights import Checkpoint, CheckpointError, atomic_write, read_checkpoint, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -25,16 +29,55 @@ logger = logging.getLogger(__name__)
 FINAL = "model_final.pth"
 BEST = "model_best.pth"
 LAST = "last_checkpoint"
+FILES = ("log.txt", "config.yaml", "metrics.json", LAST, BEST, FINAL, "results.json")
+EVALUATIONS = ("inference", "inference_TTA")  # folders
 LOWEST_FREE_SPACE = 2**28  # bytes; with less, not even a small network's checkpoints fit
 
 
-def open_output(cfg: CfgNode, *, resume: bool) -> Path:
-    """Create OUTPUT_DIR, check that it is writable, and start logging there and to the terminal.
+@contextlib.contextmanager
+def open_output(cfg: CfgNode, *, resume: bool, eval_only: bool = False) -> Iterator[Path]:
+    """Create OUTPUT_DIR, check that it is writable, and log there and to the terminal; no other run may write there.
+
+    Errors of its disk later on, in the `with` block, become a ConfigError too.
 
     Raises:
-        ConfigError: the folder is not writable, its disk is full, or it holds another run and `resume` is off.
+        ConfigError: in all processes. The folder is not writable, its disk is full, another process uses it, or what it
+            holds does not suit `resume` or its absence.
     """
     folder = Path(cfg.OUTPUT_DIR)
+    with contextlib.ExitStack() as stack:
+        alone = True
+        with _refused_by_all():
+            _check_writable(folder)
+            if comm.is_main_process():
+                with write_errors(folder):
+                    alone = stack.enter_context(locked(folder))
+                if not eval_only:
+                    _check_run_in(folder, resume=resume, iterations=cfg.SOLVER.MAX_ITER)
+        stack.enter_context(write_errors(folder))
+        start_logging(folder)
+        if not alone:
+            logger.warning("the file system of %s has no locks: start no second run there beside this one", folder)
+        elif comm.is_main_process():
+            for torn in folder.glob(".*.tmp"):  # left behind by a killed process
+                torn.unlink(missing_ok=True)
+        yield folder
+
+
+@contextlib.contextmanager
+def _refused_by_all() -> Iterator[None]:
+    """Raise the ConfigError of any process in all of them, so that none waits for one that has left."""
+    mine = None
+    try:
+        yield
+    except ConfigError as error:
+        mine = error
+    if message := next(filter(None, comm.all_gather(mine and str(mine))), None):
+        raise ConfigError(message) from mine
+
+
+def _check_writable(folder: Path) -> None:
+    """Create the folder; check that a run can write there all that it will."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -45,13 +88,39 @@ def open_output(cfg: CfgNode, *, resume: bool) -> Path:
         raise ConfigError(
             f"the disk of OUTPUT_DIR {folder} has {free / 2**20:.0f} MiB left, too little for checkpoints."
         )
-    if not resume and (held := next((n for n in (LAST, FINAL) if (folder / n).exists()), None)):
+    evaluations = [entry for name in EVALUATIONS for entry in (folder / name, *sorted((folder / name).rglob("*")))]
+    for entry in (*(folder / name for name in FILES), *evaluations):
+        if entry.name in FILES and entry.is_dir():
+            found = "is a folder, where the run writes a file"
+        elif entry.name in EVALUATIONS and entry.is_file():
+            found = "is a file, where the run writes a folder"
+        elif entry.exists() and not os.access(entry, os.W_OK):
+            found = "is not writable"
+        else:
+            continue
+        raise ConfigError(f"{entry} {found}. Move it away, or choose another OUTPUT_DIR.")
+
+
+def _check_run_in(folder: Path, *, resume: bool, iterations: int) -> None:
+    """Check that a new run finds none in the folder, and that one to resume has what it takes."""
+    held = next((name for name in (LAST, FINAL) if (folder / name).exists()), None)
+    if not resume and held:
         raise ConfigError(
             f"OUTPUT_DIR {folder} already holds a run ({held}). Add --resume to go on with it, choose another "
             "OUTPUT_DIR, or delete the folder."
         )
-    start_logging(folder)
-    return folder
+    # A run of no iterations writes nothing to resume from, and is simply done again.
+    if not resume or held == LAST or not iterations:
+        return
+    checkpoints = _training_checkpoints(folder)
+    if held is None and len(checkpoints) <= 1:
+        return  # one alone: the process was killed before it could write down the first checkpoint's name
+    found = checkpoints[-1].name if checkpoints else FINAL
+    do = f"To go on from there, write {found} into that file" if checkpoints else "Delete the folder"
+    raise ConfigError(
+        f"OUTPUT_DIR {folder} holds {found}, but no {LAST}, which names the checkpoint to resume from. {do}, or choose "
+        "another OUTPUT_DIR."
+    )
 
 
 def start_logging(folder: Path) -> None:
@@ -61,9 +130,9 @@ def start_logging(folder: Path) -> None:
     """
     formatter = logging.Formatter("[%(asctime)s %(name)s] %(message)s", "%m-%d %H:%M:%S")
     rank = comm.get_rank()
-    handlers = [logging.FileHandler(folder / (f"log.txt.rank{rank}" if rank else "log.txt"))]
+    handlers = [LogFile(folder / (f"log.txt.rank{rank}" if rank else "log.txt"))]
     if rank == 0:
-        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers.append(LogStream(sys.stdout))
     for handler in handlers:
         handler.setFormatter(formatter)
     for name in ("detectron2", "fvcore", "resnet_backbone"):
@@ -126,21 +195,23 @@ def _training_checkpoints(folder: Path) -> list[Path]:
 def read_last_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint to resume from; None if the run wrote none.
 
+    It is the one that `last_checkpoint` names or, without that file, the only one.
+
     Raises:
         CheckpointError: `last_checkpoint` names a missing or damaged file; the message names an earlier one if any.
     """
-    if comm.is_main_process():
-        for torn in folder.glob(".*.tmp"):  # left behind by a killed process
-            torn.unlink(missing_ok=True)
-    tag = folder / LAST
-    if not tag.is_file():
+    tag, checkpoints = folder / LAST, _training_checkpoints(folder)
+    if tag.is_file():
+        path = folder / tag.read_text(errors="replace").strip()
+    elif len(checkpoints) == 1:
+        path = checkpoints[0]
+    else:
         logger.warning("nothing to resume: there is no %s, so training starts at iteration 0", tag)
         return None
-    path = folder / tag.read_text(errors="replace").strip()
     try:
         return read_checkpoint(path)
     except CheckpointError as error:
-        earlier = [other for other in _training_checkpoints(folder) if other != path]
+        earlier = [other for other in checkpoints if other != path]
         hint = (
             f" An earlier one is {earlier[-1].name}: write its name into {tag} to go on from there." if earlier else ""
         )

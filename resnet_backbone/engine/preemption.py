@@ -1,5 +1,6 @@
 """Preemption: on a signal, finish the step, save the state and exit."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -114,7 +115,8 @@ class Preemption(HookBase):
             raise KeyboardInterrupt
         if not again:
             self._received = signal.Signals(number).name
-            # Not through the logger, which may be in the middle of a line.
-            os.write(2, f"{self._received}: finishing the step, then saving\n".encode())
+            with contextlib.suppress(OSError):  # stderr may be a file on a full disk
+                # Not through the logger, which may be in the middle of a line.
+                os.write(2, f"{self._received}: finishing the step, then saving\n".encode())
         if self._waiting:
             raise _WaitLeft

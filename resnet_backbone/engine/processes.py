@@ -23,9 +23,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.distributed import lost_another_process
-from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, InputError, Interrupted
+from resnet_backbone.errors import EXIT_BAD_INPUT, EXIT_CTRL_C, EXIT_INTERRUPTED, InputError, Interrupted
 
-EXIT_CTRL_C = 128 + signal.SIGINT  # the shell's exit code for a signal
 COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # ask a run to stop
 GRACE = 5.0  # seconds for the others to notice by themselves that one is gone

@@ -9,9 +9,10 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from resnet_backbone.engine.config import ConfigError, set_key
+from resnet_backbone.engine.config import ConfigError, origin, set_key
 from resnet_backbone.engine.optimizer import build_optimizer
-from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, write_config
+from resnet_backbone.engine.output import FINAL, LAST, open_output, read_last_checkpoint, write_config
+from resnet_backbone.engine.precise_bn import check_precise_bn
 from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.engine.train import TrainingTask, check_batch, check_solver, choose_seed, train
 from resnet_backbone.weights import Checkpoint, Metadata, write_checkpoint, write_json
@@ -66,13 +67,20 @@ def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = Fal
     check_solver(cfg)
     if eval_only and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty, so --eval-only has nothing to evaluate. Name a data set.")
+    check_precise_bn(cfg)
     task.check(eval_only=eval_only)
-    folder = open_output(cfg, resume=resume or eval_only)
+    with open_output(cfg, resume=resume, eval_only=eval_only) as folder:
+        return _run(cfg, task, folder, resume=resume, eval_only=eval_only)
+
+
+def _run(cfg: CfgNode, task: Task, folder: Path, *, resume: bool, eval_only: bool) -> dict[str, Any]:
     rescale_for_batch(cfg)
     if not cfg.DATASETS.TEST:
         logger.info("DATASETS.TEST is empty: no evaluation, and so no best checkpoint")
         set_key(cfg, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST is empty")
     last = read_last_checkpoint(folder) if resume else None
+    if last is not None and not eval_only:
+        _check_length(cfg, last)
     choose_seed(cfg, last)
     torch.manual_seed(cfg.SEED)
     model = task.build(last, eval_only=eval_only)
@@ -87,6 +95,17 @@ def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = Fal
         _write_final(folder, trained, task.metadata(cfg.SOLVER.MAX_ITER, **task.headline(results)), results)
     comm.synchronize()
     return results
+
+
+def _check_length(cfg: CfgNode, last: Checkpoint) -> None:
+    """Reject a resumed run that would end before it begins, and describe the longer one's weights as its own."""
+    done = 0 if last.iteration is None else last.iteration + 1
+    if done > cfg.SOLVER.MAX_ITER:
+        raise ConfigError(
+            f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER} ({origin(cfg, 'SOLVER.MAX_ITER') or 'default'}), but the run to "
+            f"resume has done {done} iterations. Set it to {done} or more, or write an earlier checkpoint's name into "
+            f"{LAST}, or choose another OUTPUT_DIR."
+        )
 
 
 def _write_final(folder: Path, model: nn.Module, metadata: Metadata, results: dict[str, Any]) -> None:

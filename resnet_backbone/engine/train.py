@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import nn
 
 from resnet_backbone.engine import hooks
@@ -23,7 +23,7 @@ from resnet_backbone.engine.precision import PRECISIONS, precision_of
 from resnet_backbone.engine.preemption import Preemption
 from resnet_backbone.engine.schedule import build_multiplier, build_plateau, build_warm_up, describe_schedule
 from resnet_backbone.engine.trainer import Trainer
-from resnet_backbone.engine.writers import Progress, WeightsAndBiases
+from resnet_backbone.engine.writers import MetricsFile, Progress, WeightsAndBiases
 from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, load_state
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def _writers(cfg: CfgNode, folder: Path, start: int) -> list[EventWriter]:
     # No smoothing over past iterations, which a resumed run does not have.
     writers = [
         Progress(cfg.SOLVER.MAX_ITER, start),
-        JSONWriter(str(folder / "metrics.json"), window_size=1),
+        MetricsFile(folder / "metrics.json"),
         TensorboardXWriter(str(folder), window_size=1),
     ]
     if cfg.WANDB_PROJECT:

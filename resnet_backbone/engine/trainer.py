@@ -23,7 +23,7 @@ from resnet_backbone.engine.metrics import MetricSums, Throughput
 from resnet_backbone.engine.nonfinite import Diagnosis, Losses, NonFiniteGuard, check_weights
 from resnet_backbone.engine.norm_statistics import NormStatistics
 from resnet_backbone.engine.precision import autocast
-from resnet_backbone.errors import InputError, Interrupted
+from resnet_backbone.errors import InputError, Interrupted, os_error
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Trainer(TrainerBase):
             except Exception as error:
                 if lost_another_process(error):  # which says why
                     logger.error("training stopped at iteration %d: the connection to another process broke", self.iter)
-                else:
+                elif os_error(error) is None:  # a disk's error needs no stack trace (`disk.write_errors`)
                     logger.exception("training stopped at iteration %d", self.iter)
                 raise
             finally:

@@ -1,11 +1,12 @@
 """Metric writers besides metrics.json and TensorBoard: progress lines and Weights & Biases."""
 
+import contextlib
 import datetime
 import logging
 import time
 from pathlib import Path
 
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import EventWriter, JSONWriter, get_event_storage
 
 from resnet_backbone.engine.config import ConfigError
 
@@ -39,6 +40,26 @@ class Progress(EventWriter):
         rate = f"{latest['images_per_second']:.4g} images/s, waiting for data {latest['data_share']:.0%}"
         eta = datetime.timedelta(seconds=round(seconds * (self.max_iter - done)))
         logger.info("  ".join([f"{done}/{self.max_iter}", f"eta {eta}", *losses, *others, rate]))
+
+
+class MetricsFile(JSONWriter):
+    """Detectron2's metrics.json, closed when a write fails: its buffer would fail again, with a stack trace."""
+
+    def __init__(self, file: Path):
+        super().__init__(str(file), window_size=1)  # no smoothing over iterations that a resumed run does not have
+        self._file = file
+
+    def write(self) -> None:
+        try:
+            super().write()
+        except OSError as error:
+            self.close()
+            error.filename = str(self._file)
+            raise
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # each write has flushed
+            super().close()
 
 
 class WeightsAndBiases(EventWriter):

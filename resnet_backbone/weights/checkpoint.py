@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from resnet_backbone.errors import InputError
+from resnet_backbone.errors import InputError, os_error
 from resnet_backbone.weights.files import atomic_write
 from resnet_backbone.weights.metadata import Metadata
 from resnet_backbone.weights.pickles import Unreadable
@@ -68,9 +68,7 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
         with atomic_write(path) as file:
             torch.save(payload, file)
     except (OSError, RuntimeError) as error:
-        # torch.save raises its own RuntimeError for a failed write, with the OSError as context.
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
+        if (reason := os_error(error)) is None:
             raise
         raise CheckpointError(
             f"{path} cannot be written ({reason.strerror or reason}); the previous file is untouched. "

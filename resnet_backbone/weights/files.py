@@ -20,10 +20,21 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     temporary file (`.NAME.….tmp`) behind.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; its `filename` is `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _renamed_when_complete(path) as file:
+            yield file
+        _sync_folder(path.parent)
+    except OSError as error:
+        error.filename, error.filename2 = os.fspath(path), None  # rather than the temporary file, or none at all
+        raise
+
+
+@contextlib.contextmanager
+def _renamed_when_complete(path: Path) -> Iterator[BinaryIO]:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with open(descriptor, "wb") as file:
@@ -33,10 +44,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp restricts access to the owner
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone, or on a disk that is
             os.unlink(temporary)
         raise
-    _sync_folder(path.parent)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -1,8 +1,10 @@
+import errno
 import json
 import logging
 import os
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,16 @@ import yaml
 from detectron2.config import get_cfg
 
 from resnet_backbone.detection import add_network_config
-from resnet_backbone.engine import output
+from resnet_backbone.engine import lock, output
 from resnet_backbone.engine.config import ConfigError, load_config
 from resnet_backbone.weights import Checkpoint, CheckpointError, read_checkpoint
-from tests.engine.tiny import metadata
+from tests.engine.tiny import metadata, refusal
+
+
+def open_output(cfg, *, resume: bool = False, **named):
+    """Open the folder as a run does, and let go of it."""
+    with output.open_output(cfg, resume=resume, **named) as folder:
+        return folder
 
 
 def save(folder, iteration: int, **arguments):
@@ -25,27 +33,28 @@ def save(folder, iteration: int, **arguments):
 
 class TestOpen:
     def test_makes_the_folder_and_starts_the_log(self, cfg):
-        folder = output.open_output(cfg, resume=False)
-        assert os.listdir(folder) == ["log.txt"]
+        folder = open_output(cfg)
+        assert sorted(os.listdir(folder)) == [".lock", "log.txt"]
         assert f"torch {torch.__version__}" in (folder / "log.txt").read_text()
 
     @pytest.mark.parametrize("held", ["last_checkpoint", "model_final.pth"])
     def test_a_run_in_it_needs_resume(self, cfg, held):
-        folder = output.open_output(cfg, resume=False)
+        folder = open_output(cfg)
         (folder / held).write_text("something")
         log = (folder / "log.txt").read_text()
         with pytest.raises(ConfigError, match=rf"{folder} already holds a run \({held}\).*--resume") as caught:
-            output.open_output(cfg, resume=False)
+            open_output(cfg)
         assert "OUTPUT_DIR" in str(caught.value)
         assert (folder / held).read_text() == "something" and (folder / "log.txt").read_text() == log
-        assert output.open_output(cfg, resume=True) == folder
+        (folder / "last_checkpoint").write_text("something")
+        assert open_output(cfg, resume=True) == folder
 
     @pytest.mark.parametrize("path", ["file", "file/folder"])
     def test_a_file_in_the_way(self, cfg, tmp_path, path):
         (tmp_path / "file").write_text("mine")
         cfg.OUTPUT_DIR = str(tmp_path / path)
         with pytest.raises(ConfigError, match=f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written"):
-            output.open_output(cfg, resume=False)
+            open_output(cfg)
         assert (tmp_path / "file").read_text() == "mine"
 
     def test_a_folder_without_permission(self, cfg, monkeypatch):
@@ -54,19 +63,89 @@ class TestOpen:
 
         monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
         with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
-            output.open_output(cfg, resume=False)
+            open_output(cfg)
 
     def test_a_full_disk(self, cfg, monkeypatch):
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40 - 2**20, 2**20))
         with pytest.raises(ConfigError, match="has 1 MiB left"):
-            output.open_output(cfg, resume=False)
+            open_output(cfg)
+
+
+class TestWhatIsInTheFolder:
+    """`--resume` needs a checkpoint's name or nothing to lose."""
+
+    @pytest.fixture
+    def folder(self, cfg):
+        folder = Path(cfg.OUTPUT_DIR)
+        folder.mkdir()
+        return folder
+
+    def test_checkpoints_without_the_name_of_the_last(self, cfg, folder):
+        for iteration in (3, 7):
+            save(folder, iteration)
+        (folder / "last_checkpoint").unlink()
+        before = sorted(os.listdir(folder))
+        message = refusal(open_output_resuming, cfg)
+        assert f"{folder} holds model_0000007.pth, but no last_checkpoint" in message
+        assert "write model_0000007.pth into that file" in message
+        assert sorted(set(os.listdir(folder)) - {".lock"}) == before
+        (folder / "last_checkpoint").write_text("model_0000007.pth\n")
+        open_output(cfg, resume=True)
+
+    def test_the_final_weights_alone(self, cfg, folder):
+        (folder / "model_final.pth").write_bytes(b"weights")
+        message = refusal(open_output_resuming, cfg)
+        assert "holds model_final.pth, but no last_checkpoint" in message and "another OUTPUT_DIR" in message
+        cfg.SOLVER.MAX_ITER = 0  # writes nothing to resume from
+        open_output(cfg, resume=True)
+
+    @pytest.mark.parametrize("name", [None, "model_best.pth", "log.txt", "model_mine.pth"])
+    def test_nothing_to_lose(self, cfg, folder, name):
+        """As a scheduler's second start after a first one that came to nothing, or to an evaluation."""
+        if name:
+            (folder / name).write_bytes(b"")
+        open_output(cfg, resume=True)
+
+    def test_one_checkpoint_that_a_kill_left_without_its_note(self, cfg, folder):
+        save(folder, 3)
+        (folder / "last_checkpoint").unlink()
+        open_output(cfg, resume=True)
+        assert output.read_last_checkpoint(folder).iteration == 3
+
+    @pytest.mark.parametrize("name", ["results.json", "config.yaml", "metrics.json", "model_final.pth", "log.txt"])
+    def test_a_folder_in_a_files_place(self, cfg, folder, name):
+        (folder / name).mkdir()
+        assert f"{folder / name} is a folder" in refusal(open_output, cfg)
+
+    def test_a_file_in_a_folders_place(self, cfg, folder):
+        (folder / "inference").write_text("")
+        assert f"{folder / 'inference'} is a file" in refusal(open_output, cfg)
+
+    @pytest.mark.parametrize("name", ["results.json", "inference", "inference/coco_2014_val/results.json"])
+    def test_what_another_user_wrote(self, cfg, folder, name, monkeypatch):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if name == "inference" else path.write_text("")
+        # Root may write everywhere.
+        monkeypatch.setattr(os, "access", lambda entry, mode: Path(entry) != path or mode != os.W_OK)
+        assert refusal(open_output, cfg).startswith(f"{path} is not writable. Move it away")
+
+    def test_a_loop_of_links(self, cfg, tmp_path):
+        (tmp_path / "loop").symlink_to(tmp_path / "loop")
+        for path in (tmp_path / "loop", tmp_path / "loop" / "run"):
+            cfg.OUTPUT_DIR = str(path)
+            assert f"OUTPUT_DIR {path} cannot be written" in refusal(open_output, cfg)
+
+
+def open_output_resuming(cfg) -> None:
+    open_output(cfg, resume=True)
 
 
 def test_logs_of_two_runs_in_one_process_do_not_mix(cfg, tmp_path, capsys):
     for name in ("first", "second"):
         cfg.OUTPUT_DIR = str(tmp_path / name)
-        output.open_output(cfg, resume=False)
+        open_output(cfg)
         for logger in ("resnet_backbone.x", "detectron2.y", "fvcore.z"):
             logging.getLogger(logger).info("%s of %s", logger, name)
     for name, other in (("first", "second"), ("second", "first")):
@@ -79,7 +158,7 @@ def test_logs_of_two_runs_in_one_process_do_not_mix(cfg, tmp_path, capsys):
 
 def test_other_ranks_log_to_a_file_of_their_own(cfg, monkeypatch, capsys):
     monkeypatch.setattr(output.comm, "get_rank", lambda: 3)
-    folder = output.open_output(cfg, resume=False)
+    folder = open_output(cfg)
     assert os.listdir(folder) == ["log.txt.rank3"] and capsys.readouterr().out == ""
 
 
@@ -209,34 +288,48 @@ def test_the_best_is_for_use_not_for_resuming(tmp_path):
 class TestTornFiles:
     NAMES = (".model_0000007.pth.a1b2.tmp", ".last_checkpoint.xyz.tmp", ".metrics.json.q.tmp")
 
-    def leave(self, folder):
+    @pytest.fixture
+    def folder(self, cfg):
+        folder = Path(cfg.OUTPUT_DIR)
+        folder.mkdir()
         save(folder, 3)
         for name in (*self.NAMES, "mine.tmp", ".mine"):
             (folder / name).write_bytes(b"half")
+        return folder
 
-    def test_what_a_killed_process_was_writing_is_removed(self, tmp_path):
-        self.leave(tmp_path)
-        output.read_last_checkpoint(tmp_path)
-        assert set(os.listdir(tmp_path)) == {"model_0000003.pth", "last_checkpoint", "mine.tmp", ".mine"}
+    def test_what_a_killed_process_was_writing_is_removed(self, cfg, folder):
+        open_output(cfg, resume=True)
+        kept = {"model_0000003.pth", "last_checkpoint", "mine.tmp", ".mine"}
+        assert set(os.listdir(folder)) == {*kept, ".lock", "log.txt"}
 
-    def test_by_the_main_process_alone(self, tmp_path, monkeypatch):
-        self.leave(tmp_path)
+    def test_by_the_main_process_alone(self, cfg, folder, monkeypatch):
         monkeypatch.setattr(output.comm, "is_main_process", lambda: False)
-        output.read_last_checkpoint(tmp_path)
-        assert {*self.NAMES} <= set(os.listdir(tmp_path))
+        open_output(cfg, resume=True)
+        assert {*self.NAMES} <= set(os.listdir(folder))
 
-    def test_they_are_called_as_they_are_written(self, tmp_path, monkeypatch):
+    def test_not_where_another_run_may_be_writing_them(self, cfg, folder, monkeypatch):
+        """On a file system without locks nobody knows."""
+
+        def no_locks(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(lock.fcntl, "lockf", no_locks)
+        open_output(cfg, resume=True)
+        assert {*self.NAMES} <= set(os.listdir(folder))
+        assert "has no locks" in (folder / "log.txt").read_text()
+
+    def test_they_are_called_as_they_are_written(self, cfg, folder, monkeypatch):
         """The pattern is that of the function that writes."""
         seen = []
         replace = os.replace
         monkeypatch.setattr(os, "replace", lambda old, new: (seen.append(old), replace(old, new)))
-        save(tmp_path, 3)
+        save(folder, 3)
         assert len(seen) == 2
         for path in seen:
             with open(path, "wb"):
                 pass
-        output.read_last_checkpoint(tmp_path)
-        assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000003.pth"]
+        open_output(cfg, resume=True)
+        assert not list(folder.glob(".*.tmp"))
 
 
 def test_metrics_from_an_iteration_on_are_dropped(tmp_path):

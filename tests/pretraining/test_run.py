@@ -138,7 +138,7 @@ def test_eval_only_tests_the_given_weights_and_writes_no_checkpoint(pretrain_con
     keys = ("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
     tested = pretraining.run(pretrain_config(tmp_path / "test", *keys), eval_only=True)
     assert tested == trained
-    assert [file.name for file in (tmp_path / "test").iterdir()] == ["log.txt"]
+    assert {file.name for file in (tmp_path / "test").iterdir()} == {".lock", "log.txt"}
 
     # Together with resume, the run's own last checkpoint, which has no precise statistics yet.
     last = read_checkpoint(tmp_path / "run" / "model_0000002.pth").metadata
@@ -237,6 +237,7 @@ def test_every_parameter_learns(pretrain_config, tmp_path, monkeypatch):
             ("DATASETS.TEST", (), "SOLVER.LR_SCHEDULER_NAME", "WarmupPlateauLR", "TEST.EVAL_PERIOD", 1),
             ("follows the evaluations", "EVAL_PERIOD is 0 (DATASETS.TEST is empty)"),
         ),
+        (("TEST.PRECISE_BN.NUM_ITER", 0), ("TEST.PRECISE_BN.NUM_ITER is 0", "at least one")),
         (("INPUT.CROP.TYPE", "relative_range"), ("relative_range", "absolute")),
         (("INPUT.CROP.SIZE", (0.9, 0.9)), ("INPUT.CROP.SIZE", "pixels")),
         (("INPUT.CROP.SIZE", (64, 64)), ("64x64", "32")),

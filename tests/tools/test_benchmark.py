@@ -51,6 +51,12 @@ def test_the_page_and_the_file(main, capsys, tmp_path, words, tasks, unit):
     assert printed.err.splitlines()[0] in ("resnet18", "loading 64×48")
 
 
+def test_a_folder_is_no_file_to_write(main, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", "--tiny", "--json", str(tmp_path)])
+    assert f"argument --json: {tmp_path} is a folder; name a file in it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("command", "meaning"), [("pretrain", pretrain.MEANING), ("data", data.MEANING)])
 def test_help_says_what_each_side_is(main, capsys, command, meaning):
     with pytest.raises(SystemExit) as stopped:

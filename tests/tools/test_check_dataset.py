@@ -58,6 +58,23 @@ def test_a_file_that_could_not_be_written_is_found_at_the_start(main, folder, tm
     assert "nothing does not exist" in capsys.readouterr().err
 
 
+def test_a_folder_is_no_file_to_write(main, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(folder), "--json", str(tmp_path)])
+    assert f"argument --json: {tmp_path} is a folder; name a file in it" in capsys.readouterr().err
+
+
+def test_a_loop_of_links(main, folder, tmp_path, capsys):
+    """In the data it is not followed; as the data set it is refused."""
+    (folder / "a" / "loop").symlink_to(folder / "a" / "loop")
+    (folder / "b" / "up").symlink_to(folder)
+    assert main([str(folder), "--workers", "0"]) in (0, 2)
+    assert "Traceback" not in "".join(capsys.readouterr())
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert main([str(tmp_path / "loop")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_some_of_it(main, folder, capsys):
     assert main([str(folder), "--limit", "2", "--workers", "0"]) == 0
     assert "2 of them were looked at" in capsys.readouterr().out

@@ -282,6 +282,7 @@ def test_killed_at_random_moments(start, finish, whole, seconds, tmp_path):
         (("die_while_writing", "model_0000008.pth"), 6),
         (("die_before_rename", "model_0000002.pth"), 0),
         (("die_before_rename", "model_0000008.pth"), 6),
+        (("die_before_rename", "last_checkpoint"), 3),
         (("die_before_rename", "last_checkpoint", 3), 6),
         (("die_before_removal", "model_0000002.pth"), 9),
         (("die_before_rename", "model_best.pth"), 3),
@@ -309,6 +310,8 @@ def test_killed_while_a_file_is_written(start, finish, whole, tmp_path, accident
         ("model_0000008.pth", "flushing", 6),
         ("model_best.pth", "writing", 3),
         ("model_final.pth", "writing", 24),
+        ("config.yaml", "flushing", 0),
+        ("results.json", "flushing", 24),
     ],
 )
 def test_no_space_for_a_file(start, finish, whole, tmp_path, name, where, following):
@@ -318,8 +321,9 @@ def test_no_space_for_a_file(start, finish, whole, tmp_path, name, where, follow
     sentence = printed.splitlines()[-1]
     assert sentence.startswith(f"error: {folder / name} cannot be written (No space left on device)")
     assert "--resume" in sentence
-    assert not (folder / name).exists() and not list(folder.glob(".*"))
-    assert f"resumed: the next iteration is {following}\n" in finish(folder)
+    assert not (folder / name).exists() and not list(folder.glob(".*.tmp"))
+    printed = finish(folder)
+    assert f"resumed: the next iteration is {following}\n" in printed or (following == 0 and "nothing to" in printed)
     assert_same(folder, whole)
 
 
@@ -349,9 +353,86 @@ def test_a_full_disk(start, finish, whole, disk, left):
     status, printed = run.end()
     assert status == 2 and "Traceback" not in printed, printed
     assert "No space left on device" in printed.splitlines()[-1]
-    assert not list(folder.glob(".*"))
+    assert not list(folder.glob(".*.tmp"))
     (disk / "filler").unlink()
     assert "resumed: the next iteration is 6\n" in finish(folder)
+    assert_same(folder, whole)
+
+
+@pytest.mark.parametrize("period", [0, 40])  # iterations between evaluations
+def test_a_disk_that_fills_between_checkpoints(start, finish, disk, period):
+    """Log, metrics and TensorBoard's events find no space, in some order."""
+    folder = disk / "run"
+    keys = f"SOLVER.CHECKPOINT_PERIOD 395 SOLVER.LOG_PERIOD 1 SOLVER.MAX_ITER 400 TEST.EVAL_PERIOD {period}"
+    keys += " SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"
+    run = start(folder, "hold_in_step", 9, keys=keys)
+    run.wait_for("held")
+    space = os.statvfs(disk)
+    with open(disk / "filler", "wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, space.f_bavail * space.f_frsize)
+    run.release()
+    status, printed = run.end()
+    assert status == 2 and "Traceback" not in printed and "--- Logging error ---" not in printed, printed
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and printed.endswith(errors[0] + "\n"), printed
+    assert "cannot be written (No space left on device)" in errors[0] and "--resume" in errors[0]
+    (disk / "filler").unlink()
+    finish(folder, keys.replace("MAX_ITER 400", "MAX_ITER 16"))
+
+
+OTHERS = [[], ["--resume"], ["--eval-only"], ["--eval-only", "--resume"]]
+
+
+@pytest.mark.parametrize("flags", OTHERS, ids=" ".join)
+def test_a_second_run_beside_a_live_one(start, finish, whole, tmp_path, words, flags):
+    """It is refused with one sentence, takes nothing away, and the first ends as if it had been alone."""
+    folder = tmp_path / "run"
+    first = start(folder, "hold_in_step", 7)
+    first.wait_for("held")
+    (folder / ".model_0000008.pth.abc.tmp").write_bytes(b"half")  # as in the middle of a checkpoint
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    second = [*words(folder, resume=False), *flags, "MODEL.WEIGHTS", str(folder / "model_0000002.pth")]
+    status, printed = command(tmp_path / "second.txt", second).end()
+    assert status == 2 and printed.count("\n") == 1, printed
+    assert printed.startswith(f"error: OUTPUT_DIR {folder} is in use by process {first.pid} on "), printed
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    (folder / ".model_0000008.pth.abc.tmp").unlink()
+    first.release()
+    status, printed = first.end()
+    assert status == 0, printed
+    assert_same(folder, whole)
+
+
+def test_two_processes_are_refused_together(start, tmp_path, words):
+    folder = tmp_path / "run"
+    first = start(folder, "hold_in_step", 7)
+    first.wait_for("held")
+    second = [*words(folder), "--num-gpus", "2", "SOLVER.CUDA_GRAPH", "False"]
+    status, printed = command(tmp_path / "second.txt", second).end()
+    assert status == 2 and printed.count("in use by process") == 1 and "Traceback" not in printed, printed
+    assert sorted(file.name for file in folder.glob("log.txt*")) == ["log.txt"]
+    first.send(signal.SIGKILL, to_all=True)
+    first.end()
+
+
+def test_the_main_process_alone_is_killed_and_its_workers_live_on(start, finish, whole, tmp_path):
+    folder = tmp_path / "run"
+    first = start(folder, "hold_in_step", 7)
+    first.wait_for("held")
+    first.send(signal.SIGKILL)
+    assert first.end()[0] == -signal.SIGKILL
+    assert "resumed: the next iteration is 6\n" in finish(folder)
+    assert_same(folder, whole)
+
+
+def test_a_shorter_run_does_not_take_a_longer_ones_checkpoint(start, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    final = (folder / "model_final.pth").read_bytes()
+    status, printed = start(folder, keys="SOLVER.MAX_ITER 20").end()
+    assert status == 2 and "SOLVER.MAX_ITER is 20 (command line), but the run to resume has done 24" in printed
+    assert "Traceback" not in printed and (folder / "model_final.pth").read_bytes() == final
+    assert start(folder).end()[0] == 0  # as long as it was: nothing to do
     assert_same(folder, whole)
 
 
@@ -436,7 +517,7 @@ def test_ended_before_the_first_iteration(start, finish, whole, tmp_path, number
     run.send(number, to_all=to_all)
     status, printed = run.end()
     assert status == (130 if number == signal.SIGINT else -number) and "Traceback" not in printed, printed
-    assert {file.name for file in folder.iterdir()} <= {"config.yaml", "log.txt"}
+    assert {file.name for file in folder.iterdir()} <= {".lock", "config.yaml", "log.txt"}
     assert "nothing to resume" in finish(folder)
     assert_same(folder, whole)
 
