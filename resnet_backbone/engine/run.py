@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
+from resnet_backbone.data.workers import explained_deaths
 from resnet_backbone.engine.config import ConfigError, origin, set_key
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, LAST, open_output, read_last_checkpoint, write_config
@@ -69,7 +70,7 @@ def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = Fal
         raise ConfigError("DATASETS.TEST is empty, so --eval-only has nothing to evaluate. Name a data set.")
     check_precise_bn(cfg)
     task.check(eval_only=eval_only)
-    with open_output(cfg, resume=resume, eval_only=eval_only) as folder:
+    with open_output(cfg, resume=resume, eval_only=eval_only) as folder, explained_deaths():
         return _run(cfg, task, folder, resume=resume, eval_only=eval_only)
 
 
