@@ -94,6 +94,18 @@ def origin(cfg: CfgNode, key: str) -> str | None:
     return cfg.__dict__.get(_ORIGINS, {}).get(key)
 
 
+def said(cfg: CfgNode, key: str) -> str:
+    """Return "KEY is VALUE (who set it)", the start of a message about it; a default is not marked."""
+    by = f" ({origin(cfg, key)})" if origin(cfg, key) else ""
+    return f"{key} is {shown(get_key(cfg, key))}{by}"
+
+
+def shown(value: Any) -> str:
+    """Return a value on one short line: text as it is, unless that would not show it."""
+    text = value if isinstance(value, str) and value and value.isprintable() else repr(value)
+    return text if len(text) <= 200 else f"{text[:160]} … ({len(text)} characters)"
+
+
 def _settle_device(cfg: CfgNode) -> None:
     """Fall back to the CPU if there is no GPU and nobody asked for one (Detectron2's default device is a GPU)."""
     by = origin(cfg, "MODEL.DEVICE")

@@ -62,8 +62,8 @@ def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = Fal
         NonFiniteLossError: training diverged.
         Interrupted: a signal asked to stop; everything is saved.
     """
-    check_batch(cfg)
     check_solver(cfg)
+    check_batch(cfg)
     if eval_only and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty, so --eval-only has nothing to evaluate. Name a data set.")
     task.check(eval_only=eval_only)
