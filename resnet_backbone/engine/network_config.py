@@ -36,8 +36,8 @@ def network_name(cfg: CfgNode) -> str:
     if name is None:
         described = ", ".join(f"{key.rpartition('.')[2]} {get_key(cfg, key)}" for key in ROW_KEYS)
         raise ConfigError(
-            f"MODEL.RESNETS describes no network of the catalogue ({described}). It has ResNets of depth 18, 34, 50, 101 "
-            "and 152, ResNeXt-50 32×4d and ResNeXt-101 32×8d; for any other, set MODEL.NETWORK.NAME."
+            f"MODEL.RESNETS describes no network of the catalogue ({described}). It has ResNets of depth 18, 34, 50, "
+            "101 and 152, ResNeXt-50 32×4d and ResNeXt-101 32×8d; for any other, set MODEL.NETWORK.NAME."
         )
     return name
 

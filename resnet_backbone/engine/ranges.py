@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 from detectron2.config import CfgNode
 from detectron2.solver.build import GradientClipType
 
-from resnet_backbone.engine.config import ConfigError, get_key, said, shown
+from resnet_backbone.engine.config import ConfigError, flatten, said, shown
 from resnet_backbone.engine.precision import PRECISIONS
 from resnet_backbone.engine.schedule import SCHEDULES, WARMUP_METHODS
-from resnet_backbone.networks.norms import NORMS
 
 
 class Range(NamedTuple):
@@ -65,9 +64,11 @@ def each(item: Range, count: int | None = None, *, empty: bool = False) -> Range
     """Return the range of tuples and lists with every item in `item`: `count` of them, or any number but 0."""
     return Range(
         f"{count or ('any number of' if empty else 'one or more')} values, each {item.words}",
-        lambda value: isinstance(value, (tuple, list))
-        and (len(value) == count if count else empty or len(value) > 0)
-        and all(map(item.allows, value)),
+        lambda value: (
+            isinstance(value, (tuple, list))
+            and (len(value) == count if count else empty or len(value) > 0)
+            and all(map(item.allows, value))
+        ),
     )
 
 
@@ -91,7 +92,6 @@ RANGES: dict[str, Range] = {
     "MODEL.PIXEL_STD": each(number(above=0), 3),
     "MODEL.RESNETS.DEPTH": one_of(18, 34, 50, 101, 152),
     "MODEL.RESNETS.NUM_GROUPS": whole(1, 1024),
-    "MODEL.RESNETS.NORM": one_of(*NORMS),
     "MODEL.RESNETS.WIDTH_PER_GROUP": whole(1, 4096),
     "MODEL.RESNETS.RES5_DILATION": one_of(1, 2),
     "MODEL.RESNETS.RES2_OUT_CHANNELS": CHANNELS,
@@ -140,7 +140,7 @@ RANGES: dict[str, Range] = {
 
 def check_ranges(cfg: CfgNode, ranges: Mapping[str, Range]) -> None:
     """Raise ConfigError for the first key of `ranges` whose value is outside its range."""
+    values = dict(flatten(cfg))
     for key, allowed in ranges.items():
-        if not allowed.allows(get_key(cfg, key)):
+        if not allowed.allows(values[key]):
             raise ConfigError(f"{said(cfg, key)}, expected {allowed.words}.")
-

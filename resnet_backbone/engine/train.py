@@ -13,7 +13,7 @@ from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from torch import nn
 
 from resnet_backbone.engine import hooks
-from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, origin, set_key
+from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, as_config_error, flatten, origin, said, set_key
 from resnet_backbone.engine.describe import config_hash, differences, flat_config
 from resnet_backbone.engine.distributed import unwrap, wrap_for_processes
 from resnet_backbone.engine.ema import MovingAverage
@@ -31,6 +31,7 @@ from resnet_backbone.engine.schedule import (
 )
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.engine.writers import Progress, WeightsAndBiases
+from resnet_backbone.networks.catalogue import find_row
 from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, load_state
 
 logger = logging.getLogger(__name__)
@@ -207,14 +208,29 @@ def choose_seed(cfg: CfgNode, resume_from: Checkpoint | None) -> None:
 
 
 def check_solver(cfg: CfgNode) -> None:
-    """Reject values out of range of the keys that both tools read, schedules that are none, and what a graph is not."""
+    """Reject a key of both tools that is out of its range, an impossible schedule, and an impossible CUDA graph."""
     check_ranges(cfg, RANGES)
+    if cfg.MODEL.NETWORK.NAME:
+        with as_config_error("MODEL.NETWORK.NAME"):
+            find_row(cfg.MODEL.NETWORK.NAME)
+    _check_synchronized(cfg)
     rescaled = cfg.clone()
     rescaled.defrost()
     rescale_for_batch(rescaled)
     build_multiplier(rescaled)
     if cfg.SOLVER.CUDA_GRAPH:
         _check_graph(cfg)
+
+
+def _check_synchronized(cfg: CfgNode) -> None:
+    """Reject synchronized batch norm over processes on CPUs, for which torch has none."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") and comm.get_world_size() > 1:
+        for key, value in flatten(cfg):
+            if key.endswith(".NORM") and value in ("SyncBN", "nnSyncBN"):
+                raise ConfigError(
+                    f"{said(cfg, key)}, which works on GPUs alone, but {said(cfg, 'MODEL.DEVICE')} with "
+                    f"{comm.get_world_size()} processes. Set it to BN."
+                )
 
 
 def _check_graph(cfg: CfgNode) -> None:
