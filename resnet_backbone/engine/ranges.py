@@ -42,7 +42,8 @@ def number(**bounds: float) -> Range:
         return all(_BOUNDS[name](value, bound) for name, bound in bounds.items())
 
     words = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
-    return Range(f"a number, {words}" if words else "a finite number", allows)
+    words = f"of {words}" if words.startswith("at ") else words
+    return Range(f"a number {words}" if words else "a finite number", allows)
 
 
 def whole(low: int, high: int = 2**31 - 1) -> Range:
