@@ -30,19 +30,28 @@ class Range(NamedTuple):
     allows: Callable[[Any], bool]
 
 
-_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
-
-
-def number(**bounds: float) -> Range:
-    """Return the range of finite numbers within `bounds`: at_least, above, at_most, below."""
+def number(
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Range:
+    """Return the range of finite numbers within these bounds."""
+    bounds = [
+        ("of at least", operator.ge, at_least),
+        ("above", operator.gt, above),
+        ("at most", operator.le, at_most),
+        ("below", operator.lt, below),
+    ]
+    bounds = [bound for bound in bounds if bound[2] is not None]
 
     def allows(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             return False
-        return all(_BOUNDS[name](value, bound) for name, bound in bounds.items())
+        return all(compare(value, bound) for _, compare, bound in bounds)
 
-    words = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
-    words = f"of {words}" if words.startswith("at ") else words
+    words = " and ".join(f"{words} {bound}" for words, _, bound in bounds)
     return Range(f"a number {words}" if words else "a finite number", allows)
 
 
