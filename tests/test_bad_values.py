@@ -15,6 +15,7 @@ from resnet_backbone.detection.combinations import check_combinations
 from resnet_backbone.detection.task import Detection, _build_model
 from resnet_backbone.engine.config import flatten, load_config, set_key
 from resnet_backbone.engine.ranges import RANGES, check_ranges
+from resnet_backbone.engine.schedule import check_schedule
 from resnet_backbone.engine.train import check_batch, check_solver
 from resnet_backbone.errors import InputError
 from resnet_backbone.pretraining.network import build_classifier
@@ -55,6 +56,7 @@ def build(tool, keys, file=None, *, base=None):
     cfg = load_config(cfg, file, keys)
     check_solver(cfg)
     check_batch(cfg)
+    check_schedule(cfg)
     tool(cfg).check(eval_only=False)
     if cfg.MODEL.WEIGHTS:
         return

@@ -12,7 +12,7 @@ from torch import nn
 from resnet_backbone.engine.config import ConfigError, set_key
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, open_output, read_last_checkpoint, write_config
-from resnet_backbone.engine.schedule import rescale_for_batch
+from resnet_backbone.engine.schedule import check_schedule, rescale_for_batch
 from resnet_backbone.engine.train import TrainingTask, check_batch, check_solver, choose_seed, train
 from resnet_backbone.weights import Checkpoint, Metadata, write_checkpoint, write_json
 
@@ -64,6 +64,8 @@ def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = Fal
     """
     check_solver(cfg)
     check_batch(cfg)
+    if not eval_only:
+        check_schedule(cfg)
     if eval_only and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty, so --eval-only has nothing to evaluate. Name a data set.")
     task.check(eval_only=eval_only)

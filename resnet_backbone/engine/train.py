@@ -22,13 +22,7 @@ from resnet_backbone.engine.output import keep_metrics_before, save_best_checkpo
 from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.preemption import Preemption
 from resnet_backbone.engine.ranges import RANGES, check_ranges
-from resnet_backbone.engine.schedule import (
-    build_multiplier,
-    build_plateau,
-    build_warm_up,
-    describe_schedule,
-    rescale_for_batch,
-)
+from resnet_backbone.engine.schedule import build_multiplier, build_plateau, build_warm_up, describe_schedule
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.engine.writers import Progress, WeightsAndBiases
 from resnet_backbone.networks.catalogue import find_row
@@ -208,16 +202,12 @@ def choose_seed(cfg: CfgNode, resume_from: Checkpoint | None) -> None:
 
 
 def check_solver(cfg: CfgNode) -> None:
-    """Reject a key of both tools that is out of its range, an impossible schedule, and an impossible CUDA graph."""
+    """Reject keys of both tools that are out of range, and what their device cannot do."""
     check_ranges(cfg, RANGES)
     if cfg.MODEL.NETWORK.NAME:
         with as_config_error("MODEL.NETWORK.NAME"):
             find_row(cfg.MODEL.NETWORK.NAME)
     _check_synchronized(cfg)
-    rescaled = cfg.clone()
-    rescaled.defrost()
-    rescale_for_batch(rescaled)
-    build_multiplier(rescaled)
     if cfg.SOLVER.CUDA_GRAPH:
         _check_graph(cfg)
 

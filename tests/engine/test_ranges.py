@@ -64,15 +64,3 @@ def test_synchronized_batch_norm_needs_gpus(cfg, monkeypatch):
     monkeypatch.setattr("resnet_backbone.engine.train.comm.get_world_size", lambda: 2)
     with pytest.raises(ConfigError, match=r"MODEL\.FPN\.NORM is SyncBN \(test\), .*MODEL\.DEVICE is cpu with 2 proc"):
         check_solver(cfg)
-
-
-def test_the_schedule_that_is_checked_is_the_rescaled_one(cfg):
-    """Its warm-up is longer than a run of 50 iterations, but not after rescaling from 16 images to 64."""
-    keys = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.MAX_ITER", "50", "SOLVER.IMS_PER_BATCH", "64"]
-    load_config(cfg, None, keys)
-    set_key(cfg, "SOLVER.WARMUP_ITERS", 100, "a.yaml")
-    with pytest.raises(ConfigError, match=r"SOLVER\.WARMUP_ITERS is 100 of SOLVER\.MAX_ITER 50"):
-        check_solver(cfg)
-    set_key(cfg, "SOLVER.REFERENCE_IMS_PER_BATCH", 16, "a.yaml")
-    check_solver(cfg)
-    assert cfg.SOLVER.WARMUP_ITERS == 100

@@ -386,7 +386,6 @@ class TestSeed:
         ("AMP.PRECISION", "fp8", r"SOLVER.AMP.PRECISION is fp8 \(test\), expected fp32 or bf16 or fp16\."),
         ("LOG_PERIOD", 0, r"SOLVER.LOG_PERIOD is 0 \(test\), expected a whole number from 1 "),
         ("EMA_DECAY", 1.0, r"SOLVER.EMA_DECAY is 1.0 \(test\), expected a number of at least 0 and below 1\."),
-        ("STEPS", (5, 3), r"SOLVER.STEPS is \(5, 3\), expected increasing"),
         ("CUDA_GRAPH", True, "of one GPU, but MODEL.DEVICE is cpu. Set it to False"),
     ],
 )
