@@ -183,6 +183,8 @@ def _why_not_built(cfg: CfgNode, error: Exception) -> str:
             f"{said(cfg, 'MODEL.FPN.IN_FEATURES')} with {said(cfg, 'MODEL.RESNETS.RES5_DILATION')}: a feature pyramid "
             f"needs stages in their order, each of twice the stride of the one before ({error})."
         )
+    if "do not form a pyramid" in str(error):
+        return f"{said(cfg, 'MODEL.ROI_HEADS.IN_FEATURES')}, expected neighboring levels, such as p2, p3, p4."
     if isinstance(error, ValueError) and "SemSegFPNHead" in str(error):
         return f"{said(cfg, 'MODEL.SEM_SEG_HEAD.IN_FEATURES')}, none of which the backbone has. Name features it has."
     asserted = f"it fails at `{traceback.extract_tb(error.__traceback__)[-1].line}`"
