@@ -1,6 +1,7 @@
 """Detector training as a task: Detectron2's model with our networks or its own, as configured."""
 
 import logging
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from resnet_backbone.detection.checks import (
     check_network_keys,
     check_test_keys,
 )
-from resnet_backbone.detection.config import UNREAD, get_config
+from resnet_backbone.detection.combinations import check_combinations
+from resnet_backbone.detection.config import RANGES, UNREAD, get_config
 from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.detection.evaluation.evaluate import check_expected, evaluate, try_two_images
 from resnet_backbone.detection.evaluation.metrics import best_metric, headline
@@ -30,12 +32,14 @@ from resnet_backbone.detection.modeling.layout import use_channels_last
 from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.detection.weights import is_frozen_norm, is_own, load_whole, offered, read, stock_arguments
 from resnet_backbone.engine import run as engine_run
-from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.config import ConfigError, get_key, said, shown
 from resnet_backbone.engine.network_config import configured_network
 from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.output import versions
 from resnet_backbone.engine.precise_bn import finish_norm_statistics
+from resnet_backbone.engine.ranges import check_ranges
 from resnet_backbone.engine.unread import refuse_unread
+from resnet_backbone.errors import InputError
 from resnet_backbone.weights import Checkpoint, Metadata
 
 logger = logging.getLogger(__name__)
@@ -64,6 +68,8 @@ class Detection:
     def check(self, *, eval_only: bool) -> None:
         check_names(self._cfg)
         refuse_unread(self._cfg, get_config(), UNREAD, tool="tools/train_net.py")
+        check_ranges(self._cfg, RANGES)
+        check_combinations(self._cfg)
         check_network_keys(self._cfg)
         check_test_keys(self._cfg)
         self._last_evaluation = eval_only
@@ -151,17 +157,54 @@ def _build_model(cfg: CfgNode, weights: Checkpoint | None, file: str) -> nn.Modu
     try:
         with offered(weights, file):
             model = build_model(cfg)
-    except (KeyError, AssertionError) as error:
-        raise ConfigError(
-            f"Detectron2 cannot build this configuration ({type(error).__name__}: {error}). Check that "
-            "MODEL.{RPN,ROI_HEADS,FPN}.IN_FEATURES name features of the backbone "
-            f"({cfg.MODEL.BACKBONE.NAME}, MODEL.RESNETS.OUT_FEATURES {', '.join(cfg.MODEL.RESNETS.OUT_FEATURES)})."
-        ) from error
+    except InputError:
+        raise
+    except (KeyError, AssertionError, ValueError, NotImplementedError) as error:
+        raise ConfigError(_why_not_built(cfg, error)) from error
+    _check_segmentation(cfg, model)
     load_whole(cfg, model, weights, file)
     if cfg.SOLVER.AMP.ENABLED:
         keep_boxes_in_float32(model)
     use_channels_last(model)
     return model
+
+
+def _why_not_built(cfg: CfgNode, error: Exception) -> str:
+    """Return what is wrong with a configuration that Detectron2 failed to build."""
+    feature = error.args[0] if isinstance(error, KeyError) else None
+    for part in ("RPN", "ROI_HEADS", "RETINANET"):
+        key = f"MODEL.{part}.IN_FEATURES"
+        if feature in get_key(cfg, key):
+            return (
+                f"{said(cfg, key)}, but {said(cfg, 'MODEL.BACKBONE.NAME')} with "
+                f"{said(cfg, 'MODEL.RESNETS.OUT_FEATURES')} has no feature {shown(feature)}. Name features that it has."
+            )
+    if "log2 contiguous" in str(error):
+        return (
+            f"{said(cfg, 'MODEL.FPN.IN_FEATURES')} with {said(cfg, 'MODEL.RESNETS.RES5_DILATION')}: a feature pyramid "
+            f"needs stages in their order, each of twice the stride of the one before ({error})."
+        )
+    if "do not form a pyramid" in str(error):
+        return f"{said(cfg, 'MODEL.ROI_HEADS.IN_FEATURES')}, expected neighboring levels, such as p2, p3, p4."
+    if isinstance(error, ValueError) and "SemSegFPNHead" in str(error):
+        return f"{said(cfg, 'MODEL.SEM_SEG_HEAD.IN_FEATURES')}, none of which the backbone has. Name features it has."
+    asserted = f"it fails at `{traceback.extract_tb(error.__traceback__)[-1].line}`"
+    return f"Detectron2 cannot build this configuration: {' '.join(str(error).split()) or asserted}."
+
+
+def _check_segmentation(cfg: CfgNode, model: nn.Module) -> None:
+    """Check SEM_SEG_HEAD's features, of which Detectron2 drops those that it does not find, and their stride."""
+    if not hasattr(model, "sem_seg_head"):
+        return
+    shapes, key = model.backbone.output_shape(), "MODEL.SEM_SEG_HEAD.IN_FEATURES"
+    if unknown := [name for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES if name not in shapes]:
+        raise ConfigError(f"{said(cfg, key)}, but the backbone has {', '.join(shapes)}, and no {', '.join(unknown)}.")
+    finest = min(shapes[name].stride for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES)
+    if finest < cfg.MODEL.SEM_SEG_HEAD.COMMON_STRIDE:
+        raise ConfigError(
+            f"{said(cfg, 'MODEL.SEM_SEG_HEAD.COMMON_STRIDE')}, expected at most {finest}, the stride of the finest of "
+            f"{said(cfg, key)}."
+        )
 
 
 def _describe(

@@ -7,6 +7,7 @@ metadata of weights may replace. A key with one was set by the user and is never
 import ast
 import contextlib
 import difflib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,18 @@ def origin(cfg: CfgNode, key: str) -> str | None:
     return cfg.__dict__.get(_ORIGINS, {}).get(key)
 
 
+def said(cfg: CfgNode, key: str) -> str:
+    """Return "KEY is VALUE (who set it)", the start of a message about it; a default is not marked."""
+    by = f" ({origin(cfg, key)})" if origin(cfg, key) else ""
+    return f"{key} is {shown(get_key(cfg, key))}{by}"
+
+
+def shown(value: Any) -> str:
+    """Return a value on one short line: text as it is, unless that would not show it."""
+    text = value if isinstance(value, str) and value and value.isprintable() else repr(value)
+    return text if len(text) <= 200 else f"{text[:160]} … ({len(text)} characters)"
+
+
 def _expand_paths(cfg: CfgNode) -> None:
     """Expand `~` and environment variables in the paths that a file or the command line has set."""
     by = {key: origin(cfg, key) for key in PATH_KEYS}
@@ -120,7 +133,7 @@ def _settle_device(cfg: CfgNode) -> None:
     try:
         kind = torch.device(cfg.MODEL.DEVICE).type
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} ({by}), expected cuda or cpu.") from error
+        raise ConfigError(f"{said(cfg, 'MODEL.DEVICE')}, expected cuda or cpu.") from error
     if kind != "cuda" or torch.cuda.is_available():
         return
     if by is not None:
@@ -164,7 +177,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
                 "value itself instead."
             ) from error
         content = yaml.unsafe_load(file.read_text())  # Detectron2's RetinaNet configs compute their anchors
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a number out of bounds
         raise ConfigError(f"{file} is not a YAML file: {' '.join(str(error).split())}.") from error
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}.") from error
@@ -206,7 +219,7 @@ def _literal(text: str) -> Any:
     """Parse text as a Python literal, true or false, or a list of bare words (`(coco_2014_train,)`); else return it."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # what Python's parser may raise
         pass
     inner = text.strip()[1:-1]
     if text.strip() in (f"({inner})", f"[{inner}]") and not set(inner) & set("()[]{}"):
@@ -222,7 +235,7 @@ def _coerce(current: Any, value: Any, key: str, origin: str) -> Any:
             quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
             return value[1:-1] if quoted else value
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-            return value if value is None else str(value)
+            return "" if value is None else str(value)
     else:
         if isinstance(value, str):
             value = _literal(value)
@@ -232,15 +245,15 @@ def _coerce(current: Any, value: Any, key: str, origin: str) -> Any:
             if not _kinds(current) or _kinds(items) <= _kinds(current):
                 return type(current)(items)
         elif current is None:
-            return value
+            if not isinstance(value, Mapping):
+                return value
         elif isinstance(current, bool) == isinstance(value, bool):
-            if isinstance(current, float) and isinstance(value, int):
+            if isinstance(current, float) and isinstance(value, int) and abs(value) <= sys.float_info.max:
                 return float(value)
             if isinstance(value, type(current)):
                 return value
-    raise ConfigError(
-        f"{key} is {value!r} ({origin}), expected {type(current).__name__} as in its default {current!r}."
-    )
+    kind = "a plain value" if current is None else type(current).__name__
+    raise ConfigError(f"{key} is {shown(value)} ({origin}), expected {kind} as in its default {shown(current)}.")
 
 
 def _kinds(items: Sequence[Any]) -> set[str]:

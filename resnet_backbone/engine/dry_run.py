@@ -23,7 +23,7 @@ from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.run import Task
 from resnet_backbone.engine.schedule import rescale_for_batch
-from resnet_backbone.engine.train import check_batch, choose_seed, train
+from resnet_backbone.engine.train import check_batch, check_solver, choose_seed, train
 
 
 def try_run(cfg: CfgNode, run: Callable[..., Any], test_on_few: Callable[[CfgNode], int], *, iterations: int) -> None:
@@ -40,6 +40,7 @@ def try_run(cfg: CfgNode, run: Callable[..., Any], test_on_few: Callable[[CfgNod
     """
     if iterations < 2:
         raise ConfigError(f"--try is {iterations}, expected at least 2: one before and one after the resume.")
+    check_solver(cfg)
     start = time.perf_counter()
     with _temporary_folder(cfg) as folder:
         half = iterations // 2
@@ -74,6 +75,7 @@ def throughput(cfg: CfgNode, make_task: Callable[[CfgNode], Task], *, iterations
     """
     if iterations < 1:
         raise ConfigError(f"--throughput is {iterations}, expected at least 1 iteration.")
+    check_solver(cfg)
     check_batch(cfg)
     with _temporary_folder(cfg) as folder:
         short = _shortened(

@@ -6,7 +6,7 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
-from resnet_backbone.engine.config import ConfigError, get_key, origin, set_key
+from resnet_backbone.engine.config import ConfigError, get_key, origin, said, set_key
 from resnet_backbone.engine.keys import add_engine_config
 from resnet_backbone.networks import ARGUMENTS, accepted_arguments, find_resnet
 from resnet_backbone.networks.catalogue import find_row
@@ -34,10 +34,10 @@ def network_name(cfg: CfgNode) -> str:
     wanted = {argument: get_key(cfg, key) for key, argument in ROW_KEYS.items()}
     name = find_resnet(**wanted)
     if name is None:
-        said = ", ".join(f"{key.rpartition('.')[2]} {get_key(cfg, key)}" for key in ROW_KEYS)
+        described = ", ".join(f"{key.rpartition('.')[2]} {get_key(cfg, key)}" for key in ROW_KEYS)
         raise ConfigError(
-            f"MODEL.RESNETS describes no network of the catalogue ({said}). It has ResNets of depth 18, 34, 50, 101 "
-            "and 152, ResNeXt-50 32×4d and ResNeXt-101 32×8d; for any other, set MODEL.NETWORK.NAME."
+            f"MODEL.RESNETS describes no network of the catalogue ({described}). It has ResNets of depth 18, 34, 50, "
+            "101 and 152, ResNeXt-50 32×4d and ResNeXt-101 32×8d; for any other, set MODEL.NETWORK.NAME."
         )
     return name
 
@@ -56,7 +56,7 @@ def configured_network(cfg: CfgNode) -> tuple[str, dict[str, Any]]:
         # Detectron2's own configs set stride placement and norm for any network.
         default = get_key(_defaults(), key)
         if argument not in (*accepted, "stride_in_1x1", "norm") and values[argument] != default:
-            raise ConfigError(f"{_said(cfg, key)}, but {name} does not support that. Leave it at {default}.")
+            raise ConfigError(f"{said(cfg, key)}, but {name} does not support that. Leave it at {default}.")
     return name, {argument: value for argument, value in values.items() if argument in accepted}
 
 
@@ -81,15 +81,10 @@ def _refuse_foreign_keys(cfg: CfgNode, name: str) -> None:
         if (tuple(value) if isinstance(value, list) else value) not in offered.get(key, ()):
             default = _defaults().MODEL.RESNETS.get(key)
             raise ConfigError(
-                f"{_said(cfg, f'MODEL.RESNETS.{key}')}, but {name} here does not have that. "
+                f"{said(cfg, f'MODEL.RESNETS.{key}')}, but {name} here does not have that. "
                 f"{'Remove it' if default is None else f'Leave it at {default}'}, or take one of Detectron2's own "
                 "backbones (MODEL.BACKBONE.NAME)."
             )
-
-
-def _said(cfg: CfgNode, key: str) -> str:
-    by = f" ({origin(cfg, key)})" if origin(cfg, key) else ""
-    return f"{key} is {get_key(cfg, key)}{by}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -135,8 +130,8 @@ def _set_by(cfg: CfgNode, key: str) -> str | None:
     """Return who set `key`; for an empty NAME, who set the keys of MODEL.RESNETS that stand in for it."""
     if key != NAME or cfg.MODEL.NETWORK.NAME:
         return origin(cfg, key)
-    said = [f"{row_key} of {origin(cfg, row_key)}" for row_key in ROW_KEYS if origin(cfg, row_key)]
-    return ", ".join(said) or None
+    setters = [f"{row_key} of {origin(cfg, row_key)}" for row_key in ROW_KEYS if origin(cfg, row_key)]
+    return ", ".join(setters) or None
 
 
 def preprocessing_keys(metadata: Metadata) -> dict[str, Any]:

@@ -19,17 +19,6 @@ from resnet_backbone.engine.precision import autocast, precision_of
 logger = logging.getLogger(__name__)
 
 
-def check_precise_bn(cfg: CfgNode) -> None:
-    """Reject TEST.PRECISE_BN without a batch now, instead of after training."""
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        _check_iterations(cfg.TEST.PRECISE_BN.NUM_ITER)
-
-
-def _check_iterations(iterations: int) -> None:
-    if iterations < 1:
-        raise ConfigError(f"TEST.PRECISE_BN.NUM_ITER is {iterations}, expected at least one batch.")
-
-
 def finish_norm_statistics(cfg: CfgNode, model: nn.Module, batches: Iterable[Any]) -> bool:
     """With TEST.PRECISE_BN, estimate a trained model's statistics over training batches, in the training's precision.
 
@@ -65,7 +54,8 @@ def estimate_norm_statistics(
     Raises:
         ConfigError: `iterations` is below 1.
     """
-    _check_iterations(iterations)
+    if iterations < 1:
+        raise ConfigError(f"TEST.PRECISE_BN.NUM_ITER is {iterations}, expected at least one batch.")
     was_training = model.training
     model.train()
     layers = get_bn_modules(model)

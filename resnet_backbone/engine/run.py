@@ -13,8 +13,7 @@ from resnet_backbone.data.workers import explained_deaths
 from resnet_backbone.engine.config import ConfigError, origin, set_key
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, LAST, open_output, read_last_checkpoint, write_config
-from resnet_backbone.engine.precise_bn import check_precise_bn
-from resnet_backbone.engine.schedule import rescale_for_batch
+from resnet_backbone.engine.schedule import check_schedule, rescale_for_batch
 from resnet_backbone.engine.train import TrainingTask, check_batch, check_solver, choose_seed, train
 from resnet_backbone.weights import Checkpoint, Metadata, write_checkpoint, write_json
 
@@ -64,11 +63,12 @@ def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = Fal
         NonFiniteLossError: training diverged.
         Interrupted: a signal asked to stop; everything is saved.
     """
-    check_batch(cfg)
     check_solver(cfg)
+    check_batch(cfg)
+    if not eval_only:
+        check_schedule(cfg)
     if eval_only and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty, so --eval-only has nothing to evaluate. Name a data set.")
-    check_precise_bn(cfg)
     task.check(eval_only=eval_only)
     with open_output(cfg, resume=resume, eval_only=eval_only) as folder, explained_deaths():
         return _run(cfg, task, folder, resume=resume, eval_only=eval_only)

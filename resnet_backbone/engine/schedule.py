@@ -101,6 +101,15 @@ def build_multiplier(cfg: CfgNode) -> ParamScheduler:
     )
 
 
+def check_schedule(cfg: CfgNode) -> None:
+    """Raise what `build_multiplier` will raise after `rescale_for_batch`, without changing `cfg`."""
+    rescaled = cfg.clone()
+    rescaled.defrost()
+    rescale_for_batch(rescaled)
+    if rescaled.SOLVER.MAX_ITER > 0:
+        build_multiplier(rescaled)
+
+
 class Plateau:
     """Divide the learning rate when a metric stops improving ("when the error plateaus", ResNet paper, section 3.4).
 

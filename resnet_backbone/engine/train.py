@@ -13,17 +13,19 @@ from detectron2.utils.events import EventWriter, TensorboardXWriter
 from torch import nn
 
 from resnet_backbone.engine import hooks
-from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, origin, set_key
+from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, as_config_error, flatten, origin, said, set_key
 from resnet_backbone.engine.describe import config_hash, differences, flat_config
 from resnet_backbone.engine.distributed import unwrap, wrap_for_processes
 from resnet_backbone.engine.ema import MovingAverage
 from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.output import keep_metrics_before, save_best_checkpoint, save_training_checkpoint
-from resnet_backbone.engine.precision import PRECISIONS, precision_of
+from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.engine.preemption import Preemption
+from resnet_backbone.engine.ranges import RANGES, check_ranges
 from resnet_backbone.engine.schedule import build_multiplier, build_plateau, build_warm_up, describe_schedule
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.engine.writers import MetricsFile, Progress, WeightsAndBiases
+from resnet_backbone.networks.catalogue import find_row
 from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, load_state
 
 logger = logging.getLogger(__name__)
@@ -203,19 +205,25 @@ def choose_seed(cfg: CfgNode, resume_from: Checkpoint | None) -> None:
 
 
 def check_solver(cfg: CfgNode) -> None:
-    """Reject SOLVER options that the loop does not support and numbers out of range."""
-    solver = cfg.SOLVER
-    for key, lowest in (("MAX_ITER", 0), ("LOG_PERIOD", 1), ("CHECKPOINT_KEEP", 0), ("PLATEAU_PATIENCE", 0)):
-        if solver[key] < lowest:
-            raise ConfigError(f"SOLVER.{key} is {solver[key]}, expected at least {lowest}.")
-    if not 0 <= solver.EMA_DECAY < 1:
-        raise ConfigError(
-            f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}, expected 0 (none) or a number below 1, such as 0.9999."
-        )
-    if solver.AMP.ENABLED and solver.AMP.PRECISION not in PRECISIONS:
-        raise ConfigError(f"SOLVER.AMP.PRECISION is {solver.AMP.PRECISION!r}, expected {' or '.join(PRECISIONS)}.")
-    if solver.CUDA_GRAPH:
+    """Reject keys of both tools that are out of range, and what their device cannot do."""
+    check_ranges(cfg, RANGES)
+    if cfg.MODEL.NETWORK.NAME:
+        with as_config_error("MODEL.NETWORK.NAME"):
+            find_row(cfg.MODEL.NETWORK.NAME)
+    _check_synchronized(cfg)
+    if cfg.SOLVER.CUDA_GRAPH:
         _check_graph(cfg)
+
+
+def _check_synchronized(cfg: CfgNode) -> None:
+    """Reject synchronized batch norm over processes on CPUs, for which torch has none."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") and comm.get_world_size() > 1:
+        for key, value in flatten(cfg):
+            if key.endswith(".NORM") and value in ("SyncBN", "nnSyncBN"):
+                raise ConfigError(
+                    f"{said(cfg, key)}, which works on GPUs alone, but {said(cfg, 'MODEL.DEVICE')} with "
+                    f"{comm.get_world_size()} processes. Set it to BN."
+                )
 
 
 def _check_graph(cfg: CfgNode) -> None:
@@ -231,11 +239,8 @@ def _check_graph(cfg: CfgNode) -> None:
 
 
 def check_batch(cfg: CfgNode) -> None:
-    """Reject a batch size that is zero or not divisible by the number of processes and micro-batches."""
+    """Reject a batch size that is not divisible by the number of processes and micro-batches."""
     images, processes, parts = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), cfg.SOLVER.ACCUMULATE
-    for key, value in (("IMS_PER_BATCH", images), ("ACCUMULATE", parts)):
-        if value < 1:
-            raise ConfigError(f"SOLVER.{key} is {value}, expected at least 1.")
     if images % processes:
         raise ConfigError(f"SOLVER.IMS_PER_BATCH is {images}, which is not divisible by {processes} processes.")
     if images // processes % parts:

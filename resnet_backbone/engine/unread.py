@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from detectron2.config import CfgNode
 
-from resnet_backbone.engine.config import ConfigError, flatten, origin
+from resnet_backbone.engine.config import ConfigError, flatten, said
 
 
 def refuse_unread(cfg: CfgNode, defaults: CfgNode, unread: Mapping[str, str], *, tool: str) -> None:
@@ -19,8 +19,7 @@ def refuse_unread(cfg: CfgNode, defaults: CfgNode, unread: Mapping[str, str], *,
     for key, value in flatten(cfg):
         reason = next((unread[group] for group in unread if f"{key}.".startswith(f"{group}.")), None)
         if reason is not None and value != expected.get(key):
-            by = f" ({origin(cfg, key)})" if origin(cfg, key) else ""
             raise ConfigError(
-                f"{key} is {value}{by}, but {tool} does not read it. {f'{reason} ' if reason else ''}"
+                f"{said(cfg, key)}, but {tool} does not read it. {f'{reason} ' if reason else ''}"
                 f"Leave it at {expected.get(key)!r}."
             )

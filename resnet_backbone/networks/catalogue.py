@@ -129,7 +129,9 @@ def list_networks() -> list[str]:
 def find_row(name: str) -> Row:
     """Return the row named `name`; raise an InputError that suggests the closest match if there is none."""
     if name not in CATALOGUE:
-        raise InputError(f"no network is named {name!r}{_nearest(name, CATALOGUE)}; list_networks() gives all names")
+        raise InputError(
+            f"no network is named {name[:80]!r}{_nearest(name, CATALOGUE)}; list_networks() gives all names"
+        )
     return CATALOGUE[name]
 
 

@@ -6,7 +6,11 @@ INPUT.FORMAT the channel order, MODEL.PIXEL_MEAN and PIXEL_STD the normalization
 
 from detectron2.config import CfgNode, get_cfg
 
+from resnet_backbone.data.classification import ON_CORRUPT
+from resnet_backbone.data.transforms import CROP_TYPES
 from resnet_backbone.engine.keys import add_engine_config
+from resnet_backbone.engine.ranges import SIDE, TEXTS, Range, each, number, one_of, whole
+from resnet_backbone.networks.norms import NORMS
 
 
 def get_config() -> CfgNode:
@@ -44,6 +48,37 @@ def get_config() -> CfgNode:
     cfg.TEST.IMS_PER_BATCH = 0
     return cfg
 
+
+# What pretraining's keys may hold, in addition to `engine.ranges.RANGES`.
+RANGES: dict[str, Range] = {
+    "MODEL.RESNETS.NORM": one_of(*NORMS),
+    "MODEL.NETWORK.NUM_CLASSES": whole(0, 10**6),
+    "INPUT.MIN_SIZE_TRAIN": each(SIDE),
+    "INPUT.MIN_SIZE_TEST": SIDE,
+    "INPUT.RANDOM_FLIP": one_of("horizontal", "none"),
+    "INPUT.CROP.TYPE": one_of(*CROP_TYPES, "padded"),
+    # Detectron2's default is a fraction of the image.
+    "INPUT.CROP.SIZE": Range(
+        "height and width in pixels, such as (224, 224)",
+        lambda value: each(number(at_least=1, at_most=16384), 2).allows(value) and all(v == int(v) for v in value),
+    ),
+    "INPUT.CROP.PADDING": whole(0, 4096),
+    "INPUT.CROP.AREA": Range(
+        "the smallest and the largest share of the area, such as (0.08, 1)",
+        lambda value: each(number(above=0, at_most=1), 2).allows(value) and value[0] <= value[1],
+    ),
+    "INPUT.PCA_COLOR_STD": number(at_least=0, at_most=100),
+    "DATASETS.HOLD_OUT": whole(0),
+    "DATALOADER.PIPELINE": one_of("workers", "device", "resident"),
+    "DATALOADER.ON_CORRUPT": one_of(*ON_CORRUPT),
+    "DATALOADER.MAX_CORRUPT": number(at_least=0, below=1),
+    "SOLVER.LABEL_SMOOTHING": number(at_least=0, below=1),
+    "TEST.BEST_METRIC": one_of("", "top1", "top5"),
+    "TEST.CROPS": one_of(1, 10),
+    "TEST.SCALES": each(SIDE, empty=True),
+    "TEST.ENSEMBLE": TEXTS,
+    "TEST.IMS_PER_BATCH": whole(0, 2**20),
+}
 
 _DETECTORS = "It belongs to detectors, which tools/train_net.py trains."
 # The keys that pretraining does not read, and why (`engine.unread`).

@@ -81,8 +81,6 @@ def build_evaluation_crops(cfg: CfgNode) -> EvaluationCrops:
         ConfigError: the sizes are incompatible, or both crops and scales are requested.
     """
     crops, scales, crop = cfg.TEST.CROPS, cfg.TEST.SCALES, crop_size(cfg)
-    if crops not in (1, 10):
-        raise ConfigError(f"TEST.CROPS is {crops}, expected 1 (the middle) or 10 (corners and middle, mirrored too).")
     if scales:
         if crops != 1:
             raise ConfigError(f"TEST.CROPS is {crops} and TEST.SCALES {tuple(scales)}. Set CROPS to 1 or SCALES to ().")
@@ -92,7 +90,7 @@ def build_evaluation_crops(cfg: CfgNode) -> EvaluationCrops:
         sides = ", ".join(map(str, scales))
         return EvaluationCrops(transform, pixels, dense=True, description=f"scales {sides}, mirrored too")
     kind = EvalTransform if crops == 1 else TenCrops
-    with as_config_error("INPUT"):
+    with as_config_error("INPUT.CROP.SIZE, INPUT.MIN_SIZE_TEST"):
         transform = kind(short_side=cfg.INPUT.MIN_SIZE_TEST, crop=crop, channel_order=cfg.INPUT.FORMAT)
     description = "1 crop" if crops == 1 else "10 crops"
     return EvaluationCrops(transform, crops * crop[0] * crop[1], dense=False, description=description)

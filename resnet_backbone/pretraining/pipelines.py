@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from resnet_backbone.data.classification import ON_CORRUPT, Batch, CorruptCounter, train_loader
+from resnet_backbone.data.classification import Batch, CorruptCounter, train_loader
 from resnet_backbone.data.device import DeviceAugment, DevicePrefetcher, encoded_loader
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.padded_crop import PaddedCropTransform
@@ -17,10 +17,8 @@ from resnet_backbone.data.resident import BatchCrops, ResidentBatches
 from resnet_backbone.data.sampler import BatchSampler
 from resnet_backbone.data.transfer import to_device
 from resnet_backbone.data.transforms import TrainTransform
-from resnet_backbone.engine.config import ConfigError, as_config_error
+from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.pretraining.preprocessing import build_train_transform
-
-PIPELINES = ("workers", "device", "resident")
 
 
 class Pipeline(Protocol):
@@ -177,18 +175,12 @@ def build_pipeline(cfg: CfgNode, source: ClassificationSource) -> Pipeline:
         ConfigError: keys of INPUT or DATALOADER are invalid or incompatible.
     """
     name, on_corrupt = cfg.DATALOADER.PIPELINE, cfg.DATALOADER.ON_CORRUPT
-    if name not in PIPELINES:
-        raise ConfigError(f"DATALOADER.PIPELINE is {name!r}, expected {' or '.join(PIPELINES)}.")
     if cfg.SOLVER.CUDA_GRAPH and name != "resident":
         raise ConfigError(
             f"SOLVER.CUDA_GRAPH needs batches that are on the device, but DATALOADER.PIPELINE is {name}. Set it to "
             "resident, or CUDA_GRAPH to False."
         )
     transform = build_train_transform(cfg)
-    with as_config_error("DATALOADER.MAX_CORRUPT"):
-        count_corrupt = CorruptCounter(cfg.DATALOADER.MAX_CORRUPT)
-    if on_corrupt not in ON_CORRUPT:
-        raise ConfigError(f"DATALOADER.ON_CORRUPT is {on_corrupt!r}, expected {' or '.join(ON_CORRUPT)}.")
     shared = {
         "source": source,
         "transform": transform,
@@ -218,5 +210,5 @@ def build_pipeline(cfg: CfgNode, source: ClassificationSource) -> Pipeline:
         workers=workers,
         reduced_decoding=cfg.INPUT.REDUCED_DECODING,
         on_corrupt=on_corrupt,
-        count_corrupt=count_corrupt,
+        count_corrupt=CorruptCounter(cfg.DATALOADER.MAX_CORRUPT),
     )

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 
 from resnet_backbone.data.padded_crop import PaddedCropTransform
 from resnet_backbone.data.transforms import TrainTransform
-from resnet_backbone.engine.config import ConfigError, as_config_error
+from resnet_backbone.engine.config import as_config_error
 
 
 class Normalize:
@@ -37,14 +37,12 @@ def build_train_transform(cfg: CfgNode) -> TrainTransform | PaddedCropTransform:
         ConfigError: keys of INPUT are invalid or incompatible.
     """
     flip, crop_type = cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.TYPE
-    if flip not in ("horizontal", "none"):
-        raise ConfigError(f"INPUT.RANDOM_FLIP is {flip!r}, expected horizontal or none.")
     shared = {
         "crop": crop_size(cfg),
         "flip": 0.5 if flip == "horizontal" else 0.0,
         "channel_order": cfg.INPUT.FORMAT,
     }
-    with as_config_error("INPUT"):
+    with as_config_error("INPUT.CROP.SIZE, INPUT.MIN_SIZE_TRAIN"):
         if crop_type == "padded":
             return PaddedCropTransform(padding=cfg.INPUT.CROP.PADDING, **shared)
         short_sides = cfg.INPUT.MIN_SIZE_TRAIN
@@ -58,12 +56,6 @@ def build_train_transform(cfg: CfgNode) -> TrainTransform | PaddedCropTransform:
 
 
 def crop_size(cfg: CfgNode) -> tuple[int, int]:
-    """Return INPUT.CROP.SIZE as height and width in pixels (Detectron2's default is a fraction of the image).
-
-    Raises:
-        ConfigError: it is not in pixels.
-    """
-    size = cfg.INPUT.CROP.SIZE
-    if len(size) != 2 or any(length != int(length) for length in size):
-        raise ConfigError(f"INPUT.CROP.SIZE is {tuple(size)}, expected height and width in pixels, e.g. (224, 224).")
-    return int(size[0]), int(size[1])
+    """Return INPUT.CROP.SIZE, height and width in pixels, as whole numbers."""
+    height, width = cfg.INPUT.CROP.SIZE
+    return int(height), int(width)

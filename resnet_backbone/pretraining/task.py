@@ -17,14 +17,16 @@ from resnet_backbone.engine.network_config import fill_adjustable, fill_from_met
 from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.precise_bn import finish_norm_statistics
 from resnet_backbone.engine.pretrained import command_line_overrides, read_with_overrides
+from resnet_backbone.engine.ranges import check_ranges
 from resnet_backbone.engine.unread import refuse_unread
 from resnet_backbone.networks import FrozenBatchNorm2d
-from resnet_backbone.pretraining.config import UNREAD, get_config
+from resnet_backbone.pretraining.config import RANGES, UNREAD, get_config
 from resnet_backbone.pretraining.evaluation import build_evaluator, load_ensemble
 from resnet_backbone.pretraining.losses import ClassificationLosses
+from resnet_backbone.pretraining.multi_crop import build_evaluation_crops
 from resnet_backbone.pretraining.network import build_classifier, describe_classifier
 from resnet_backbone.pretraining.pipelines import build_pipeline
-from resnet_backbone.pretraining.preprocessing import build_normalize
+from resnet_backbone.pretraining.preprocessing import build_normalize, build_train_transform
 from resnet_backbone.weights import Checkpoint, Metadata, load_state
 
 logger = logging.getLogger(__name__)
@@ -48,8 +50,9 @@ class Classification:
 
     def check(self, *, eval_only: bool) -> None:
         refuse_unread(self._cfg, get_config(), UNREAD, tool="tools/pretrain.py")
-        if self.best_metric not in ("top1", "top5"):
-            raise ConfigError(f"TEST.BEST_METRIC is {self.best_metric}, expected top1 or top5.")
+        check_ranges(self._cfg, RANGES)
+        build_train_transform(self._cfg)  # for its checks, as the next one
+        build_evaluation_crops(self._cfg)
         ensemble = self._cfg.TEST.ENSEMBLE
         if ensemble and not eval_only:
             raise ConfigError(

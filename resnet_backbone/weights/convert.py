@@ -5,17 +5,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from resnet_backbone.errors import InputError
 from resnet_backbone.networks import HIDDEN_ARGUMENTS, accepted_arguments
-from resnet_backbone.weights.architectures import find_architecture, has_bottleneck_blocks
+from resnet_backbone.weights.architectures import Architecture, find_architecture, has_bottleneck_blocks
 from resnet_backbone.weights.checkpoint import Checkpoint, CheckpointError
 from resnet_backbone.weights.metadata import Metadata
-from resnet_backbone.weights.names import FORMATS, KeyMapping, map_keys, recognize, some
+from resnet_backbone.weights.names import KeyMapping, map_keys, recognize, some
+from resnet_backbone.weights.prefixes import identify_under_prefix
 from resnet_backbone.weights.preprocessing import (
     describe,
     preprocessing_of,
@@ -43,6 +44,7 @@ class Conversion:
         mapped: names in the file to our names; several map to one where a bias is folded into a norm.
         dropped: names in the file to the reason the network does not need them.
         said_by: the source of each preprocessing entry.
+        prefix: what stands before the network's names in the file, such as "module."; "" for nothing.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +54,7 @@ class Conversion:
     mapped: Mapping[str, str]
     dropped: Mapping[str, str]
     said_by: Mapping[str, str]
+    prefix: str = ""
 
     def summary(self) -> str:
         """Summarize the findings in a few lines for the terminal or the log."""
@@ -63,6 +66,8 @@ class Conversion:
             f"network: {metadata.architecture}({arguments}), {classes}, norm statistics: {metadata.norm_statistics}",
             f"tensors: {len(self.mapped)} mapped, {len(self.dropped)} dropped, none left over",
         ]
+        if self.prefix:
+            lines.append(f"prefix: {self.prefix} was taken off the names of {len(self.mapped)} tensors")
         for reason in dict.fromkeys(self.dropped.values()):
             names = [name for name, why in self.dropped.items() if why == reason]
             lines.append(f"  {len(names)} dropped ({reason}): {some(names)}")
@@ -146,15 +151,8 @@ def _read_foreign(
     norm_epsilon: float | None,
 ) -> Conversion:
     """Convert another library's file, with metadata from its format's convention and the overrides."""
-    format = recognize(file.tensors)
-    if format is None:
-        raise CheckpointError(
-            f"{source} has tensors with names such as {some(file.tensors)}, which are none of {', '.join(FORMATS)}. "
-            "Give weights of a network in list_networks() in one of these formats."
-        )
-    keys = _map_keys(format, file, source)
-    model, folded = _in_our_layout(format, file, keys.mapped)
-    found = find_architecture(model, name=architecture, source=source)
+    prefix, network = identify_under_prefix(file, source, lambda part: _identify(part, source, architecture))
+    format, keys, model, found = network.format, network.keys, network.model, network.found
     has_bottlenecks = has_bottleneck_blocks(model)
     if "stride_in_1x1" in overrides and not has_bottlenecks:
         raise InputError(
@@ -167,7 +165,7 @@ def _read_foreign(
         container=file.container,
         has_bottlenecks=has_bottlenecks,
         overrides=overrides,
-        in_file=_kept_in(file, keys.dropped),
+        in_file=_kept_in(network.tensors, keys.dropped),
         preset=preset,
         source=source,
     )
@@ -176,7 +174,7 @@ def _read_foreign(
     arguments = {name: value for name, value in HIDDEN_ARGUMENTS.items() if name in accepted}
     if has_bottlenecks:
         arguments["stride_in_1x1"] = known.values["stride_in_1x1"]
-    statistics = _norm_statistics(model, folded=folded)
+    statistics = _norm_statistics(model, folded=network.folded)
     if norm_epsilon is not None and statistics in ("none", "folded"):
         raise InputError(
             f"--norm-epsilon is {norm_epsilon}, but {source} has no batch normalization with a variance of its own. "
@@ -205,8 +203,32 @@ def _read_foreign(
             }
         },
     )
+    mapped = {prefix + name: ours for name, ours in keys.mapped.items()}
+    dropped = {prefix + name: reason for name, reason in keys.dropped.items()}
+    dropped |= {name: f"without the prefix {prefix}" for name in file.tensors if not name.startswith(prefix)}
     return Conversion(
-        Checkpoint(model, metadata), source, file.container, format, keys.mapped, keys.dropped, known.sources
+        Checkpoint(model, metadata), source, file.container, format, mapped, dropped, known.sources, prefix
+    )
+
+
+class _Network(NamedTuple):
+    """A network among a file's tensors: what they are called, and under our names."""
+
+    tensors: Mapping[str, Tensor]
+    format: str
+    keys: KeyMapping
+    model: dict[str, Tensor]
+    folded: bool
+    found: Architecture
+
+
+def _identify(file: TensorFile, source: str, architecture: str | None) -> _Network:
+    """Identify the one network that all the tensors make up; raises CheckpointError if they do not."""
+    format = recognize(file.tensors)
+    keys = _map_keys(format, file, source)
+    model, folded = _in_our_layout(format, file, keys.mapped)
+    return _Network(
+        file.tensors, format, keys, model, folded, find_architecture(model, name=architecture, source=source)
     )
 
 
@@ -358,8 +380,8 @@ def _norm_statistics(model: Mapping[str, Tensor], *, folded: bool) -> str:
     return "never" if initial else "folded"
 
 
-def _kept_in(file: TensorFile, dropped: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
+def _kept_in(tensors: Mapping[str, Tensor], dropped: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
     """The pixel mean and standard deviation that older Detectron2 detectors store among their tensors."""
-    names = [name for name in ("pixel_mean", "pixel_std") if name in dropped and file.tensors[name].numel() == 3]
+    names = [name for name in ("pixel_mean", "pixel_std") if name in dropped and tensors[name].numel() == 3]
     # float32 stores 103.53 as 103.52999878; rounding restores the original digits.
-    return {name: tuple(round(value, 4) for value in file.tensors[name].flatten().tolist()) for name in names}
+    return {name: tuple(round(value, 4) for value in tensors[name].flatten().tolist()) for name in names}

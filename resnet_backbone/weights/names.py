@@ -61,6 +61,14 @@ def recognize(names: Iterable[str]) -> str | None:
     return None
 
 
+def prefix_of(name: str) -> str | None:
+    """Return what stands before a name of a format's own: "model." for "model.conv1.weight"; None for other names."""
+    for pattern in _SIGNATURES.values():
+        if match := re.fullmatch(rf"((?:\w+\.)+?)(?:{pattern})", name):
+            return match[1]
+    return None
+
+
 def map_keys(format: str, names: Iterable[str]) -> KeyMapping:
     """Map every key of a file in `format` to ours where its rules cover it."""
     names = list(names)

@@ -36,8 +36,7 @@ class TensorFile:
 
     Attributes:
         container: "resnet_backbone" (this project's checkpoint), "torch", "safetensors", "pickle" or "npz".
-        tensors: names to finite CPU tensors; each owns its memory. Wrappers such as "state_dict" and the prefix
-            "module." are removed.
+        tensors: names to finite CPU tensors; each owns its memory. Wrappers such as "state_dict" are removed.
         header: the file's other contents: safetensors metadata; text, numbers and booleans alongside the tensors in
             torch files and pickles, such as "epoch" or "__author__".
         checkpoint: the full contents of this project's checkpoint; None for other files.
@@ -135,8 +134,6 @@ def _unwrap(payload: Any, kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"has {type(value).__name__} {str(name)[:80]!r} among its tensors, expected tensors by name alone. "
                 "Save a state dict."
             )
-    if state and all(name.startswith("module.") for name in state):  # DataParallel's
-        state = {name.removeprefix("module."): value for name, value in state.items()}
     return state, header
 
 

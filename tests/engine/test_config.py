@@ -257,7 +257,8 @@ class TestDevice:
         assert load_config(cfg, None, ["MODEL.DEVICE", "cpu"]).MODEL.DEVICE == "cpu"
 
     def test_an_unknown_device(self, cfg):
-        assert "'gpu' (command line), expected cuda or cpu" in refusal(load_config, cfg, None, ["MODEL.DEVICE", "gpu"])
+        message = refusal(load_config, cfg, None, ["MODEL.DEVICE", "gpu"])
+        assert "MODEL.DEVICE is gpu (command line), expected cuda or cpu" in message
 
 
 def test_every_shipped_config_names_its_data_sets(pytestconfig, cfg):

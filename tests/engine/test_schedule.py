@@ -13,6 +13,7 @@ from resnet_backbone.engine.schedule import (
     build_multiplier,
     build_plateau,
     build_warm_up,
+    check_schedule,
     describe_schedule,
     rescale_for_batch,
     set_learning_rate,
@@ -307,3 +308,20 @@ def test_the_description_says_what_and_where_from(cfg):
     assert rows["images"].split()[:4] == ["images", "a", "process", "2"] and "2 processes" in rows["images"]
     cosine = describe_schedule(set_solver(cfg, LR_SCHEDULER_NAME="WarmupCosineLR"), images=80, world_size=1)
     assert "STEPS" not in cosine and "1 process" in cosine and "1 processes" not in cosine
+
+
+def test_the_schedule_that_is_checked_is_the_rescaled_one(cfg):
+    """Its warm-up is longer than a run of 50 iterations, but not after rescaling from 16 images to 64."""
+    keys = ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.MAX_ITER", "50", "SOLVER.IMS_PER_BATCH", "64"]
+    load_config(cfg, None, keys)
+    set_key(cfg, "SOLVER.WARMUP_ITERS", 100, "a.yaml")
+    with pytest.raises(ConfigError, match=r"SOLVER\.WARMUP_ITERS is 100 of SOLVER\.MAX_ITER 50"):
+        check_schedule(cfg)
+    set_key(cfg, "SOLVER.REFERENCE_IMS_PER_BATCH", 16, "a.yaml")
+    check_schedule(cfg)
+    assert cfg.SOLVER.WARMUP_ITERS == 100
+
+
+def test_a_run_of_no_iterations_has_any_schedule(cfg):
+    load_config(cfg, None, ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.MAX_ITER", "0"])
+    check_schedule(cfg)

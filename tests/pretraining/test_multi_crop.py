@@ -232,11 +232,10 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("overrides", "words"),
         [
-            (("TEST.CROPS", 5), "TEST.CROPS is 5, expected 1"),
             (("TEST.CROPS", 10, "TEST.SCALES", (224, 256)), r"TEST.CROPS is 10 and TEST.SCALES \(224, 256\)"),
             (("TEST.SCALES", (224, 0)), r"TEST.SCALES: .*\(224, 0\)"),
             (("TEST.SCALES", (224.5,)), r"TEST.SCALES: .*\(224.5,\)"),
-            (("TEST.CROPS", 10, "INPUT.CROP.SIZE", (64, 64)), "INPUT: .*64x64"),
+            (("TEST.CROPS", 10, "INPUT.CROP.SIZE", (64, 64)), "INPUT.CROP.SIZE, INPUT.MIN_SIZE_TEST: .*64x64"),
         ],
     )
     def test_what_cannot_be_used(self, pretrain_config, tmp_path, overrides, words):

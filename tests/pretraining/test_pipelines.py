@@ -127,11 +127,11 @@ class TestUnreadable:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (("DATALOADER.PIPELINE", "gpu"), "'gpu', expected workers or device or resident"),
+        (("DATALOADER.PIPELINE", "gpu"), r"gpu \(command line\), expected workers or device or resident"),
         (("DATALOADER.PIPELINE", "resident"), "INPUT.CROP.TYPE padded, not absolute"),
         (("DATALOADER.PIPELINE", "device", *PADDED), "Set PIPELINE to workers"),
         (("DATALOADER.PIPELINE", "device", "DATALOADER.ON_CORRUPT", "skip"), "Set PIPELINE to workers"),
-        (("DATALOADER.ON_CORRUPT", "ignore"), "'ignore', expected stop or skip"),
+        (("DATALOADER.ON_CORRUPT", "ignore"), r"ignore \(command line\), expected stop or skip"),
         (("DATALOADER.MAX_CORRUPT", 1.5), "DATALOADER.MAX_CORRUPT"),
         (("INPUT.CROP.TYPE", "padding"), "padding"),
         (("INPUT.RANDOM_FLIP", "vertical"), "expected horizontal or none"),

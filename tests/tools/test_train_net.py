@@ -102,7 +102,7 @@ def test_a_stock_configuration_of_the_zoo_starts_by_its_name(main, command, tmp_
         (("DATASETS.TRAIN", "coco_2014_trian"), ("nearest registered name is coco_2014_train",)),
         (("DATASETS.TEST", "coco_2014_val"), ("coco_2014_val", "DETECTRON2_DATASETS")),
         (("MODEL.ROI_HEADS.NUM_CLASSES", 80), ("NUM_CLASSES is 80 (command line)", "8 categories", "to 8")),
-        (("MODEL.NETWORK.NAME", "resnet51"), ("resnet51", "resnet18")),
+        (("MODEL.NETWORK.NAME", "resnet34"), ("resnet34", "resnet18")),
         (("MODEL.NETWORK.NAME", "resnet51", "MODEL.WEIGHTS", ""), ("resnet51", "did you mean 'resnet50'")),
         (("MODEL.NETWORK.NAME", "vgg16", "MODEL.WEIGHTS", ""), ("res4", "vgg16", "conv5")),
         (("MODEL.NETWRK.NAME", "resnet50"), ("MODEL.NETWRK.NAME", "nearest is MODEL.NETWORK.NAME")),

@@ -76,13 +76,8 @@ def test_wrappers_and_what_lies_beside(tmp_path, write, wrapper):
     payload = {"epoch": 3, "arch": "resnet50", "best": 76.1, "amp": False, "optimizer": optimizer.state_dict()}
     write({**payload, wrapper: net.state_dict()}, tmp_path / "x")
     read = read_tensors(tmp_path / "x")
-    assert_same(read.tensors, net.module.state_dict())
+    assert_same(read.tensors, net.state_dict())
     assert read.header == {"epoch": 3, "arch": "resnet50", "best": 76.1, "amp": False}
-
-
-def test_a_prefix_that_not_all_names_have_stays(tmp_path):
-    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "x")
-    assert list(read_tensors(tmp_path / "x").tensors) == ["module.a", "b"]
 
 
 def test_numbers_beside_the_tensors(tmp_path):
