@@ -29,9 +29,6 @@ def get_config() -> CfgNode:
     # Where images are decoded and augmented: in worker processes ("workers"); on the device, with workers only reading
     # files ("device"); or on the device, which holds the whole data set ("resident").
     cfg.DATALOADER.PIPELINE = "workers"
-    # On an unreadable training image: "stop", or "skip" to replace it with another, up to this fraction of the images.
-    cfg.DATALOADER.ON_CORRUPT = "stop"
-    cfg.DATALOADER.MAX_CORRUPT = 0.001
     cfg.SOLVER.LABEL_SMOOTHING = 0.0
     # Crops to average predictions over: 1 (center) or 10 (center and corners, each also mirrored).
     cfg.TEST.CROPS = 1
