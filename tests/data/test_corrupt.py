@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from resnet_backbone.data.corrupt import CorruptCounter
+from resnet_backbone.data.corrupt import CorruptCounter, first_readable
 from resnet_backbone.data.errors import DatasetError
 
 
@@ -42,3 +42,27 @@ def test_the_first_few_do_not_stop_a_run():
     CorruptCounter(0.0)(8, [])
     with pytest.raises(ValueError, match=r"the limit of unreadable images is 1\.5; expected a share"):
         CorruptCounter(1.5)
+
+
+def test_the_replacement_is_a_function_of_seed_position_and_failures():
+    def load(index):
+        if index % 3:
+            raise DatasetError(f"image {index} is empty")
+        return index
+
+    def draw(seed, position):
+        return first_readable(load, 1, size=1000, seed=seed, position=position)
+
+    assert first_readable(load, 3, size=1000, seed=0, position=0) == (3, [])
+    found = [draw(0, position) for position in range(50)]
+    assert found == [draw(0, position) for position in range(50)] != [draw(1, position) for position in range(50)]
+    assert len({index for index, _ in found}) > 30 and all(index % 3 == 0 for index, _ in found)
+    assert all(words[0] == "image 1 is empty" for _, words in found) and max(len(words) for _, words in found) > 3
+
+
+def test_many_failures_in_a_row_blame_the_data_set():
+    def load(index):
+        raise DatasetError(f"image {index} is empty")
+
+    with pytest.raises(DatasetError, match=r"20 images in a row, .* The last one: image \d+ is empty"):
+        first_readable(load, 0, size=9, seed=0, position=0)

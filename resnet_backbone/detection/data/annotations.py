@@ -1,7 +1,6 @@
 """Whether annotations can be trained and evaluated on: their boxes, masks, keypoints, crowd marks and areas."""
 
 import math
-import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,6 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-import pycocotools.mask
 from detectron2.structures import BoxMode
 
 from resnet_backbone.engine.config import ConfigError
@@ -24,9 +22,6 @@ EMPTY_SHARE = 0.01
 Annotation = Mapping[str, Any]
 Bad = Iterator[tuple[int, str]]  # the index of an annotation, and what is wrong with it
 
-# COCO's compressed counts: characters from "0" on, of six bits, the last one without the bit of continuation. The
-# decoder, in C, reads on past the end of anything else.
-_COUNTS = re.compile("[0-o]*[0-O]")
 _FORMS = {BoxMode.XYWH_ABS: "x, y, width, height", BoxMode.XYXY_ABS: "x1, y1, x2, y2"}
 
 
@@ -96,12 +91,12 @@ def _bad_boxes(
         first, last = values[:, :2], np.where(xyxy[:, None], values[:, 2:], values[:, :2] + values[:, 2:])
         extent = np.where(xyxy[:, None], values[:, 2:] - values[:, :2], values[:, 2:])
         finite = np.isfinite(values).all(1) & np.isfinite(last).all(1)
-        beyond = np.maximum(-first, last - sizes).max(1)
-        limit = (np.maximum(-first, last - sizes) > np.maximum(BEYOND_PIXELS, BEYOND_SHARE * sizes)).any(1)
+        beyond = np.maximum(-first, last - sizes)
+        too_far = beyond > np.maximum(BEYOND_PIXELS, BEYOND_SHARE * sizes)
     negative = (extent < 0).any(1)
     empty = (extent == 0).any(1)
     outside = ((last < 0) | (first > sizes) | ((extent > 0) & ((last <= 0) | (first >= sizes)))).any(1)
-    usable = finite & ~negative & ~outside & ~limit
+    usable = finite & ~negative & ~outside & ~too_far.any(1)
     many = (usable & empty).sum() > EMPTY_SHARE * len(boxes)
 
     for index in np.flatnonzero(~usable | (many & empty)).tolist():
@@ -115,12 +110,15 @@ def _bad_boxes(
             words += ", which ends before it begins"
         elif outside[index]:
             words += f", which is outside its image of {width:g}×{height:g} pixels"
-        elif limit[index]:
-            words += f", which reaches {beyond[index]:g} pixels beyond its image of {width:g}×{height:g}"
+        elif too_far[index].any():
+            pixels = beyond[index][too_far[index]].max()
+            words += f", which reaches {pixels:g} pixels beyond its image of {width:g}×{height:g}"
         else:
-            words += f", which has no area, as more than {EMPTY_SHARE:.0%} of the boxes"
+            words += f", which has no area, like more than {100 * EMPTY_SHARE:g} % of the boxes"
         yield int(kept[index]), words
-    tolerated["boxes reach a little beyond their image (clipped in training)"] += int((usable & (beyond > 1e-6)).sum())
+    tolerated["boxes reach a little beyond their image (clipped in training)"] += int(
+        (usable & (beyond > 1e-6).any(1)).sum()
+    )
     tolerated["boxes have no area (not trained on)"] += int((usable & empty).sum())
 
 
@@ -202,26 +200,37 @@ def _bad_polygon(points: Any, left: float, top: float, right: float, bottom: flo
 
 def _bad_encoding(mask: Mapping[str, Any], width: float, height: float) -> str | None:
     size, counts = mask.get("size"), mask.get("counts")
-    if not _are_numbers(size) or len(size) != 2 or (math.isfinite(width) and tuple(size) != (height, width)):
-        expected = f"[{height:g}, {width:g}]" if math.isfinite(width) else "height and width"
-        return f"has a mask of size {shortened(size)}; expected {expected}, as its image"
-    pixels = size[0] * size[1]
-    if isinstance(counts, list):
-        right = all(type(count) is int and count >= 0 for count in counts) and sum(counts) == pixels
-    else:
-        right = isinstance(counts, str | bytes) and _decodes({"size": size, "counts": counts})
-    return None if right else f"has a mask with the counts {shortened(counts)}; expected the runs of {pixels:g} pixels"
+    known = math.isfinite(width)
+    if not _are_numbers(size) or len(size) != 2 or (known and tuple(size) != (height, width)):
+        expected = f"[{height:g}, {width:g}], as its image" if known else "height and width"
+        return f"has a mask of size {shortened(size)}; expected {expected}"
+    runs = _decoded(counts) if isinstance(counts, str | bytes) else counts
+    if isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs) and sum(runs) == math.prod(size):
+        return None
+    return f"has a mask with the counts {shortened(counts)}; expected the runs of {math.prod(size):g} pixels"
 
 
-def _decodes(mask: dict[str, Any]) -> bool:
-    counts = mask["counts"].decode("latin-1") if isinstance(mask["counts"], bytes) else mask["counts"]
-    if not _COUNTS.fullmatch(counts):
-        return False
-    try:
-        pycocotools.mask.decode(mask)
-    except (ValueError, TypeError, OverflowError):
-        return False
-    return True
+def _decoded(counts: str | bytes) -> list[int] | None:
+    """Return the run lengths in COCO's compressed form; None if it is malformed.
+
+    A number is written in groups of five bits, the lowest first, each with a sixth bit that says whether another
+    follows. From the fourth on, it is the difference from the number before the last one. pycocotools's decoder reads
+    on past the end of what is cut off, and takes what is too short for a mask that ends in background.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts.encode() if isinstance(counts, str) else counts:
+        group = character - 48
+        if not 0 <= group < 64:
+            return None
+        value |= (group & 31) << shift
+        shift += 5
+        if not group & 32:
+            if group & 16:  # negative
+                value -= 1 << shift
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    return None if shift else runs
 
 
 def _bad_keypoints(annotations: Sequence[Annotation]) -> Bad:
