@@ -105,7 +105,7 @@ def _keypoints(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
-    """Open a data set and return its images; log what its annotations need mended.
+    """Open a data set and return its images; log what in its annotations is tolerated, and how often.
 
     Raises:
         ConfigError: it is empty, incomplete or not in COCO's form, or has annotations that cannot be used.

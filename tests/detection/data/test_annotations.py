@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -308,3 +310,12 @@ def test_a_registered_data_set_is_checked_in_detectron2s_form(cfg, scenes, tmp_p
     finally:
         DatasetCatalog.remove("by_a_script")
         MetadataCatalog.remove("by_a_script")
+
+
+def test_an_image_that_is_no_regular_file_counts_as_missing(cfg, scenes, tmp_path):
+    shutil.copytree(Path(scenes).parent, tmp_path / "scenes")
+    image = sorted((tmp_path / "scenes" / "images").iterdir())[1]
+    image.unlink()
+    os.mkfifo(image)
+    with pytest.raises(ConfigError, match=rf"1 of 6 images of .* no regular files, for instance \S+{image.name}"):
+        datasets.check(cfg, str(tmp_path / "scenes" / "annotations.json") + f":{tmp_path / 'scenes' / 'images'}")
