@@ -1,30 +1,19 @@
 """Build classification batches from a source, a transform and a sampler."""
 
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from resnet_backbone.data.corrupt import ON_CORRUPT, first_readable
 from resnet_backbone.data.decode import decode, jpeg_size
-from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.padded_crop import PaddedCropTransform
 from resnet_backbone.data.sampler import BatchSampler, EvaluationSampler
 from resnet_backbone.data.transforms import EvalTransform, TrainTransform
 from resnet_backbone.data.workers import Loader
 from resnet_backbone.errors import InputError
-
-ON_CORRUPT = ("stop", "skip")
-
-logger = logging.getLogger(__name__)
-
-# First word of the key that replacements are drawn from; distinct from those of sampler.py's streams.
-_REPLACEMENT = 4
-# After this many unreadable images in a row, the data set is blamed instead of the image.
-_ATTEMPTS = 20
 
 
 class Batch(NamedTuple):
@@ -81,25 +70,16 @@ class ClassificationDataset(Dataset):
 class ReplacingDataset(ClassificationDataset):
     """A ClassificationDataset with a third element, the sentences about unreadable images.
 
-    Another image, with its own label, replaces an unreadable one. It is drawn from the seed, the position and the
-    number of failures there, so a resumed run sees the same one.
+    Another image, with its own label, replaces an unreadable one (`corrupt.first_readable`).
     """
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, list[str]]:
         position, index = key
-        replaced = []
-        while True:
-            try:
-                return *super().__getitem__((position, index)), replaced
-            except DatasetError as error:
-                replaced.append(str(error))
-            if len(replaced) == _ATTEMPTS:
-                raise DatasetError(
-                    f"{_ATTEMPTS} images in a row, drawn at random, cannot be read; check the data set with "
-                    f"tools/check_dataset.py. The last one: {replaced[-1]}"
-                )
-            rng = np.random.default_rng((_REPLACEMENT, self.seed, position, len(replaced)))
-            index = int(rng.integers(len(self)))
+        load = super().__getitem__
+        sample, replaced = first_readable(
+            lambda drawn: load((position, drawn)), index, size=len(self), seed=self.seed, position=position
+        )
+        return *sample, replaced
 
 
 def train_loader(
@@ -168,37 +148,3 @@ def collate(samples: list[tuple]) -> Batch:
     """Collate samples `(image, label)` or `(image, label, sentences)` into a batch."""
     replaced = [sentence for sample in samples for sentence in (sample[2] if len(sample) > 2 else ())]
     return Batch(*default_collate([sample[:2] for sample in samples]), replaced)
-
-
-class CorruptCounter:
-    """Counts, in the training process, the images replaced by a loader with `on_corrupt="skip"`.
-
-    Call it with each batch. It logs each unreadable image once, and raises DatasetError when the replaced share of the
-    images seen exceeds `limit`. The first ten never stop a run unless `limit` is 0, since a share of few images says
-    little. Each process of a run counts its own images, from its own start.
-    """
-
-    TOLERATED = 10
-
-    def __init__(self, limit: float) -> None:
-        if not 0 <= limit < 1:
-            raise InputError(f"the limit of unreadable images is {limit}; expected a share: at least 0, less than 1")
-        self.limit = limit
-        self.images = 0
-        self.replaced = 0
-        self._known: set[str] = set()
-
-    def __call__(self, batch: Batch) -> None:
-        self.images += len(batch.labels)
-        for sentence in batch.replaced:
-            self.replaced += 1
-            if sentence not in self._known:
-                self._known.add(sentence)
-                logger.warning("%s. Another image replaced it; %d so far", sentence, len(self._known))
-        if self.replaced > max(self.limit * self.images, self.TOLERATED if self.limit else 0):
-            raise DatasetError(
-                f"{self.replaced} of the {self.images} images loaded so far could not be read and were replaced "
-                f"({100 * self.replaced / self.images:.3g} %, {len(self._known)} different ones); the limit is "
-                f"{100 * self.limit:.3g} %. The last one: {sentence}. Find all of them with tools/check_dataset.py and "
-                "repair or remove them, or raise DATALOADER.MAX_CORRUPT"
-            )

@@ -9,6 +9,10 @@ from PIL import Image
 
 from resnet_backbone.data.errors import DatasetError
 
+# Resizing the shorter side to a few hundred pixels makes the longer one this many times as long; of a detector's image,
+# whose longer side is bounded, it would leave less than a pixel of the shorter one.
+MAX_ASPECT_RATIO = 100
+
 # Decoding at a half, a quarter and an eighth uses OpenCV's "reduced grayscale" flags; the color flag overrides the
 # grayscale.
 _FLAGS = {
@@ -22,9 +26,9 @@ _FLAGS = {
 def decode(data: bytes, *, what: str, reduction: int = 1) -> np.ndarray:
     """Decode an image to `(H, W, 3)` uint8 RGB.
 
-    Grayscale, palette, alpha (dropped), 16-bit and CMYK images all become RGB. The EXIF orientation is ignored, as in
-    torchvision's `ImageFolder` and Pillow's `open`. Unreadable or truncated bytes raise a DatasetError, in which `what`
-    names the image.
+    Grayscale, palette, alpha (dropped), 16-bit (the upper byte) and CMYK images all become RGB. The EXIF orientation is
+    ignored, as in torchvision's `ImageFolder` and Pillow's `open`. Unreadable or truncated bytes, pixels of 32 bits and
+    shapes beyond MAX_ASPECT_RATIO raise a DatasetError, in which `what` names the image.
 
     A `reduction` of 2, 4 or 8 decodes JPEGs, and only JPEGs, at that fraction of their size, rounded up. Each pixel is
     approximately the mean of those it replaces: libjpeg drops the high frequencies of its 8x8 blocks.
@@ -33,8 +37,36 @@ def decode(data: bytes, *, what: str, reduction: int = 1) -> np.ndarray:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), _FLAGS[reduction])
     except cv2.error:  # empty, or an image of an impossible size
         image = None
-    # Pillow may decode what OpenCV rejects; if not, it says why.
-    return _decode_with_pillow(data, what, reduction) if image is None else image
+    if image is None:  # Pillow may decode what OpenCV rejects; if not, it says why.
+        image = _decode_with_pillow(data, what, reduction)
+    if found := too_long(*image.shape[1::-1]):
+        raise DatasetError(f"{what} is unreadable ({found}); replace or remove it")
+    return image
+
+
+def too_long(width: int, height: int) -> str | None:
+    """Say that an image of this size exceeds MAX_ASPECT_RATIO; None if it does not."""
+    if max(width, height) <= MAX_ASPECT_RATIO * min(width, height):
+        return None
+    return f"{width}×{height} pixels; expected sides that differ by a factor of {MAX_ASPECT_RATIO} at most"
+
+
+def to_eight_bits(image: Image.Image, form: str | None) -> Image.Image:
+    """Reduce 16-bit gray to its upper byte, which Pillow's `convert("RGB")` would clip; return other images unchanged.
+
+    Pillow itself reduces 16-bit colors, of PNG to the upper byte, of PPM rounded.
+
+    Args:
+        form: the file's form, as in Pillow's `Image.format`.
+
+    Raises:
+        ValueError: 32-bit pixels, whose range a file does not say.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and form in ("PNG", "PPM")):  # 16-bit in these forms
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels, whose range is unknown; expected 8 or 16 bits")
+    return image
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -66,7 +98,7 @@ def _decode_with_pillow(data: bytes, what: str, reduction: int) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
-                return np.array(image.convert("RGB").reduce(reduction))
+                return np.array(to_eight_bits(image, image.format).convert("RGB").reduce(reduction))
     except Image.UnidentifiedImageError:
         found = f"{len(data)} bytes that are no image of a known format"
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others

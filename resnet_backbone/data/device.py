@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
-from resnet_backbone.data.decode import decode
+from resnet_backbone.data.decode import decode, too_long
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.functional import color_shift, orient
 from resnet_backbone.data.interface import ClassificationSource
@@ -73,7 +73,7 @@ class EncodedDataset(Dataset):
         position, index = key
         data, name = self.source.read(index), self.source.describe(index)
         size = plain_jpeg_size(data)
-        if size is None:
+        if size is None or too_long(*size[::-1]):  # decoding it here raises the error
             parameters = None
             pixels = self.transform(decode(data, what=name), seed=self.seed, position=position)
             array = pixels.numpy().reshape(-1)

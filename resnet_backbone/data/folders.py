@@ -72,6 +72,8 @@ def _images_below(root: str, folder: str) -> Iterable[str]:
             if entry.name.startswith("."):
                 continue
             if entry.name.lower().endswith(IMAGE_EXTENSIONS):
+                if not entry.is_file() and os.path.exists(entry.path):  # opening a FIFO would wait forever
+                    raise DatasetError(f"{entry.path} is no regular file; rename or remove it")
                 yield os.path.join(folder, entry.name)
             elif entry.is_dir():
                 yield from _images_below(root, os.path.join(folder, entry.name))

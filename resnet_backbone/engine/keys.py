@@ -34,6 +34,9 @@ def add_engine_config(cfg: CfgNode) -> None:
     # The batch size that BASE_LR, MAX_ITER, STEPS and the periods were written for. If IMS_PER_BATCH differs, they are
     # rescaled linearly. 0: no rescaling.
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+    # On an unreadable training image: "stop", or "skip" to replace it with another, up to this fraction of the images.
+    cfg.DATALOADER.ON_CORRUPT = "stop"
+    cfg.DATALOADER.MAX_CORRUPT = 0.001
 
     cfg.MODEL.NETWORK = CfgNode()
     # A name from resnet_backbone.list_networks(); empty: the ResNet or ResNeXt that MODEL.RESNETS describes, by DEPTH,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from detectron2.config import CfgNode
 from detectron2.solver.build import GradientClipType
 
+from resnet_backbone.data.corrupt import ON_CORRUPT
 from resnet_backbone.engine.config import ConfigError, flatten, said, shown
 from resnet_backbone.engine.precision import PRECISIONS
 from resnet_backbone.engine.schedule import SCHEDULES, WARMUP_METHODS
@@ -115,6 +116,8 @@ RANGES: dict[str, Range] = {
     "DATASETS.TRAIN": TEXTS,
     "DATASETS.TEST": TEXTS,
     "DATALOADER.NUM_WORKERS": whole(0, 1024),
+    "DATALOADER.ON_CORRUPT": one_of(*ON_CORRUPT),
+    "DATALOADER.MAX_CORRUPT": number(at_least=0, below=1),
     "SOLVER.LR_SCHEDULER_NAME": one_of(*SCHEDULES),
     "SOLVER.MAX_ITER": whole(0),
     "SOLVER.BASE_LR": number(at_least=0, at_most=1000),

@@ -6,7 +6,6 @@ INPUT.FORMAT the channel order, MODEL.PIXEL_MEAN and PIXEL_STD the normalization
 
 from detectron2.config import CfgNode, get_cfg
 
-from resnet_backbone.data.classification import ON_CORRUPT
 from resnet_backbone.data.transforms import CROP_TYPES
 from resnet_backbone.engine.keys import add_engine_config
 from resnet_backbone.engine.ranges import SIDE, TEXTS, Range, each, number, one_of, whole
@@ -33,9 +32,6 @@ def get_config() -> CfgNode:
     # Where images are decoded and augmented: in worker processes ("workers"); on the device, with workers only reading
     # files ("device"); or on the device, which holds the whole data set ("resident").
     cfg.DATALOADER.PIPELINE = "workers"
-    # On an unreadable training image: "stop", or "skip" to replace it with another, up to this fraction of the images.
-    cfg.DATALOADER.ON_CORRUPT = "stop"
-    cfg.DATALOADER.MAX_CORRUPT = 0.001
     cfg.SOLVER.LABEL_SMOOTHING = 0.0
     # Crops to average predictions over: 1 (center) or 10 (center and corners, each also mirrored).
     cfg.TEST.CROPS = 1
@@ -70,8 +66,6 @@ RANGES: dict[str, Range] = {
     "INPUT.PCA_COLOR_STD": number(at_least=0, at_most=100),
     "DATASETS.HOLD_OUT": whole(0),
     "DATALOADER.PIPELINE": one_of("workers", "device", "resident"),
-    "DATALOADER.ON_CORRUPT": one_of(*ON_CORRUPT),
-    "DATALOADER.MAX_CORRUPT": number(at_least=0, below=1),
     "SOLVER.LABEL_SMOOTHING": number(at_least=0, below=1),
     "TEST.BEST_METRIC": one_of("", "top1", "top5"),
     "TEST.CROPS": one_of(1, 10),

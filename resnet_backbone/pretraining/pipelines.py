@@ -9,7 +9,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from resnet_backbone.data.classification import Batch, CorruptCounter, train_loader
+from resnet_backbone.data.classification import Batch, train_loader
+from resnet_backbone.data.corrupt import CorruptCounter
 from resnet_backbone.data.device import DeviceAugment, DevicePrefetcher, encoded_loader
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.padded_crop import PaddedCropTransform
@@ -102,7 +103,7 @@ class WorkersPipeline(_Sampled):
 
     def _counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            self._count_corrupt(batch)
+            self._count_corrupt(len(batch.labels), batch.replaced)
             yield batch
 
     def images_of(self, batch: Batch | tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

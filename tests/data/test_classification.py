@@ -1,5 +1,4 @@
 import io
-import logging
 
 import cv2
 import numpy as np
@@ -11,7 +10,6 @@ from resnet_backbone.data import folders
 from resnet_backbone.data.classification import (
     Batch,
     ClassificationDataset,
-    CorruptCounter,
     evaluation_loader,
     train_loader,
 )
@@ -222,54 +220,13 @@ def test_an_unknown_way_of_treating_them_is_refused(damaged):
         train_loader(damaged, TRAIN, batch_size=4, seed=0, on_corrupt="ignore")
 
 
-def batch_of(images: int, *replaced: str) -> Batch:
-    return Batch(torch.zeros(images, 3, 1, 1, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64), [*replaced])
-
-
-def test_counter_names_each_image_once(caplog):
-    count = CorruptCounter(0.1)
-    with caplog.at_level(logging.WARNING, logger="resnet_backbone"):
-        for batch in (batch_of(8), batch_of(8, "a is empty", "b is empty"), batch_of(8, "a is empty", "c is empty")):
-            count(batch)
-    assert (count.images, count.replaced) == (24, 4)
-    assert [record.getMessage() for record in caplog.records] == [
-        "a is empty. Another image replaced it; 1 so far",
-        "b is empty. Another image replaced it; 2 so far",
-        "c is empty. Another image replaced it; 3 so far",
-    ]
-
-
-def test_counter_stops_above_the_limit():
-    count = CorruptCounter(0.01)
-    for _ in range(20):  # 20 of 2000 is the limit, not more
-        count(batch_of(100, "a is empty"))
-    count(batch_of(99))
-    with pytest.raises(DatasetError) as caught:
-        count(batch_of(1, "b is empty", "c is empty"))
-    message = str(caught.value)
-    assert message.startswith("22 of the 2100 images loaded so far could not be read and were replaced (1.05 %, 3 ")
-    assert all(words in message for words in ("the limit is 1 %", "c is empty", "check_dataset.py", "MAX_CORRUPT"))
-
-
-def test_the_first_few_do_not_stop_a_run():
-    count = CorruptCounter(0.001)
-    for _ in range(10):
-        count(batch_of(8, "a is empty"))
-    with pytest.raises(DatasetError, match="11 of the 88 images"):
-        count(batch_of(8, "a is empty"))
-    with pytest.raises(DatasetError, match="1 of the 8 images"):
-        CorruptCounter(0.0)(batch_of(8, "a is empty"))
-    CorruptCounter(0.0)(batch_of(8))
-    with pytest.raises(ValueError, match=r"the limit of unreadable images is 1\.5; expected a share"):
-        CorruptCounter(1.5)
-
-
 def test_pinning_keeps_the_batch(monkeypatch):
     """What torch does to a batch with `pin_memory`, with a stand-in for the copy itself, which needs a GPU."""
     from torch.utils.data._utils.pin_memory import pin_memory
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, device=None: self + 1)
-    pinned = pin_memory(batch_of(2, "a is empty"))
+    batch = Batch(torch.zeros(2, 3, 1, 1, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), ["a is empty"])
+    pinned = pin_memory(batch)
     assert type(pinned) is Batch and pinned.replaced == ["a is empty"]
     assert pinned.images.unique().tolist() == pinned.labels.unique().tolist() == [1]
 

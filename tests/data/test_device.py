@@ -261,3 +261,9 @@ def test_prefetched_memory_is_not_overwritten():
         copies.append(images.clone())
         del images
     assert all(torch.equal(copy, expected) for copy, expected in zip(copies, calm, strict=True))
+
+
+def test_a_line_of_pixels_is_refused_as_on_the_host():
+    line = encode(Image.new("RGB", (2000, 1)))
+    with pytest.raises(DatasetError, match="2000×1 pixels"):
+        list(encoded_loader(Files([line]), TRANSFORMS["plain"], batch_size=1, seed=0, iterations=1))

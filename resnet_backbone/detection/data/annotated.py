@@ -50,11 +50,13 @@ def image_size(file: str | os.PathLike) -> tuple[int, int]:
     Detectron2 applies the EXIF orientation, so that a photograph taken upright may be wider in the file than it is.
     """
     try:
+        if os.path.exists(file) and not os.path.isfile(file):  # opening a FIFO would wait forever
+            raise OSError("it is no regular file")
         with Image.open(file) as image:
             # Not `image.getexif()`, which for a PNG without EXIF data decodes every pixel.
             turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             return image.size[::-1] if turned else image.size
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a broken PNG
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise ConfigError(
             f"the image {file} cannot be read ({' '.join(str(error).split())}). Replace it or remove it."
         ) from error

@@ -2,19 +2,26 @@
 
 import difflib
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.colormap import colormap
 
+from resnet_backbone.data.decode import too_long
 from resnet_backbone.data.errors import nearest_existing
-from resnet_backbone.detection.data import folders
+from resnet_backbone.detection.data import annotations, coco_file, folders
 from resnet_backbone.engine.config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 FORMS = (
     "Give a registered name, a COCO file as FILE.json (images in the folder images beside it) or FILE.json:IMAGES, or "
@@ -98,9 +105,17 @@ def _keypoints(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
-    """Open a data set and return its images; raise ConfigError if it is empty, incomplete or not in COCO's form."""
+    """Open a data set and return its images; log what in its annotations is tolerated, and how often.
+
+    Raises:
+        ConfigError: it is empty, incomplete or not in COCO's form, or has annotations that cannot be used.
+    """
     register(entry, cfg.OUTPUT_DIR)
+    metadata, tolerated = MetadataCatalog.get(entry), Counter()
+    file = Path(metadata.get("json_file") or "")
     try:
+        if metadata.get("evaluator_type", "coco") in ("coco", "coco_panoptic_seg") and file.is_file():
+            tolerated = coco_file.check(entry, file)
         dicts = DatasetCatalog.get(entry)
     except OSError as error:
         raise ConfigError(
@@ -111,6 +126,8 @@ def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
         raise ConfigError(
             f"the data set {entry} is not a complete JSON file ({error}). Expected a COCO file."
         ) from error
+    except ConfigError:
+        raise
     except (KeyError, IndexError, AssertionError, TypeError, AttributeError, ValueError) as error:
         # Detectron2's and pycocotools' readers raise these when a list, key or category is missing.
         detail = " ".join(str(error.args[0] if error.args else "").split())
@@ -120,6 +137,9 @@ def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
         ) from error
     if not dicts:
         raise ConfigError(f"the data set {entry} has no images.")
+    tolerated |= _check_dicts(entry, dicts)
+    for words, count in tolerated.items():
+        logger.info("%s: %d %s", entry, count, words)
     if cfg.MODEL.META_ARCHITECTURE != "SemanticSegmentor" and not any(objects_of(record) for record in dicts):
         raise ConfigError(
             f"the data set {entry} has {len(dicts)} images but not one annotated object. Crowd regions and difficult "
@@ -129,10 +149,42 @@ def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
     files += [record["sem_seg_file_name"] for record in dicts if "sem_seg_file_name" in record]
     if missing := _missing(files):
         raise ConfigError(
-            f"{len(missing)} of {len(files)} images of {entry} do not exist, for instance {missing[0]}. Put them "
-            "there, remove them from the annotations, or name another folder as FILE.json:IMAGES."
+            f"{len(missing)} of {len(files)} images of {entry} do not exist, or are no regular files, for instance "
+            f"{missing[0]}. Put them there, remove them from the annotations, or name another folder as "
+            "FILE.json:IMAGES."
         )
     return dicts
+
+
+def _check_dicts(entry: str, records: list[dict[str, Any]]) -> Counter[str]:
+    """Check images and annotations in Detectron2's form; return how many there are of each kind that is tolerated.
+
+    Raises:
+        ConfigError: an image's shape or an annotation cannot be used.
+    """
+    for record in records:
+        if "width" in record and (found := too_long(record["width"], record["height"])):
+            raise ConfigError(f"{entry}: the image {record['file_name']} has {found}. Remove or cut it.")
+    items = [annotation for record in records for annotation in record.get("annotations", ())]
+    counts = [len(record.get("annotations", ())) for record in records]
+    sizes = np.array([(r.get("width", np.inf), r.get("height", np.inf)) for r in records], dtype=np.float64)
+    ends = np.cumsum(counts)
+    classes = len(MetadataCatalog.get(entry).get("thing_classes", ()))
+
+    def name(index: int) -> str:
+        number = int(np.searchsorted(ends, index, side="right"))
+        return f"object {index - int(ends[number]) + counts[number] + 1} of {records[number]['file_name']}"
+
+    modes = [annotation.get("bbox_mode") for annotation in items]
+    categories = [annotation.get("category_id") for annotation in items]
+    bad = ()
+    if set(map(type, categories)) != {int} or not 0 <= min(categories) <= max(categories) < (classes or np.inf):
+        bad = [
+            (index, f"has the category_id {annotations.shortened(category)}; expected a class's number, from 0")
+            for index, category in enumerate(categories)
+            if not (isinstance(category, Integral) and 0 <= int(category) < (classes or np.inf))
+        ]
+    return annotations.check(items, np.repeat(sizes, counts, axis=0), modes=modes, entry=entry, name=name, bad=bad)
 
 
 def objects_of(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -156,16 +208,26 @@ def file_name(entry: str) -> str:
 
 
 def _missing(files: list[str]) -> list[str]:
-    """Return files that do not exist. Listing each folder once is thousands of times faster on a network disk."""
+    """Return names that are no regular files (opening a FIFO would wait forever), or do not exist.
+
+    Listing each folder once is thousands of times faster on a network disk.
+    """
     listed: dict[str, set[str]] = {}
     missing = []
     for file in files:
         folder, name = os.path.split(file)
         if folder not in listed:
-            listed[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+            listed[folder] = _regular_files(folder or ".")
         if name not in listed[folder] and "://" not in file:
             missing.append(file)
     return missing
+
+
+def _regular_files(folder: str) -> set[str]:
+    if not os.path.isdir(folder):
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
 
 
 def _near(path: Path) -> str:

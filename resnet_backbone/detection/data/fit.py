@@ -142,16 +142,18 @@ def _check_keypoints(cfg: CfgNode, entry: str, objects: Records) -> None:
 
 
 def check_ground_truth(cfg: CfgNode, entry: str) -> None:
-    """Check that a test set's COCO file has what COCO's evaluation reads and training does not."""
+    """Check that all annotations of a test set's COCO file have the masks and keypoints that its evaluation compares.
+
+    Training needs them for objects only, the evaluation for crowd regions too.
+    """
     metadata = MetadataCatalog.get(entry)
     file = Path(metadata.get("json_file") or "")
-    if metadata.get("evaluator_type", "coco") != "coco" or not file.is_file():
+    wanted = ("segmentation",) * cfg.MODEL.MASK_ON + ("keypoints",) * cfg.MODEL.KEYPOINT_ON
+    if not wanted or metadata.get("evaluator_type", "coco") != "coco" or not file.is_file():
         return
     annotations = json.loads(file.read_bytes()).get("annotations", [])
-    masks = ("segmentation",) if cfg.MODEL.MASK_ON else ()
-    keypoints = ("num_keypoints",) if cfg.MODEL.KEYPOINT_ON else ()
-    for name in ("area", "iscrowd", *masks, *keypoints):
-        if lacking := sum(name not in annotation for annotation in annotations):
+    for name in wanted:
+        if lacking := sum(_lacks(annotation, name) for annotation in annotations):
             raise ConfigError(
                 f"{lacking} of {len(annotations)} annotations of {entry} have no {name}, which COCO's evaluation "
                 "needs. Add it, or leave DATASETS.TEST empty to train without evaluation."

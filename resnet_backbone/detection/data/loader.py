@@ -5,45 +5,33 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from torch.utils.data import Dataset
 
-from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.corrupt import CorruptCounter, first_readable
 from resnet_backbone.data.sampler import BatchSampler, seeded_globals
 from resnet_backbone.data.workers import Loader
 from resnet_backbone.detection.data.annotated import image_size
-from resnet_backbone.engine.config import ConfigError
-
-
-class ReadableImages:
-    """A mapper whose errors say which image cannot be read and what to do about it."""
-
-    def __init__(self, mapper: DatasetMapper):
-        self._mapper = mapper
-
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return self._mapper(record)
-        except (OSError, SyntaxError, SizeMismatchError) as error:  # Pillow raises SyntaxError for a broken PNG
-            raise DatasetError(
-                f"the image {record['file_name']} cannot be read ({' '.join(str(error).split())}). "
-                "Replace it or remove it from the annotations."
-            ) from error
+from resnet_backbone.detection.data.mapper import Mapper
+from resnet_backbone.engine.config import ConfigError, as_config_error
 
 
 class PositionDataset(Dataset):
     """Detectron2's data set dicts passed through its mapper, with augmentation determined by seed and position.
 
     Detectron2's augmentations draw from NumPy's global generator, which is seeded for each image.
+
+    With `on_corrupt` "skip", another image replaces an unreadable one (`corrupt.first_readable`), and the sentences
+    about the unreadable ones are in the result's list `replaced`.
     """
 
-    def __init__(self, dicts: list[dict[str, Any]], mapper: DatasetMapper, *, seed: int):
+    def __init__(self, dicts: list[dict[str, Any]], mapper: Mapper, *, seed: int, on_corrupt: str = "stop"):
         self._dicts = DatasetFromList(dicts)  # serialized, so workers share the memory
-        self._mapper = ReadableImages(mapper)
+        self._mapper = mapper
         self._seed = seed
+        self._on_corrupt = on_corrupt
 
     def __len__(self) -> int:
         return len(self._dicts)
@@ -53,8 +41,15 @@ class PositionDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         position, index = key
-        with seeded_globals(self._seed, position):
-            return self._mapper(self._dicts[index])
+
+        def load(drawn: int) -> dict[str, Any]:
+            with seeded_globals(self._seed, position):
+                return self._mapper(self._dicts[drawn])
+
+        if self._on_corrupt == "stop":
+            return load(index)
+        sample, replaced = first_readable(load, index, size=len(self), seed=self._seed, position=position)
+        return {**sample, "replaced": replaced}
 
 
 class TrainBatches:
@@ -66,6 +61,8 @@ class TrainBatches:
                 f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, but the only sampler whose runs resume "
                 "exactly is TrainingSampler. Set it to TrainingSampler."
             )
+        with as_config_error("DATALOADER.MAX_CORRUPT"):
+            self._count_corrupt = CorruptCounter(cfg.DATALOADER.MAX_CORRUPT)
         fewest = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
         try:
             dicts = get_detection_dataset_dicts(
@@ -81,7 +78,9 @@ class TrainBatches:
             ) from error
         self.num_images = len(dicts)
         self._cfg = cfg
-        self._dataset = PositionDataset(dicts, DatasetMapper(cfg, is_train=True), seed=cfg.SEED)
+        self._dataset = PositionDataset(
+            dicts, Mapper(cfg, is_train=True), seed=cfg.SEED, on_corrupt=cfg.DATALOADER.ON_CORRUPT
+        )
         self._groups = None
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             self._groups = np.array([_is_wide(record) for record in dicts], dtype=np.int8)
@@ -103,7 +102,13 @@ class TrainBatches:
 
     def __call__(self, start_iteration: int) -> Iterator[list[dict[str, Any]]]:
         workers = self._cfg.DATALOADER.NUM_WORKERS
-        return iter(Loader(self._dataset, self._sampler(start_iteration), workers=workers, collate_fn=_as_list))
+        loader = Loader(self._dataset, self._sampler(start_iteration), workers=workers, collate_fn=_as_list)
+        return self._counted(iter(loader))
+
+    def _counted(self, batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+        for batch in batches:
+            self._count_corrupt(len(batch), [words for record in batch for words in record.pop("replaced", ())])
+            yield batch
 
 
 def _is_wide(record: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Folders in PASCAL VOC's layout: `JPEGImages`, `Annotations`, `ImageSets/Main`."""
 
 import difflib
+import math
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -139,10 +140,13 @@ def _read_annotation(file: Path) -> _Annotation:
     def number(parent: ElementTree.Element, name: str) -> float:
         word = text(parent, name)
         try:
-            return float(word)
+            value = float(word)
         except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
             line = lines[parent.find(name)]
-            raise ConfigError(f"{file}, line {line}: <{name}> is {word!r}, expected a number.") from None
+            raise ConfigError(f"{file}, line {line}: <{name}> is {word!r}, expected a number.")
+        return value
 
     size = root.find("size")
     if size is not None:

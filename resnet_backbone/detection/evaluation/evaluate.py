@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.build import get_detection_dataset_dicts
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -17,7 +17,8 @@ from torch import nn
 
 from resnet_backbone.data.workers import Loader
 from resnet_backbone.detection.data.datasets import file_name
-from resnet_backbone.detection.data.loader import ReadableImages
+from resnet_backbone.detection.data.mapper import Mapper
+from resnet_backbone.detection.evaluation.made_up import MadeUpDetections
 from resnet_backbone.detection.evaluation.registry import build_evaluator
 from resnet_backbone.errors import InputError
 
@@ -62,14 +63,20 @@ def check_expected(cfg: CfgNode, results: dict[str, Any]) -> None:
 
 
 def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
-    """Quietly run inference and evaluation on two images of each data set in DATASETS.TEST, to fail early."""
+    """Quietly run inference and evaluation on two images of each data set in DATASETS.TEST, to fail early.
+
+    The evaluator gets a made-up detection besides the model's, since an untrained model finds nothing.
+
+    Raises:
+        ConfigError: the evaluation of a detection fails.
+    """
     for name in cfg.DATASETS.TEST:
         dicts = _images(cfg, name)[:2]
-        # A data set without a COCO file is converted to one, which is kept for later evaluations.
-        in_memory = MetadataCatalog.get(name).get("json_file") is not None
         with _quiet():
-            folder = None if in_memory else _folder(cfg, name, Path(cfg.OUTPUT_DIR) / "inference")
-            evaluator = build_evaluator(cfg, name, folder, whole=False)
+            if MetadataCatalog.get(name).get("json_file") is None:
+                # This converts the data set to a COCO file, which is kept for later evaluations.
+                build_evaluator(cfg, name, _folder(cfg, name, Path(cfg.OUTPUT_DIR) / "inference"), whole=False)
+            evaluator = MadeUpDetections(build_evaluator(cfg, name, None, whole=False), name)
             loader = build_detection_test_loader(dicts, mapper=_mapper(cfg, name))
             inference_on_dataset(model, loader, evaluator)
             if cfg.TEST.AUG.ENABLED:
@@ -97,11 +104,11 @@ def _images(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
     return get_detection_dataset_dicts(name, filter_empty=False, proposal_files=files)
 
 
-def _mapper(cfg: CfgNode, name: str) -> ReadableImages:
+def _mapper(cfg: CfgNode, name: str) -> Mapper:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TRAIN = (name,)  # where Detectron2 looks for the keypoints' names, even for a test
-    return ReadableImages(DatasetMapper(cfg, is_train=False))
+    return Mapper(cfg, is_train=False)
 
 
 def _folder(cfg: CfgNode, name: str, folder: Path) -> Path:

@@ -163,12 +163,6 @@ def unlabeled_keypoints(content):
         annotation["keypoints"] = [5, 6, 0] * 3
 
 
-def uncounted_keypoints(content):
-    with_keypoints(content)
-    for annotation in content["annotations"]:
-        del annotation["num_keypoints"]
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -177,7 +171,6 @@ def uncounted_keypoints(content):
         (lambda content: with_keypoints(content, names=[]), ("does not name its keypoints", "keypoint_names")),
         (lambda content: with_keypoints(content, per_object=2), ("names 3 keypoints", "9 numbers", "has 6")),
         (unlabeled_keypoints, ("not one keypoint", "labeled")),
-        (uncounted_keypoints, ("no num_keypoints", "COCO's evaluation")),
         (with_keypoints, ("TEST.KEYPOINT_OKS_SIGMAS has 2 numbers (command line)", "3 keypoints")),
     ],
 )
@@ -234,17 +227,22 @@ def test_masks(make_cfg, coco):
     check_datasets(cfg, training=True)
 
 
-@pytest.mark.parametrize("field", ["area", "iscrowd"])
-def test_a_test_set_needs_what_cocos_evaluation_reads(make_cfg, coco, scenes, field):
-    def drop(content):
-        for annotation in content["annotations"]:
-            del annotation[field]
+@pytest.mark.parametrize("crowd_needs", ["segmentation", "keypoints"])
+def test_a_test_set_needs_masks_and_keypoints_for_crowd_regions_too(make_cfg, coco, crowd_needs):
+    """COCO's evaluation compares with them; training does not."""
 
-    cfg = make_cfg()
-    cfg.DATASETS.TRAIN = (coco(drop),)
+    def change(content):
+        with_masks(content)
+        with_keypoints(content)
+        content["annotations"][0]["iscrowd"] = 1
+        del content["annotations"][0][crowd_needs]
+
+    key = {"segmentation": "MODEL.MASK_ON", "keypoints": "MODEL.KEYPOINT_ON"}[crowd_needs]
+    cfg = make_cfg(key, True, "TEST.KEYPOINT_OKS_SIGMAS", [0.1] * 3)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (coco(change),), ()
     check_datasets(cfg, training=True)
     cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
-    with pytest.raises(ConfigError, match=f"have no {field}, which COCO's evaluation needs"):
+    with pytest.raises(ConfigError, match=f"1 of .* have no {crowd_needs}, which COCO's evaluation needs"):
         check_datasets(cfg, training=True)
 
 

@@ -349,6 +349,7 @@ XML = "Annotations/a.xml"
         (_voc(lambda root: (root / XML).write_bytes(b"")), ("a.xml, line 1", "not XML")),
         (_voc(_edit(XML, "<xmin>1</xmin>\n<ymin>1</ymin>", "")), ("a.xml, line 6", "<bndbox> has no <xmin>")),
         (_voc(_edit(XML, "<xmax>9<", "<xmax>nine<")), ("a.xml, line 9", "<xmax> is 'nine'", "number")),
+        (_voc(_edit(XML, "<xmax>9<", "<xmax>inf<")), ("a.xml, line 9", "<xmax> is 'inf'", "number")),
         (_voc(_edit(XML, "<xmax>9<", "<xmax>0<")), ("a.xml, line 6", "ends before it begins", "xmax 0")),
         (_voc(_edit(XML, "bndbox>", "polygon>")), ("a.xml, line 3", "no <bndbox>")),
         (_voc(_edit(XML, "<name>cat</name>", "")), ("a.xml, line 3", "<object> has no <name>")),

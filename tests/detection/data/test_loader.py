@@ -141,3 +141,68 @@ def test_an_image_that_cannot_be_read_is_named(detection_config, scenes, tmp_pat
 def test_a_sampler_that_does_not_resume_stops(make):
     with pytest.raises(ConfigError, match=r"RepeatFactorTrainingSampler.*TrainingSampler"):
         make("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+
+
+@pytest.fixture
+def damaged(detection_config, scenes, tmp_path):
+    """The function `(KEY, VALUE, …)` that gives batches of six scenes, of which one is cut off, and its file."""
+    (tmp_path / "images").mkdir()
+    content = json.loads(Path(scenes).read_text())
+    for record in content["images"]:
+        data = (Path(scenes).parent / "images" / record["file_name"]).read_bytes()
+        (tmp_path / "images" / record["file_name"]).write_bytes(data)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    bad = tmp_path / "images" / content["images"][2]["file_name"]
+    bad.write_bytes(bad.read_bytes()[:700])
+    datasets.register(str(tmp_path / "a.json"))
+
+    def make(*overrides):
+        keys = ("DATASETS.TRAIN", tmp_path / "a.json", "DATALOADER.ON_CORRUPT", "skip", *overrides)
+        return TrainBatches(detection_config("faster_rcnn_R50.yaml", tmp_path / "out", *keys))
+
+    return make, bad
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_image_replaces_an_unreadable_one(damaged, workers, caplog):
+    """Which one, seed and position say; everything else is as without it."""
+    make, bad = damaged
+    whole = take(make("DATALOADER.MAX_CORRUPT", 0.9), 0, 12)
+    files = [record["file_name"] for batch in whole for record in batch]
+    drawn = make()
+    expected = [name for iteration in range(12) for name in drawn.names(iteration)]
+    replaced = [name == str(bad) for name in expected]
+    assert any(replaced) and str(bad) not in files and "replaced" not in whole[0][0]
+    assert [name for name, gone in zip(files, replaced) if not gone] == [n for n in expected if n != str(bad)]
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="resnet_backbone"):
+        resumed = take(make("DATALOADER.NUM_WORKERS", workers), 5, 7)
+    assert_same(resumed, whole[5:])
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith(f"the image {bad} cannot be read") and said.endswith(
+        "annotations. Another image replaced it; 1 so far"
+    )
+
+
+def test_too_many_unreadable_images_stop_the_run(damaged):
+    make, bad = damaged
+    with pytest.raises(
+        DatasetError, match=rf"\d+ of the \d+ images loaded so far .*{bad.name}.*DATALOADER.MAX_CORRUPT"
+    ):
+        take(make("DATALOADER.MAX_CORRUPT", 0.0), 0, 6)
+    with pytest.raises(DatasetError, match=r"\d+ of the \d+ images loaded so far could not be read and were replaced"):
+        take(make("DATALOADER.MAX_CORRUPT", 0.01), 0, 60)
+    with pytest.raises(DatasetError, match=rf"{bad.name} cannot be read"):
+        take(make("DATALOADER.ON_CORRUPT", "stop"), 0, 6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (("DATALOADER.ON_CORRUPT", "ignore"), "DATALOADER.ON_CORRUPT is 'ignore', expected stop or skip"),
+        (("DATALOADER.MAX_CORRUPT", 1.5), "DATALOADER.MAX_CORRUPT"),
+    ],
+)
+def test_keys_about_unreadable_images(make, keys, words):
+    with pytest.raises(ConfigError, match=words):
+        make(*keys)

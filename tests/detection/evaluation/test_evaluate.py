@@ -217,3 +217,152 @@ def test_without_a_test_set_there_are_no_metrics(cfg, scenes, tmp_path):
     cfg.DATASETS.TEST = ()
     assert evaluate(cfg, Oracle(scenes), tmp_path) == {} and not (tmp_path / "inference").exists()
     try_two_images(cfg, Oracle(scenes))
+
+
+class Untrained(nn.Module):
+    """A detector that finds nothing, with masks, keypoints or proposals if it has such heads."""
+
+    def __init__(self, *, masks=False, keypoints=0, proposals=False):
+        super().__init__()
+        self.masks, self.keypoints, self.proposals = masks, keypoints, proposals
+
+    def forward(self, inputs):
+        return [self.detect(i["height"], i["width"]) for i in inputs]
+
+    def detect(self, height, width):
+        found = Instances((height, width))
+        if self.proposals:
+            found.proposal_boxes, found.objectness_logits = Boxes(torch.zeros(0, 4)), torch.zeros(0)
+            return {"proposals": found}
+        found.pred_boxes, found.scores = Boxes(torch.zeros(0, 4)), torch.zeros(0)
+        found.pred_classes = torch.zeros(0, dtype=torch.long)
+        if self.masks:
+            found.pred_masks = torch.zeros(0, height, width, dtype=torch.bool)
+        if self.keypoints:
+            found.pred_keypoints = torch.zeros(0, self.keypoints, 3)
+        return {"instances": found}
+
+
+@pytest.fixture
+def changed(scenes, tmp_path):
+    """The function `(change)` that writes the scenes' COCO file after a change in place; it returns the entry."""
+
+    def write(change, name="changed"):
+        content = json.loads(Path(scenes).read_text())
+        change(content)
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        entry = f"{tmp_path / f'{name}.json'}:{Path(scenes).parent / 'images'}"
+        datasets.register(entry)
+        return entry
+
+    return write
+
+
+def with_masks_and_keypoints(content):
+    content["categories"][0] |= {"keypoints": ["head", "tail"], "skeleton": []}
+    for item in content["annotations"]:
+        left, top, width, height = item["bbox"]
+        right, bottom = left + width, top + height
+        item["segmentation"] = [[left, top, right, top, right, bottom, left, bottom]]
+        item |= {"keypoints": [left, top, 2, right, bottom, 2], "num_keypoints": 2}
+
+
+HEADS = [{}, {"masks": True}, {"keypoints": 2}, {"proposals": True}]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_an_untrained_detectors_evaluation_is_tried_and_leaves_nothing(cfg, changed, tmp_path, heads, monkeypatch):
+    cfg.DATASETS.TEST = (changed(with_masks_and_keypoints),)
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
+    results, theirs = [], COCOEvaluator.evaluate
+    monkeypatch.setattr(COCOEvaluator, "evaluate", lambda self: results.append(theirs(self)) or results[-1])
+    before = sorted(tmp_path.rglob("*"))
+    try_two_images(cfg, Untrained(**heads))
+    tasks = {"box_proposals"} if "proposals" in heads else {"bbox"}
+    tasks |= {"segm"} if "masks" in heads else {"keypoints"} if "keypoints" in heads else set()
+    assert set(results[0]) == tasks
+    assert all(np.isfinite(metrics.get("AP", metrics.get("AR@100"))) for metrics in results[0].values())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("heads", "key", "words"),
+    [
+        ({}, "area", "KeyError: 'area'"),
+        ({}, "iscrowd", "KeyError: 'iscrowd'"),
+        ({"masks": True}, "segmentation", "KeyError: 'segmentation'"),
+        ({"keypoints": 2}, "num_keypoints", "KeyError: 'num_keypoints'"),
+        ({"proposals": True}, "area", "KeyError: 'area'"),
+    ],
+    ids=str,
+)
+def test_an_evaluation_that_would_fail_after_training_fails_before(cfg, changed, monkeypatch, heads, key, words):
+    """Here, on ground truth that nothing has completed."""
+    monkeypatch.setattr("resnet_backbone.detection.evaluation.coco.complete", lambda truth: None)
+
+    def change(content):
+        with_masks_and_keypoints(content)
+        for item in content["annotations"]:
+            del item[key]
+
+    entry = changed(change)
+    cfg.DATASETS.TEST, cfg.TEST.KEYPOINT_OKS_SIGMAS = (entry,), [0.1, 0.1]
+    with pytest.raises(ConfigError, match="fails on a detection made up to try it") as error:
+        try_two_images(cfg, Untrained(**heads))
+    assert words in str(error.value) and entry in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_sigmas_are_found_before_training(cfg, changed):
+    cfg.DATASETS.TEST, cfg.TEST.KEYPOINT_OKS_SIGMAS = (changed(with_masks_and_keypoints),), [0.1] * 3
+    with pytest.raises(ConfigError, match="made up to try it"):
+        try_two_images(cfg, Untrained(keypoints=2))
+
+
+def test_the_voc_evaluator_is_tried_on_annotations_that_only_it_reads(cfg, voc):
+    cfg.DATASETS.TEST = (voc,)
+    root = Path(MetadataCatalog.get(voc).dirname)
+    (root / "Annotations" / "001.xml").write_text("<annotation><object><name>cat</name></object></annotation>")
+    records = [{"file_name": str(root / "JPEGImages" / "000.jpg"), "image_id": "000", "height": 50, "width": 60}]
+    DatasetCatalog.remove(voc)
+    DatasetCatalog.register(voc, lambda: records)
+    with pytest.raises(ConfigError, match=f"the evaluation on {voc} fails on a detection made up .*AttributeError"):
+        try_two_images(cfg, Untrained())
+
+
+def test_what_coco_needs_is_derived(cfg, changed, tmp_path):
+    """The numbers are those of the complete file; without `area`, the evaluation by size is the mask's."""
+
+    def incomplete(content):
+        with_masks_and_keypoints(content)
+        for number, item in enumerate(content["annotations"]):
+            del item["area"], item["num_keypoints"], item["iscrowd"]
+            item["segmentation"].append([1, 1, 2, 2])  # dropped on reading
+            item["id"] = number  # pycocotools takes a match with number 0 for none
+
+    def complete(content):
+        with_masks_and_keypoints(content)
+        for item in content["annotations"]:
+            item |= {"area": item["bbox"][2] * item["bbox"][3], "iscrowd": 0}
+
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
+    found = []
+    for change, name in ((incomplete, "incomplete"), (complete, "complete")):
+        entry = changed(change, name)
+        cfg.DATASETS.TEST = (entry,)
+        datasets.check(cfg, entry)
+        found.append(evaluate(cfg, Oracle(entry), tmp_path)["bbox"])
+    assert found[0] == pytest.approx(found[1], nan_ok=True) and found[0]["AP"] == pytest.approx(100)
+
+
+def test_boxes_beyond_the_image_stay_as_they_are_for_the_evaluation(cfg, changed, tmp_path):
+    """So that a file's numbers are pycocotools' own."""
+
+    def change(content):
+        for item in content["annotations"]:
+            item["bbox"][0] = -2
+        content["annotations"][0]["bbox"][0] = -1.5
+
+    entry = changed(change)
+    cfg.DATASETS.TEST = (entry,)
+    evaluator = build_evaluator(cfg, entry, None)
+    assert all(item["bbox"][0] in (-2, -1.5) for item in evaluator._coco_api.anns.values())

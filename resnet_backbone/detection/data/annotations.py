@@ -1,0 +1,252 @@
+"""Whether annotations can be trained and evaluated on: their boxes, masks, keypoints, crowd marks and areas."""
+
+import math
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from detectron2.structures import BoxMode
+
+from resnet_backbone.engine.config import ConfigError
+
+# How far annotations may reach beyond their image, on each side: rounding, coordinates that count from 1, resized
+# images. Detectron2 clips what is trained on. What reaches farther belongs to another image, or is in another unit.
+BEYOND_PIXELS, BEYOND_SHARE = 2.0, 0.01
+# The share of boxes that may have no area: Detectron2 drops them in training, and COCO's own files have two of them.
+EMPTY_SHARE = 0.01
+
+Annotation = Mapping[str, Any]
+Bad = Iterator[tuple[int, str]]  # the index of an annotation, and what is wrong with it
+
+_FORMS = {BoxMode.XYWH_ABS: "x, y, width, height", BoxMode.XYXY_ABS: "x1, y1, x2, y2"}
+
+
+def check(
+    annotations: Sequence[Annotation],
+    sizes: np.ndarray,
+    *,
+    modes: Sequence[Any] | None = None,
+    entry: str,
+    name: Callable[[int], str],
+    bad: Iterable[tuple[int, str]] = (),
+    dropped_polygons: bool = False,
+) -> Counter[str]:
+    """Check the values of annotations; return how many there are of each kind that is tolerated.
+
+    Args:
+        annotations: in COCO's form, or Detectron2's, which has the same keys.
+        sizes: `(n, 2)`, width and height of each one's image in pixels; infinite where unknown.
+        modes: each one's BoxMode; None: x, y, width, height for all.
+        entry: the data set's name for the message.
+        name: gives words for an annotation by its index.
+        bad: what is known to be wrong already.
+        dropped_polygons: whether polygons of less than three points are dropped on reading, if others remain.
+
+    Raises:
+        ConfigError: names the first annotation that is unusable, its value, and how many more there are.
+    """
+    if not annotations:
+        return Counter()
+    found: dict[int, str] = {}
+    tolerated: Counter[str] = Counter()
+    for index, words in chain(
+        bad,
+        _bad_boxes(annotations, sizes, modes, tolerated),
+        _bad_crowd(annotations),
+        _bad_masks(annotations, sizes, tolerated, dropped_polygons),
+        _bad_keypoints(annotations),
+    ):
+        found.setdefault(index, words)
+    if found:
+        first = min(found)
+        more = f" {len(found) - 1} more of {len(annotations)} annotations are unusable." if len(found) > 1 else ""
+        raise ConfigError(f"{entry}: {name(first)} {found[first]}.{more} Correct or remove them.")
+    return +tolerated
+
+
+def _bad_boxes(
+    annotations: Sequence[Annotation], sizes: np.ndarray, modes: Sequence[Any] | None, tolerated: Counter[str]
+) -> Bad:
+    boxes = [annotation.get("bbox") for annotation in annotations]
+    kept = np.arange(len(boxes))
+    xyxy = np.zeros(len(boxes), bool)
+    if modes is not None:
+        # There are few different objects, and to look a BoxMode up is slow.
+        objects = {id(mode): mode for mode in modes}
+        modes_of = np.array(list(map(id, modes)))
+        xyxy = np.isin(modes_of, [key for key, mode in objects.items() if _is_mode(mode, BoxMode.XYXY_ABS)])
+        xywh = np.isin(modes_of, [key for key, mode in objects.items() if _is_mode(mode, BoxMode.XYWH_ABS)])
+        rotated = np.isin(modes_of, [key for key, mode in objects.items() if _is_mode(mode, BoxMode.XYWHA_ABS)])
+        for index in np.flatnonzero(~(xyxy | xywh | rotated)).tolist():
+            yield index, f"has the bbox_mode {modes[index]!r}; expected Detectron2's BoxMode.XYXY_ABS or XYWH_ABS"
+        if not (xyxy | xywh).all():  # rotated boxes are left to those who use them
+            kept = np.flatnonzero(xyxy | xywh)
+            boxes, sizes, xyxy = [boxes[index] for index in kept.tolist()], sizes[kept], xyxy[kept]
+    values = _as_rows(boxes)
+    with np.errstate(invalid="ignore", over="ignore"):
+        first, last = values[:, :2], np.where(xyxy[:, None], values[:, 2:], values[:, :2] + values[:, 2:])
+        extent = np.where(xyxy[:, None], values[:, 2:] - values[:, :2], values[:, 2:])
+        finite = np.isfinite(values).all(1) & np.isfinite(last).all(1)
+        beyond = np.maximum(-first, last - sizes)
+        too_far = beyond > np.maximum(BEYOND_PIXELS, BEYOND_SHARE * sizes)
+    negative = (extent < 0).any(1)
+    empty = (extent == 0).any(1)
+    outside = ((last < 0) | (first > sizes) | ((extent > 0) & ((last <= 0) | (first >= sizes)))).any(1)
+    usable = finite & ~negative & ~outside & ~too_far.any(1)
+    many = (usable & empty).sum() > EMPTY_SHARE * len(boxes)
+
+    for index in np.flatnonzero(~usable | (many & empty)).tolist():
+        words = f"has the bbox {shortened(boxes[index])}"
+        width, height = sizes[index]
+        if boxes[index] is None:
+            words = "has no bbox"
+        elif not finite[index]:
+            words += f"; expected four finite numbers {_FORMS[BoxMode(0 if xyxy[index] else 1)]}"
+        elif negative[index]:
+            words += ", which ends before it begins"
+        elif outside[index]:
+            words += f", which is outside its image of {width:g}×{height:g} pixels"
+        elif too_far[index].any():
+            pixels = beyond[index][too_far[index]].max()
+            words += f", which reaches {pixels:g} pixels beyond its image of {width:g}×{height:g}"
+        else:
+            words += f", which has no area, like more than {100 * EMPTY_SHARE:g} % of the boxes"
+        yield int(kept[index]), words
+    tolerated["boxes reach a little beyond their image (clipped in training)"] += int(
+        (usable & (beyond > 1e-6).any(1)).sum()
+    )
+    tolerated["boxes have no area (not trained on)"] += int((usable & empty).sum())
+
+
+def _is_mode(value: Any, mode: BoxMode) -> bool:
+    return isinstance(value, int) and value == mode
+
+
+def _as_rows(boxes: Sequence[Any]) -> np.ndarray:
+    """Return boxes as `(n, 4)` float64; NaN where one is not four numbers."""
+    plain = (
+        set(map(type, boxes)) <= {list, tuple}
+        and set(map(len, boxes)) <= {4}
+        and set(map(type, chain.from_iterable(boxes))) <= {int, float}
+    )
+    if not plain:
+        boxes = [box if _are_numbers(box) and len(box) == 4 else (math.nan,) * 4 for box in boxes]
+    try:
+        return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    except OverflowError:  # an integer beyond float64
+        return np.array([[number if abs(number) < 1e300 else math.nan for number in box] for box in boxes])
+
+
+def _are_numbers(values: Any) -> bool:
+    if not isinstance(values, list | tuple | np.ndarray):
+        return False
+    return set(map(type, values)) <= {int, float} or all(map(is_number, values))
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool | np.bool_))
+
+
+def _bad_crowd(annotations: Sequence[Annotation]) -> Bad:
+    values = [annotation.get("iscrowd", 0) for annotation in annotations]
+    if set(map(type, values)) == {int} and set(values) <= {0, 1}:
+        return
+    for index, value in enumerate(values):
+        if not isinstance(value, Real) or value not in (0, 1):
+            yield index, f"has the iscrowd {shortened(value)}; expected 0 or 1"
+
+
+def _bad_masks(
+    annotations: Sequence[Annotation], sizes: np.ndarray, tolerated: Counter[str], dropped_polygons: bool
+) -> Bad:
+    masks = [annotation.get("segmentation") for annotation in annotations]
+    if masks.count(None) == len(masks):
+        return
+    limits = np.maximum(BEYOND_PIXELS, BEYOND_SHARE * sizes)
+    bounds = np.concatenate([-limits, sizes + limits], axis=1).tolist()
+    for index, mask in enumerate(masks):
+        if mask is None:
+            continue
+        if isinstance(mask, list):
+            short = sum(isinstance(points, list) and len(points) in (0, 2, 4) for points in mask)
+            if dropped_polygons and 0 < short < len(mask):
+                tolerated["polygons have less than three points (dropped; their objects have others)"] += short
+                mask = [points for points in mask if not isinstance(points, list) or len(points) > 4]
+            words = next(filter(None, (_bad_polygon(points, *bounds[index]) for points in mask)), None)
+        elif isinstance(mask, Mapping):
+            words = _bad_encoding(mask, *sizes[index]) if mask else None
+        else:
+            words = f"has the segmentation {shortened(mask)}; expected a list of polygons or a mask in COCO's RLE"
+        if words:
+            yield index, words
+
+
+def _bad_polygon(points: Any, left: float, top: float, right: float, bottom: float) -> str | None:
+    try:
+        # A sum costs a tenth of looking at each number, and is finite and a number only if all are.
+        if len(points) >= 6 and not len(points) % 2 and math.isfinite(sum(points)):
+            xs, ys = points[::2], points[1::2]
+            if left <= min(xs) and max(xs) <= right and top <= min(ys) and max(ys) <= bottom:
+                return None
+            return f"has the polygon {shortened(points)}, which reaches far beyond its image"
+    except (TypeError, OverflowError, ValueError):
+        pass
+    return f"has the polygon {shortened(points)}; expected x and y of at least three points, all finite"
+
+
+def _bad_encoding(mask: Mapping[str, Any], width: float, height: float) -> str | None:
+    size, counts = mask.get("size"), mask.get("counts")
+    known = math.isfinite(width)
+    if not _are_numbers(size) or len(size) != 2 or (known and tuple(size) != (height, width)):
+        expected = f"[{height:g}, {width:g}], as its image" if known else "height and width"
+        return f"has a mask of size {shortened(size)}; expected {expected}"
+    runs = _decoded(counts) if isinstance(counts, str | bytes) else counts
+    if isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs) and sum(runs) == math.prod(size):
+        return None
+    return f"has a mask with the counts {shortened(counts)}; expected the runs of {math.prod(size):g} pixels"
+
+
+def _decoded(counts: str | bytes) -> list[int] | None:
+    """Return the run lengths in COCO's compressed form; None if it is malformed.
+
+    A number is written in groups of five bits, the lowest first, each with a sixth bit that says whether another
+    follows. From the fourth on, it is the difference from the number before the last one. pycocotools's decoder reads
+    on past the end of what is cut off, and takes what is too short for a mask that ends in background.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts.encode() if isinstance(counts, str) else counts:
+        group = character - 48
+        if not 0 <= group < 64:
+            return None
+        value |= (group & 31) << shift
+        shift += 5
+        if not group & 32:
+            if group & 16:  # negative
+                value -= 1 << shift
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    return None if shift else runs
+
+
+def _bad_keypoints(annotations: Sequence[Annotation]) -> Bad:
+    for index, annotation in enumerate(annotations):
+        points = annotation.get("keypoints")
+        if points is None:
+            continue
+        if not (
+            _are_numbers(points)
+            and not len(points) % 3
+            and all(abs(value) < 1e6 for value in points)  # not for NaN
+            and all(visible in (0, 1, 2) for visible in points[2::3])
+        ):
+            yield index, f"has the keypoints {shortened(points)}; expected x, y and visibility (0, 1, 2), all finite"
+
+
+def shortened(value: Any) -> str:
+    """Return a value for a message, abbreviated if it is long."""
+    return reprlib.repr(value.tolist() if isinstance(value, np.ndarray) else value)
