@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from resnet_backbone.engine.config import ConfigError
-from resnet_backbone.errors import DISK_ERRORS, os_error
+from resnet_backbone.errors import DISK_ERRORS, InputError, Interrupted, os_error
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ def write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
+        if isinstance(error.__context__, (InputError, Interrupted)):
+            raise error.__context__ from None  # it ended the run; this one is of closing files afterwards
         if sentence := _sentence(error, folder):
             raise ConfigError(sentence) from error
         if os_error(error) is not None:

@@ -13,6 +13,7 @@ from resnet_backbone.engine.config import ConfigError
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_opened: dict[Path, os.stat_result] = {}  # the lock files of folders that this process writes to
 
 
 @contextlib.contextmanager
@@ -28,6 +29,7 @@ def locked(folder: Path) -> Iterator[bool]:
         OSError: the file cannot be opened.
     """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    _opened[folder] = os.fstat(descriptor)
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -49,7 +51,28 @@ def locked(folder: Path) -> Iterator[bool]:
             with contextlib.suppress(OSError):  # a disk that is gone; closing still ends the lock
                 _write(descriptor, "")
     finally:
+        del _opened[folder]
         os.close(descriptor)
+
+
+def check_still_there(folder: Path) -> None:
+    """Stop a run whose folder was deleted, moved or replaced: what it went on to write would mix with another run's.
+
+    Nothing is checked of a folder that is not in `locked`.
+
+    Raises:
+        ConfigError: the lock file is gone, or is another one.
+    """
+    try:
+        if folder not in _opened or os.path.samestat(_opened[folder], os.stat(folder / LOCK)):
+            return
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            raise
+    raise ConfigError(
+        f"OUTPUT_DIR {folder} or its {LOCK} was deleted, moved or replaced while this run wrote there, so it stops "
+        "before it mixes with another. Start it anew, or with --resume in the folder that has its checkpoints."
+    )
 
 
 def _write(descriptor: int, text: str) -> None:

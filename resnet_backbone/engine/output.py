@@ -21,7 +21,7 @@ from detectron2.utils import comm
 
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.disk import LogFile, LogStream, write_errors
-from resnet_backbone.engine.lock import locked
+from resnet_backbone.engine.lock import check_still_there, locked
 from resnet_backbone.weights import Checkpoint, CheckpointError, atomic_write, read_checkpoint, write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,7 @@ def save_training_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int 
 
     Then keep only the `keep` newest checkpoints (0: all). A complete checkpoint exists at any moment.
     """
+    check_still_there(folder)
     path = folder / f"model_{checkpoint.iteration:07d}.pth"
     write_checkpoint(path, checkpoint)
     with atomic_write(folder / LAST) as file:
@@ -182,6 +183,7 @@ def save_training_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int 
 
 def save_best_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write `model_best.pth` atomically: weights to use, not to resume from."""
+    check_still_there(folder)
     write_checkpoint(folder / BEST, checkpoint)
     logger.info("saved %s, the best so far", folder / BEST)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from resnet_backbone.data.workers import explained_deaths
 from resnet_backbone.engine.config import ConfigError, origin, set_key
+from resnet_backbone.engine.lock import check_still_there
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.output import FINAL, LAST, open_output, read_last_checkpoint, write_config
 from resnet_backbone.engine.schedule import check_schedule, rescale_for_batch
@@ -110,6 +111,7 @@ def _check_length(cfg: CfgNode, last: Checkpoint) -> None:
 
 
 def _write_final(folder: Path, model: nn.Module, metadata: Metadata, results: dict[str, Any]) -> None:
+    check_still_there(folder)
     write_checkpoint(folder / FINAL, Checkpoint(model.state_dict(), metadata))
     write_json(folder / "results.json", results)
     logger.info("wrote %s: %s", folder / FINAL, metadata.describe())

@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage, TensorboardXWriter
 from resnet_backbone.engine import disk
 from resnet_backbone.engine.output import start_logging
 from resnet_backbone.engine.writers import MetricsFile
+from resnet_backbone.errors import InputError, Interrupted
 from resnet_backbone.weights import atomic_write
 from tests.engine.tiny import Run, refusal
 
@@ -61,6 +62,16 @@ def test_others_only_where_the_run_writes(tmp_path, kind, caplog):
             raise other
         assert caught.value is other
         assert len(caplog.records) == isinstance(other, OSError)  # the trainer leaves them to this
+
+
+@pytest.mark.parametrize("first", [InputError("the loss is not finite."), Interrupted("SIGTERM: saved")])
+def test_what_ended_the_run_before_is_what_is_said(tmp_path, first):
+    with pytest.raises(type(first)) as caught, disk.write_errors(tmp_path):
+        try:
+            raise first
+        finally:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as TensorBoard's last flush
+    assert caught.value is first
 
 
 def test_what_torch_makes_of_it(tmp_path):

@@ -101,3 +101,23 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with lock.locked(tmp_path) as alone:
         assert not alone
+
+
+class TestAFolderThatVanishes:
+    def test_one_that_is_there(self, tmp_path):
+        lock.check_still_there(tmp_path / "not locked")
+        with lock.locked(tmp_path):
+            lock.check_still_there(tmp_path)
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_deleted_and_made_again(self, tmp_path, again):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        with lock.locked(folder):
+            folder.rename(tmp_path / "moved")
+            if again:
+                folder.mkdir()
+                (folder / lock.LOCK).write_text("")
+            with pytest.raises(ConfigError, match=f"OUTPUT_DIR {folder} or its .lock was deleted, moved or replaced"):
+                lock.check_still_there(folder)
+        lock.check_still_there(folder)

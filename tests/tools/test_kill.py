@@ -403,6 +403,27 @@ def test_a_second_run_beside_a_live_one(start, finish, whole, tmp_path, words, f
     assert_same(folder, whole)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "made again"])
+def test_a_folder_that_is_moved_away_ends_the_run(start, finish, whole, tmp_path, words, again):
+    folder = tmp_path / "run"
+    first = start(folder, "hold_in_step", 7)
+    first.wait_for("held")
+    folder.rename(tmp_path / "moved")
+    if again:
+        status, printed = command(tmp_path / "second.txt", words(folder)).end()
+        assert status == 0, printed
+    first.release()
+    status, printed = first.end()
+    assert status == 2 and "Traceback" not in printed, printed
+    assert f"error: OUTPUT_DIR {folder} or its .lock was deleted, moved or replaced" in printed.splitlines()[-1]
+    if again:
+        assert_same(folder, whole)
+    else:
+        assert not folder.exists()
+    assert "resumed: the next iteration is 6\n" in finish(tmp_path / "moved")
+    assert_same(tmp_path / "moved", whole)
+
+
 def test_two_processes_are_refused_together(start, tmp_path, words):
     folder = tmp_path / "run"
     first = start(folder, "hold_in_step", 7)
