@@ -194,15 +194,3 @@ def test_too_many_unreadable_images_stop_the_run(damaged):
         take(make("DATALOADER.MAX_CORRUPT", 0.01), 0, 60)
     with pytest.raises(DatasetError, match=rf"{bad.name} cannot be read"):
         take(make("DATALOADER.ON_CORRUPT", "stop"), 0, 6)
-
-
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        (("DATALOADER.ON_CORRUPT", "ignore"), "DATALOADER.ON_CORRUPT is 'ignore', expected stop or skip"),
-        (("DATALOADER.MAX_CORRUPT", 1.5), "DATALOADER.MAX_CORRUPT"),
-    ],
-)
-def test_keys_about_unreadable_images(make, keys, words):
-    with pytest.raises(ConfigError, match=words):
-        make(*keys)
