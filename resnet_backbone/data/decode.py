@@ -1,6 +1,7 @@
 """Decode image bytes to RGB pixels."""
 
 import io
+import os
 import warnings
 
 import cv2
@@ -42,6 +43,22 @@ def decode(data: bytes, *, what: str, reduction: int = 1) -> np.ndarray:
     if found := too_long(*image.shape[1::-1]):
         raise DatasetError(f"{what} is unreadable ({found}); replace or remove it")
     return image
+
+
+def looks_whole(file: str | os.PathLike) -> bool:
+    """Return whether a JPEG or PNG file has its end, from its first and last bytes; True for other image formats.
+
+    One that does not may still be whole (some cameras write something behind the end): decode it to find out.
+    """
+    with open(file, "rb") as opened:
+        head = opened.read(12)
+        opened.seek(max(0, os.fstat(opened.fileno()).st_size - 64))
+        tail = opened.read()
+    if head.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" in tail
+    if head.startswith(b"\x89PNG"):
+        return b"IEND" in tail
+    return head.startswith((b"BM", b"GIF8", b"II*\0", b"MM\0*", b"P5", b"P6")) or head[8:] == b"WEBP"
 
 
 def too_long(width: int, height: int) -> str | None:

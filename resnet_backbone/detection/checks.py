@@ -104,6 +104,7 @@ def check_datasets(cfg: CfgNode, *, training: bool) -> None:
         fit.check_annotations(cfg, entry, records, training=entry in train)
         if entry in test:
             fit.check_ground_truth(cfg, entry)
+            datasets.check_images_are_whole(cfg, records)
         opened[entry] = records if cfg.MODEL.LOAD_PROPOSALS else []  # not to hold all data sets at once
     fit.check_same_names(cfg, list(opened))
     fit.fill_counts(cfg, next(iter(opened)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN
 from detectron2.utils import comm
@@ -33,6 +34,7 @@ from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.detection.weights import is_frozen_norm, is_own, load_whole, offered, read, stock_arguments
 from resnet_backbone.engine import run as engine_run
 from resnet_backbone.engine.config import ConfigError, get_key, said, shown
+from resnet_backbone.engine.hooks import check_metric
 from resnet_backbone.engine.network_config import configured_network
 from resnet_backbone.engine.nonfinite import Losses
 from resnet_backbone.engine.output import versions
@@ -95,7 +97,9 @@ class Detection:
         return model
 
     def try_evaluation(self, model: nn.Module) -> None:
-        try_two_images(self._cfg, model)
+        found = try_two_images(self._cfg, model)
+        if comm.is_main_process() and found and not self.best_metric.endswith("panoptic_seg/PQ"):
+            check_metric(self.best_metric, flatten_results_dict(found))
 
     def batches(self, start_iteration: int) -> Iterable[Any]:
         return self._batches(start_iteration)

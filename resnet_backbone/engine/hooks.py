@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from detectron2.engine import HookBase
@@ -13,6 +13,13 @@ from fvcore.common.param_scheduler import ParamScheduler
 
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.schedule import Plateau, WarmUpUntil, set_learning_rate
+
+
+def check_metric(metric: str, results: Mapping[str, float]) -> None:
+    """Raise ConfigError if an evaluation's results, by name, lack the metric that selects the best checkpoint."""
+    if metric not in results:
+        near = difflib.get_close_matches(metric, results, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"TEST.BEST_METRIC is {metric}, which the evaluation does not give; the nearest is {near}.")
 
 
 class LearningRate(HookBase):
@@ -110,11 +117,8 @@ class Evaluation(HookBase):
         results = flatten_results_dict(self._evaluate())
         results = {name: float(value) for name, value in results.items()}
         self.trainer.store(results)
-        if comm.is_main_process() and self.metric and results and self.metric not in results:
-            near = difflib.get_close_matches(self.metric, results, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"TEST.BEST_METRIC is {self.metric}, which the evaluation does not give; the nearest is {near}."
-            )
+        if comm.is_main_process() and self.metric and results:
+            check_metric(self.metric, results)
         # Detectron2's evaluators return results on the main process only.
         score = comm.all_gather(results.get(self.metric))[0]
         if score is None:

@@ -199,6 +199,7 @@ def test_of_several_test_sets_the_first_decides_or_the_one_that_a_key_names(smal
     assert read_checkpoint(tmp_path / "other" / "model_final.pth").metadata.origin["AP75"] >= 0
     with pytest.raises(ConfigError, match=r"TEST.BEST_METRIC is .*/bbox/AP49, which .* the nearest is .*/bbox/AP"):
         detection.run(small("none", *keys, "TEST.BEST_METRIC", "bbox/AP49"))
+    assert not (tmp_path / "none" / "metrics.json").exists()  # before the first iteration
 
 
 def test_frozen_stages_with_random_batch_norm_stop(detection_config, tmp_path):

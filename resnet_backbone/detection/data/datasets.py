@@ -16,9 +16,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.colormap import colormap
 
-from resnet_backbone.data.decode import too_long
+from resnet_backbone.data.decode import looks_whole, too_long
 from resnet_backbone.data.errors import nearest_existing
 from resnet_backbone.detection.data import annotations, coco_file, folders
+from resnet_backbone.detection.data.mapper import read_image
 from resnet_backbone.engine.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -185,6 +186,16 @@ def _check_dicts(entry: str, records: list[dict[str, Any]]) -> Counter[str]:
             if not (isinstance(category, Integral) and 0 <= int(category) < (classes or np.inf))
         ]
     return annotations.check(items, np.repeat(sizes, counts, axis=0), modes=modes, entry=entry, name=name, bad=bad)
+
+
+def check_images_are_whole(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
+    """Raise DatasetError for a cut-off image, which would end an evaluation hours later; training may skip it.
+
+    Only images without an end mark are decoded, so thousands take a second.
+    """
+    for file in (record["file_name"] for record in records):
+        if os.path.isfile(file) and not looks_whole(file):
+            read_image(file, cfg.INPUT.FORMAT)
 
 
 def objects_of(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -62,14 +62,18 @@ def check_expected(cfg: CfgNode, results: dict[str, Any]) -> None:
         logger.info("all %d metrics are as in TEST.EXPECTED_RESULTS", len(cfg.TEST.EXPECTED_RESULTS))
 
 
-def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
+def try_two_images(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     """Quietly run inference and evaluation on two images of each data set in DATASETS.TEST, to fail early.
 
     The evaluator gets a made-up detection besides the model's, since an untrained model finds nothing.
 
+    Returns:
+        Metrics as `evaluate` gives them, without panoptic quality; only their names mean anything.
+
     Raises:
         ConfigError: the evaluation of a detection fails.
     """
+    results = {}
     for name in cfg.DATASETS.TEST:
         dicts = _images(cfg, name)[:2]
         with _quiet():
@@ -78,9 +82,10 @@ def try_two_images(cfg: CfgNode, model: nn.Module) -> None:
                 build_evaluator(cfg, name, _folder(cfg, name, Path(cfg.OUTPUT_DIR) / "inference"), whole=False)
             evaluator = MadeUpDetections(build_evaluator(cfg, name, None, whole=False), name)
             loader = build_detection_test_loader(dicts, mapper=_mapper(cfg, name))
-            inference_on_dataset(model, loader, evaluator)
+            results[name] = inference_on_dataset(model, loader, evaluator)
             if cfg.TEST.AUG.ENABLED:
                 inference_on_dataset(GeneralizedRCNNWithTTA(cfg, model), loader, evaluator)
+    return results if len(results) != 1 else next(iter(results.values()))
 
 
 def _test(cfg: CfgNode, model: nn.Module, name: str, folder: Path) -> dict[str, dict[str, float]]:

@@ -13,6 +13,8 @@ from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from pycocotools.coco import COCO
 
 from resnet_backbone.data.drawing import CLASS_NAMES
+from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.detection.checks import check_datasets
 from resnet_backbone.detection.data import datasets
 from resnet_backbone.engine.config import ConfigError
 
@@ -162,3 +164,16 @@ def test_a_broken_data_set_stays_unharmed(cfg, coco):
             datasets.check(cfg, path)
     assert Path(path).read_bytes() == before
     assert path in DatasetCatalog
+
+
+def test_a_cut_off_test_image_is_found_before_training(cfg, coco, scenes, tmp_path):
+    """Of the test data; a whole file with something behind its end is none."""
+    entry, images = coco(), sorted((tmp_path / "images").iterdir())
+    cfg.DATASETS.TEST = (entry,)
+    images[0].write_bytes(images[0].read_bytes() + bytes(100))
+    check_datasets(cfg, training=True)
+    images[-1].write_bytes(images[-1].read_bytes()[:900])
+    with pytest.raises(DatasetError, match=rf"{images[-1].name} cannot be read"):
+        check_datasets(cfg, training=True)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (entry,), (scenes,)
+    check_datasets(cfg, training=True)  # training stops at it, or skips it, as ON_CORRUPT says
