@@ -237,7 +237,7 @@ def test_every_parameter_learns(pretrain_config, tmp_path, monkeypatch):
             ("DATASETS.TEST", (), "SOLVER.LR_SCHEDULER_NAME", "WarmupPlateauLR", "TEST.EVAL_PERIOD", 1),
             ("follows the evaluations", "EVAL_PERIOD is 0 (DATASETS.TEST is empty)"),
         ),
-        (("TEST.PRECISE_BN.NUM_ITER", 0), ("TEST.PRECISE_BN.NUM_ITER is 0", "at least one")),
+        (("TEST.PRECISE_BN.NUM_ITER", 0), ("TEST.PRECISE_BN.NUM_ITER is 0", "a whole number from 1")),
         (("INPUT.CROP.TYPE", "relative_range"), ("relative_range", "absolute")),
         (("INPUT.CROP.SIZE", (0.9, 0.9)), ("INPUT.CROP.SIZE", "pixels")),
         (("INPUT.CROP.SIZE", (64, 64)), ("64x64", "32")),
