@@ -56,6 +56,8 @@ def exit_code(command: Callable[[], object], *, interrupted: str = "") -> int:
         command: returns the exit code where that may be another than 0.
         interrupted: printed instead of an Interrupted's own message.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as tools set it for their imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = command()
         return code if isinstance(code, int) else 0

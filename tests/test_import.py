@@ -1,7 +1,14 @@
 """What importing the package costs and brings along."""
 
+import importlib.util
+import signal
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 IMPORT = """
 import sys, time
@@ -9,6 +16,7 @@ import torch
 modules = set(sys.modules)
 start = time.perf_counter()
 import resnet_backbone
+resnet_backbone.build_network
 print(time.perf_counter() - start)
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - modules}))
 """
@@ -28,3 +36,27 @@ def test_import_is_light():
     assert not imported & heavy
     # The best of three: the first run may compile the modules, and another process may hold the core.
     assert min(seconds for seconds, _ in runs) < 0.05
+
+
+def test_the_package_has_its_networks_and_nothing_else():
+    import resnet_backbone
+    from resnet_backbone import build_network, list_networks
+
+    assert "resnet50" in list_networks() and build_network is resnet_backbone.build_network
+    with pytest.raises(AttributeError, match="has no attribute 'build_netwrk'"):
+        resnet_backbone.build_netwrk("resnet50")
+
+
+@pytest.mark.parametrize("words", [["tools/train_net.py"], ["-m", "resnet_backbone.tools.pretrain"]])
+def test_ctrl_c_during_the_imports_of_a_tool_prints_no_stack_trace(words):
+    """By SIGINT's default action; a shell calls that exit code 130."""
+    if words[0] == "-m" and importlib.util.find_spec("resnet_backbone.tools") is None:
+        pytest.skip("the package is not installed")
+    process = subprocess.Popen([sys.executable, "-v", *words, "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    printed = ""
+    while "import 'torch._C'" not in printed:  # in the middle of torch's import
+        printed = process.stderr.readline() or pytest.fail("torch was not imported")
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in rest and "KeyboardInterrupt" not in rest

@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Print each network's structure and cost, stage by stage, next to the ResNet paper's numbers."""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the imports below without a stack trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import sys

@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Check every image of a classification dataset before a run: what would stop it, and what is worth knowing."""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the imports below without a stack trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import functools
 import json

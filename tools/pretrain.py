@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Pretrain a classifier and write a checkpoint that records the input it expects."""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the imports below without a stack trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Train or evaluate a Detectron2 detector with one of this package's networks or any of Detectron2's own."""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the imports below without a stack trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from collections.abc import Sequence
