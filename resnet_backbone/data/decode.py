@@ -45,15 +45,18 @@ def decode(data: bytes, *, what: str, reduction: int = 1) -> np.ndarray:
     return image
 
 
-def looks_whole(file: str | os.PathLike) -> bool:
-    """Return whether a JPEG or PNG file has its end, from its first and last bytes; True for other image formats.
+def read_ends(descriptor: int, offset: int = 0, size: int | None = None) -> tuple[bytes, bytes]:
+    """Return the first 12 and the last 64 bytes of a file, or of `size` bytes of it from `offset` on."""
+    size = os.fstat(descriptor).st_size if size is None else size
+    tail = min(size, 64)
+    return os.pread(descriptor, min(size, 12), offset), os.pread(descriptor, tail, offset + size - tail)
+
+
+def looks_whole(head: bytes, tail: bytes) -> bool:
+    """Return whether a JPEG or PNG has its end, from what `read_ends` gives; True for other image formats.
 
     One that does not may still be whole (some cameras write something behind the end): decode it to find out.
     """
-    with open(file, "rb") as opened:
-        head = opened.read(12)
-        opened.seek(max(0, os.fstat(opened.fileno()).st_size - 64))
-        tail = opened.read()
     if head.startswith(b"\xff\xd8"):
         return b"\xff\xd9" in tail
     if head.startswith(b"\x89PNG"):

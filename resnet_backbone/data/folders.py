@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from resnet_backbone.data.decode import read_ends
 from resnet_backbone.data.errors import IMAGE_EXTENSIONS, DatasetError, content, nearest_existing, some
 from resnet_backbone.data.interface import ClassificationSource, PackedStrings
 
@@ -51,6 +52,14 @@ class FolderSource(ClassificationSource):
                 return file.read()
         except OSError as error:
             raise DatasetError(f"{path} was found at the start but cannot be read now: {error.strerror}") from None
+
+    def ends(self, index: int) -> tuple[bytes, bytes]:
+        path = self.describe(index)
+        try:
+            with open(path, "rb") as file:
+                return read_ends(file.fileno())
+        except OSError as error:
+            raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
 
     def describe(self, index: int) -> str:
         return os.path.join(self.root, self._paths[index])

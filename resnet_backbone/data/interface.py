@@ -46,6 +46,10 @@ class ClassificationSource(ABC):
     def read(self, index: int) -> bytes:
         """Read the encoded image, as stored."""
 
+    def ends(self, index: int) -> tuple[bytes, bytes] | None:
+        """Read the image's first and last bytes alone (`decode.read_ends`); None if it is in memory already."""
+        return None
+
     @abstractmethod
     def describe(self, index: int) -> str:
         """Name the image for messages: its path, or shard and key."""

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from resnet_backbone.data.decode import read_ends
 from resnet_backbone.data.errors import DatasetError, nearest_existing, some
 from resnet_backbone.data.interface import ClassificationSource, PackedStrings
 
@@ -82,6 +83,9 @@ class ShardSource(ClassificationSource):
                 "opened; start again with the complete shard"
             )
         return data
+
+    def ends(self, index: int) -> tuple[bytes, bytes]:
+        return read_ends(self._file(int(self._shard_of[index])), int(self._offsets[index]), int(self._sizes[index]))
 
     def describe(self, index: int) -> str:
         return f"{self._shards[self._shard_of[index]]}:{self._keys[index]}"

@@ -17,6 +17,9 @@ class Subset(ClassificationSource):
     def read(self, index: int) -> bytes:
         return self.source.read(int(self.indices[index]))
 
+    def ends(self, index: int) -> tuple[bytes, bytes] | None:
+        return self.source.ends(int(self.indices[index]))
+
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.indices[index]))
 

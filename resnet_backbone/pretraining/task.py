@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from torch import nn
 
+from resnet_backbone.data.decode import decode, looks_whole
 from resnet_backbone.data.interface import ClassificationSource
 from resnet_backbone.data.sources import open_source
 from resnet_backbone.data.subset import hold_out
@@ -63,6 +65,8 @@ class Classification:
     def build(self, last: Checkpoint | None, *, eval_only: bool) -> nn.Module:
         cfg = self._cfg
         source, test_source = _open_sources(cfg)
+        if test_source is not None:
+            _check_images_are_whole(test_source)
         weights = _read_weights(cfg, last, test_source or source, eval_only=eval_only)
         model, self._arguments = _build_model(cfg, weights, len(source.class_names))
         self._norm_statistics = "never" if weights is None else weights.metadata.norm_statistics
@@ -165,6 +169,17 @@ def _open_sources(cfg: CfgNode) -> tuple[ClassificationSource, ClassificationSou
         tested = f"held out of {cfg.DATASETS.TRAIN[0]}" if cfg.DATASETS.HOLD_OUT else cfg.DATASETS.TEST[0]
         logger.info("%s: %d images", tested, len(test_source))
     return source, test_source
+
+
+def _check_images_are_whole(source: ClassificationSource) -> None:
+    """Raise DatasetError for a cut-off test image, which would end an evaluation hours later; training may skip it.
+
+    Each process looks at its share, and decodes only images without an end mark.
+    """
+    for index in range(comm.get_rank(), len(source), comm.get_world_size()):
+        ends = source.ends(index)
+        if ends is not None and not looks_whole(*ends):
+            decode(source.read(index), what=source.describe(index))
 
 
 def _read_weights(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_backbone.data.decode import decode, jpeg_size, looks_whole
+from resnet_backbone.data.decode import decode, jpeg_size, looks_whole, read_ends
 from resnet_backbone.data.errors import DatasetError
 
 
@@ -136,11 +136,13 @@ def test_jpeg_size_of_damaged_bytes(picture):
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM"])
 def test_a_whole_file_looks_whole_and_a_cut_off_one_does_not(picture, tmp_path, form):
-    file, data = tmp_path / "image", encoded(picture, form)
-    file.write_bytes(data)
-    assert looks_whole(file)
-    file.write_bytes(data[: len(data) // 2])
-    assert looks_whole(file) == (form not in ("JPEG", "PNG"))  # whose end can be seen
-    for other in (b"", b"<html>not found</html>"):
-        file.write_bytes(other)
-        assert not looks_whole(file)
+    data = encoded(picture, form)
+
+    def looks(content: bytes) -> bool:
+        (tmp_path / "image").write_bytes(b"before" + content + b"behind")
+        with (tmp_path / "image").open("rb") as file:
+            return looks_whole(*read_ends(file.fileno(), len(b"before"), len(content)))
+
+    assert looks(data)
+    assert looks(data[: len(data) // 2]) == (form not in ("JPEG", "PNG"))  # whose end can be seen
+    assert not looks(b"") and not looks(b"<html>not found</html>")

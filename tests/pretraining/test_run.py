@@ -1,4 +1,6 @@
+import io
 import json
+import tarfile
 
 import cv2
 import numpy as np
@@ -8,6 +10,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from resnet_backbone import build_network, pretraining
+from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.engine import precise_bn
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.trainer import Trainer
@@ -307,3 +310,27 @@ def test_eval_only_refuses_random_weights_and_other_classes(pretrain_config, tmp
     data = ("DATASETS.TRAIN", bright_and_dark, "DATASETS.TEST", bright_and_dark)
     with pytest.raises(CheckpointError, match="8"):
         pretraining.run(pretrain_config(tmp_path, *data, "MODEL.WEIGHTS", classifier("resnet18")))
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_a_cut_off_test_image_is_found_before_training(pretrain_config, tmp_path, kind):
+    image = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8))[1].tobytes()
+    (root := tmp_path / "data").mkdir()
+    contents = [image, image + bytes(100), image, image[:700]]  # the second has something behind its end
+    if kind == "folder":
+        for number, content in enumerate(contents):
+            (root / "ab"[number % 2]).mkdir(exist_ok=True)
+            (root / "ab"[number % 2] / f"{number}.jpg").write_bytes(content)
+        data, name = str(root), "b/3.jpg"
+    else:
+        data, name = str(root / "a-000000.tar"), "a-000000.tar:3"
+        with tarfile.open(data, "w") as archive:
+            for number, content in enumerate(contents):
+                for suffix, part in (("jpg", content), ("cls", str(number % 2).encode())):
+                    member = tarfile.TarInfo(f"{number}.{suffix}")
+                    member.size = len(part)
+                    archive.addfile(member, io.BytesIO(part))
+    keys = ("DATASETS.TRAIN", data, "DATASETS.TEST", data, "DATALOADER.ON_CORRUPT", "skip")
+    with pytest.raises(DatasetError, match=rf"{name}.* is unreadable"):
+        pretraining.run(pretrain_config(tmp_path / "run", *keys))
+    assert not (tmp_path / "run" / "metrics.json").exists()

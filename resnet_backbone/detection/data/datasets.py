@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.utils.colormap import colormap
 
-from resnet_backbone.data.decode import looks_whole, too_long
+from resnet_backbone.data.decode import looks_whole, read_ends, too_long
 from resnet_backbone.data.errors import nearest_existing
 from resnet_backbone.detection.data import annotations, coco_file, folders
 from resnet_backbone.detection.data.mapper import read_image
@@ -194,7 +194,11 @@ def check_images_are_whole(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> N
     Only images without an end mark are decoded, so thousands take a second.
     """
     for file in (record["file_name"] for record in records):
-        if os.path.isfile(file) and not looks_whole(file):
+        if not os.path.isfile(file):
+            continue
+        with open(file, "rb") as opened:
+            whole = looks_whole(*read_ends(opened.fileno()))
+        if not whole:
             read_image(file, cfg.INPUT.FORMAT)
 
 
