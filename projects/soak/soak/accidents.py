@@ -47,7 +47,8 @@ def fill_disk(run: subprocess.Popen, disk: Path, rng: random.Random) -> bool:
 # take the run, the disk that it writes to, and random numbers; they return whether there was anything to hit.
 ACCIDENTS: dict[str, tuple[Callable[[subprocess.Popen, Path, random.Random], bool], set[int]]] = {
     "SIGKILL to all": (kill_all, {-signal.SIGKILL}),
-    "SIGTERM": (ask, {EXIT_INTERRUPTED, -signal.SIGTERM}),  # the latter before there is anything to save
+    # The latter two outside of the training loop, before and after the two processes have started.
+    "SIGTERM": (ask, {EXIT_INTERRUPTED, -signal.SIGTERM, 128 + signal.SIGTERM}),
     "SIGKILL to a rank": (kill_rank, {128 + signal.SIGKILL}),
     "SIGKILL to a worker": (kill_worker, {EXIT_BAD_INPUT}),
     "full disk": (fill_disk, {EXIT_BAD_INPUT}),
