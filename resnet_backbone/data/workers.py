@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -76,6 +77,17 @@ class _WatchedIterator(_MultiProcessingDataLoaderIter):
     def __init__(self, loader: DataLoader):
         self._waited = 0.0
         super().__init__(loader)
+
+    def _next_data(self) -> Any:
+        try:
+            return super()._next_data()
+        except (OSError, EOFError) as error:
+            # A worker that dies between announcing a batch and handing over its memory breaks a connection. The system
+            # tells of its death a moment later.
+            time.sleep(1.0)
+            if dead := [worker.pid for worker in self._workers if not worker.is_alive()]:
+                raise RuntimeError(f"DataLoader worker (pid(s) {', '.join(map(str, dead))}) is gone") from error
+            raise
 
     def _try_get_data(self, timeout: float = CHECK_INTERVAL) -> tuple[bool, Any]:
         came, data = super()._try_get_data(timeout)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import Dataset, default_collate
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from resnet_backbone.data import workers
 from resnet_backbone.data.errors import DatasetError
@@ -192,6 +193,23 @@ def test_a_worker_that_dies_is_named():
     assert re.search(rf"ended: worker \(pid(\(s\))? \d+\) {how}\. The kernel kills", str(caught.value))
     with pytest.raises(RuntimeError, match="other"), explained_deaths():
         raise RuntimeError("other")
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_worker_that_dies_while_it_hands_over_a_batch(monkeypatch, killed):
+    """The connection for the batch's shared memory breaks before its death is known."""
+    batches = iter(Loader(Numbers(), [[0], [1], [2]], workers=1))
+    next(batches)
+
+    def broken(self, timeout):
+        if killed:
+            os.kill(self._workers[0].pid, signal.SIGKILL)
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", broken)
+    how = r"worker \(pid.*\) is (gone|killed)" if killed else "reset by peer"
+    with pytest.raises(DatasetError if killed else ConnectionResetError, match=how), explained_deaths():
+        next(batches)
 
 
 class Slow(Dataset):
