@@ -58,12 +58,16 @@ def test_the_report_says_what_happened_and_whether_all_is_equal(project):
         "tensors": 132,
         "different": [],
         "reported": {"model_final.pth": 1.234, "model_best.pth": 2.0},
+        "detections": 300,
+        "same_detections": True,
         "evaluated": {"model_final.pth": 1.23, "model_best.pth": 2.0},
     }
     text = report.report(plan, results)
     assert "132 tensors: all equal to the last bit." in text
     assert any(line.split("|")[2:5] == [" SIGTERM    ", " 3         ", " 75          "] for line in text.splitlines())
     assert any("model_final.pth" in line and line.count("1.23") == 2 for line in text.splitlines())
+    assert "The 300 detections of model_final.pth" in text and "one of its own: the same." in text
+    assert "NOT the same" in report.report(plan, {**results, "same_detections": False})
     assert "2 differ (a, b …)" in report.report(plan, {**results, "different": ["a", "b"]})
 
 

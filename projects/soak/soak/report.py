@@ -35,6 +35,9 @@ def report(plan: Plan, results: dict[str, Any]) -> str:
             "",
             f"Final weights beside those of the undisturbed run, {results['tensors']} tensors: {verdict}.",
             "",
+            f"The {results['detections']} detections of model_final.pth in the run's last evaluation and in one of its "
+            f"own: {'the same' if results['same_detections'] else 'NOT the same'}.",
+            "",
             tabulate(files, ("file", "AP it reports", "AP when evaluated"), tablefmt="github", disable_numparse=True),
             "",
         )
