@@ -23,7 +23,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", nargs=2, metavar=("TRAIN", "TEST"), help="as in DATASETS; by default generated images"
     )
-    parser.add_argument("--iterations", type=int, default=200, metavar="N")
+    parser.add_argument("--iterations", type=int, default=900, metavar="N")
     parser.add_argument("--accidents", type=int, default=20, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args(words)

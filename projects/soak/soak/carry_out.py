@@ -23,6 +23,7 @@ from soak.accidents import ACCIDENTS, FILLER
 ROOT = Path(__file__).parents[3]
 DISK = 2**30  # bytes of the disk that gets full
 LONGEST = 1800  # seconds that a run may take
+LATEST = 60  # seconds after which an accident happens at the latest
 SMALL = """
 MODEL.DEVICE cpu  MODEL.NETWORK.NAME resnet18  MODEL.NETWORK.WIDTH 0.25  SEED 7
 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 32  MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0
@@ -130,7 +131,7 @@ def _disturbed(plan: Plan, disk: Path, keys: Sequence[str], length: float, may_f
         if number < plan.accidents:
             if number % len(names) == 0:  # each kind in turn, in random order
                 rng.shuffle(names)
-            name, moment = names[number % len(names)], rng.uniform(1, 0.4 * length)
+            name, moment = names[number % len(names)], rng.uniform(1, min(0.25 * length, LATEST))
             accident, expected = ACCIDENTS[name]
             if not run.ends_within(moment):  # anywhere from the first import on
                 while not accident(run.process, disk, rng) and not run.ends_within(0.5):
