@@ -66,7 +66,6 @@ class Loader(DataLoader):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
-
     def _get_iterator(self) -> Iterator[Any]:
         return _WatchedIterator(self) if self.num_workers else super()._get_iterator()
 

@@ -17,9 +17,7 @@ from resnet_backbone.engine.network_config import network_name
 from tests.detection.detectron2_names import detectron2_state
 
 ZOO = Path(model_zoo.__file__).parent / "configs"
-FILES = sorted(
-    path.relative_to(ZOO).as_posix() for path in ZOO.rglob("*.yaml") if not path.name.startswith("Base-")
-)
+FILES = sorted(path.relative_to(ZOO).as_posix() for path in ZOO.rglob("*.yaml") if not path.name.startswith("Base-"))
 NAMES = {
     "build_resnet_backbone": "build_network_backbone",
     "build_resnet_fpn_backbone": "build_network_fpn_backbone",
