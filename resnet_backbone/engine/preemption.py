@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -27,14 +28,13 @@ class _WaitLeft(BaseException):
 class Preemption(HookBase):
     """On SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, raise Interrupted. A second Ctrl-C ends the run at once.
 
-    Several processes stop together, after the same iteration. They sync every `period` iterations, so it is enough
-    for one of them to get the signal.
+    Several processes stop together, after the same iteration: they agree before each step, so it is enough for one of
+    them to get the signal.
     """
 
-    def __init__(self, checkpoints: Checkpoints, period: int):
+    def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
-        self._period = period
-        self._received: str | None = None
+        self._received: signal.Signals | None = None
         self._waiting = False
         self._former: dict[signal.Signals, Any] = {}
         self._process = os.getpid()
@@ -46,16 +46,6 @@ class Preemption(HookBase):
     def after_train(self) -> None:
         restore_handlers(self._former)
         self._former = {}
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        received = self._received
-        if comm.get_world_size() > 1:
-            if done % self._period:
-                return
-            received = next(filter(None, comm.all_gather(received)), None)
-        if received is not None and done < self.trainer.max_iter:
-            self._leave(received, self.trainer.iter)
 
     def interruptible(self, evaluate: Callable[[], dict]) -> dict:
         """Call `evaluate`, but abort it at the next module call after a signal; a resumed run evaluates again.
@@ -73,37 +63,47 @@ class Preemption(HookBase):
             pass
         finally:
             watch.remove()
-        self._leave(self._received, self.trainer.iter - 1)
+        self._leave(self._received)
 
     def wait(self, fetch: Callable[[], Any]) -> Any:
-        """Call `fetch` for the next batch, but abort it on a signal; a resumed run fetches the batch again.
+        """Call `fetch` for the next batch, but leave on a signal, at once; a resumed run fetches the batch again.
 
-        With several processes, it waits to the end: the others may be in the middle of the step.
+        It comes before anything else of an iteration, in all processes, so all leave with the same state.
         """
-        if comm.get_world_size() > 1:
-            return fetch()
+        batch = None
         try:
             self._waiting = True
-            if self._received is not None:
-                raise _WaitLeft
-            # Here the handler may raise: if something swallows the exception, the run leaves after the step.
-            return fetch()
+            if self._received is None:
+                batch = fetch()  # here the handler may raise: what swallows the exception only delays the leaving
         except _WaitLeft:
             pass
         finally:
             self._waiting = False
-        self._leave(self._received, self.trainer.iter - 1)
+        received = self._agree()
+        if received is not None:
+            self._leave(received)
+        return batch
+
+    def _agree(self) -> signal.Signals | None:
+        """Return the signal that this process or another one received."""
+        if comm.get_world_size() == 1:
+            return self._received
+        number = torch.tensor(self._received or 0)
+        # On the CPU, by gloo: the processes wait for each other here, but not for their devices.
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=comm._get_global_gloo_group())
+        return signal.Signals(number.item()) if number else None
 
     def _leave_evaluation(self, *_: Any) -> None:
         if self._received is not None:
             raise _EvaluationLeft
 
-    def _leave(self, received: str, iteration: int) -> None:
+    def _leave(self, received: signal.Signals) -> None:
+        iteration = self.trainer.iter - 1  # the latest one that is done
         if iteration < self.trainer.start_iter:
-            raise Interrupted(f"{received}: left before the first iteration, with nothing new to save.")
+            raise Interrupted(f"{received.name}: left before the first iteration, with nothing new to save.")
         self._checkpoints.save(iteration)
         raise Interrupted(
-            f"{received}: saved after {iteration + 1} of {self.trainer.max_iter} iterations. Go on with --resume."
+            f"{received.name}: saved after {iteration + 1} of {self.trainer.max_iter} iterations. Go on with --resume."
         )
 
     def _handle(self, number: int, _frame: Any) -> None:
@@ -114,9 +114,10 @@ class Preemption(HookBase):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         if not again:
-            self._received = signal.Signals(number).name
+            self._received = signal.Signals(number)
             with contextlib.suppress(OSError):  # stderr may be a file on a full disk
                 # Not through the logger, which may be in the middle of a line.
-                os.write(2, f"{self._received}: finishing the step, then saving\n".encode())
+                os.write(2, f"{self._received.name}: finishing the step, then saving\n".encode())
         if self._waiting:
+            self._waiting = False
             raise _WaitLeft

@@ -125,7 +125,7 @@ def train(
 
     plateau, warm_up = build_plateau(cfg), build_warm_up(cfg)
     checkpoints = hooks.Checkpoints(save, cfg.SOLVER.CHECKPOINT_PERIOD)
-    preemption = Preemption(checkpoints, cfg.SOLVER.LOG_PERIOD)
+    preemption = Preemption(checkpoints)
     evaluation = hooks.Evaluation(
         lambda: preemption.interruptible(lambda: task.evaluate(result())),
         cfg.TEST.EVAL_PERIOD,

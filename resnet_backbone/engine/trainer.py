@@ -108,6 +108,8 @@ class Trainer(TrainerBase):
         self.norm_statistics = NormStatistics([unwrap(model)] + ([] if average is None else [average.model]))
         self._graph = GraphedStep(self._step) if cuda_graph else None
         self._iterator: Iterator[Any] | None = None
+        self._batch: Any = None
+        self._waited = 0.0  # seconds that this iteration waited for its batch
 
     def train(self, start_iter: int, max_iter: int) -> None:
         """Run iterations `start_iter` up to but excluding `max_iter`, with hooks around each.
@@ -143,23 +145,24 @@ class Trainer(TrainerBase):
         self._throughput.restart()
 
     def before_step(self) -> None:
+        """Fetch the batch, then call the hooks: a wait that is left leaves nothing of the iteration behind."""
+        start = time.perf_counter()
+        self._batch = self.wait(lambda: next(self._iterator))
+        self._waited = time.perf_counter() - start
         with self._outside_of_the_rate():
             super().before_step()
 
     def run_step(self) -> None:
         if not self.model.training:
             self.model.train()
-        start = time.perf_counter()
-        batch = self.wait(lambda: next(self._iterator))
-        waited = time.perf_counter() - start
-
+        batch, self._batch = self._batch, None  # its memory is free once the step is done with it
         seed_iteration(self.seed, self.iter, comm.get_rank(), self._device)
         try:
             (self._step if self._graph is None else self._graph)(batch)
         except FloatingPointError as error:  # how Detectron2 rejects NaN boxes
             raise self._diagnosis.of_this_process(self.iter) from error
         self._metrics.count += 1
-        self._throughput.count_iteration(waited)
+        self._throughput.count_iteration(self._waited)
         if (self.iter + 1) % self.log_period == 0 or self.iter + 1 == self.max_iter:
             self.read_metrics()
 

@@ -105,14 +105,23 @@ class TestWhileABatchIsAwaited:
             Run(cfg, tmp_path / "run", during_fetch=send(signal.SIGTERM, 0))
         assert not list((tmp_path / "run").glob("*.pth"))
 
-    def test_a_signal_that_something_swallows_is_obeyed_after_the_step(self, cfg, tmp_path):
+    def test_a_signal_that_something_swallows_is_obeyed_after_the_wait(self, cfg, tmp_path):
         def swallow(iteration: int) -> None:
             if iteration == 5:
                 with contextlib.suppress(BaseException):
                     os.kill(os.getpid(), signal.SIGTERM)
 
-        with pytest.raises(Interrupted, match="SIGTERM: saved after 6 of 10 iterations"):
+        with pytest.raises(Interrupted, match="SIGTERM: saved after 5 of 10 iterations"):
             Run(cfg, tmp_path / "run", during_fetch=swallow)
+
+    def test_an_evaluation_of_the_same_iteration_has_not_begun(self, cfg, tmp_path):
+        """The resumed run would count it twice: a plateau would be found too early."""
+        cfg.TEST.EVAL_PERIOD = 5
+        evaluated = []
+        with pytest.raises(Interrupted, match="saved after 5 of 10"):
+            Run(cfg, tmp_path / "run", during_fetch=send(signal.SIGTERM, 5), during_evaluation=evaluated.append)
+        assert evaluated == []
+        assert Run(cfg, tmp_path / "run", resume=True).evaluated == [5]
 
 
 class TestInAnEvaluation:
@@ -172,7 +181,7 @@ class TestInAnEvaluation:
         """Between two steps: the evaluation is not begun."""
         saved, evaluated = [], []
         checkpoints = Checkpoints(saved.append, 0)
-        preemption = Preemption(checkpoints, 5)
+        preemption = Preemption(checkpoints)
 
         class Late(HookBase):
             def before_step(self):
@@ -261,36 +270,44 @@ def test_in_another_thread_there_are_no_handlers_and_no_error(cfg, tmp_path):
     assert len(runs[0].seen) == 10
 
 
-def _signalled(evaluating: bool) -> dict[str, object]:
-    """A run of 20 iterations, agreeing each 4; rank 1 alone gets the signal, in iteration 5 or the evaluation at 6."""
+def _signalled(where: str) -> dict[str, object]:
+    """A run of 20 iterations whose rank 1 alone gets a signal, in iteration 6, its evaluation, or the wait before."""
     rank = torch.distributed.get_rank()
     saved, evaluated = [], []
     checkpoints = Checkpoints(saved.append, 0)
-    preemption = Preemption(checkpoints, 4)
+    preemption = Preemption(checkpoints)
 
     def losses(model, i):
-        if rank == 1 and i == 5 and not evaluating:
+        if rank == 1 and i == 6 and where == "step":
             os.kill(os.getpid(), signal.SIGTERM)
         return {"loss": model(torch.ones(1, 1)).sum()}, {}
 
     def evaluate():
-        if rank == 1:
+        if rank == 1 and where == "evaluation":
             os.kill(os.getpid(), signal.SIGTERM)
         evaluated.append(1)
         return {}
 
-    hooks = [Evaluation(lambda: preemption.interruptible(evaluate), 6 if evaluating else 0), checkpoints, preemption]
-    trainer = build(losses=losses, hooks=hooks)
+    def batches(start):
+        for i in range(start, 100):
+            if rank == 1 and i == 6 and where == "wait":
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                time.sleep(60)
+            yield i
+
+    hooks = [Evaluation(lambda: preemption.interruptible(evaluate), 6), checkpoints, preemption]
+    trainer = build(losses=losses, hooks=hooks, batches=batches)
+    trainer.wait = preemption.wait
     try:
         trainer.train(0, 20)
     except Interrupted as error:
-        return {"message": str(error), "iteration": trainer.iter, "saved": saved, "evaluated": len(evaluated)}
+        return {"message": str(error), "saved": saved, "evaluated": len(evaluated)}
     return {"message": "came to its end"}
 
 
-@pytest.mark.parametrize("evaluating", [False, True])
-def test_of_two_processes_one_is_signalled_and_both_leave_together(tmp_path, evaluating):
-    zero, one = in_two_processes(_signalled, tmp_path, evaluating)
-    message = "SIGTERM: saved after 8 of 20 iterations. Go on with --resume."
-    expected = {"message": message, "iteration": 7, "evaluated": int(evaluating)}
-    assert zero == {**expected, "saved": [7]} and one == {**expected, "saved": []}
+@pytest.mark.parametrize(("where", "done"), [("step", 7), ("evaluation", 7), ("wait", 6)])
+def test_of_two_processes_one_is_signalled_and_both_leave_together(tmp_path, where, done):
+    zero, one = in_two_processes(_signalled, tmp_path, where, seconds=45)
+    message = f"SIGTERM: saved after {done} of 20 iterations. Go on with --resume."
+    expected = {"message": message, "evaluated": done - 6}
+    assert zero == {**expected, "saved": [done - 1]} and one == {**expected, "saved": []}
