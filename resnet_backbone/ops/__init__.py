@@ -1,0 +1,5 @@
+"""Fast operators, each beside the plain PyTorch function that defines it."""
+
+from resnet_backbone.ops.frozen_bn import affine, convolve_and_normalize
+from resnet_backbone.ops.nms import batched_nms
+from resnet_backbone.ops.roi_align import roi_align
