@@ -20,12 +20,14 @@ from resnet_backbone.engine.ranges import (
 
 
 def add_network_config(cfg: CfgNode) -> None:
-    """Add the keys that this package reads to Detectron2's defaults: `MODEL.NETWORK` and a few of `SOLVER`.
+    """Add the keys that this package reads to Detectron2's defaults: of `MODEL`, `SOLVER` and others.
 
     Where Detectron2 already has a key, we use it: MODEL.RESNETS.{STRIDE_IN_1X1, NORM, OUT_FEATURES},
     MODEL.BACKBONE.FREEZE_AT, MODEL.WEIGHTS, INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD.
     """
     add_engine_config(cfg)
+    # Whether tools/train_net.py replaces modules by faster ones with the same results (`modeling.fast.accelerate`).
+    cfg.MODEL.ACCELERATE = True
 
 
 def get_config() -> CfgNode:

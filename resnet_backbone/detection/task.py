@@ -29,6 +29,7 @@ from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.detection.evaluation.evaluate import check_expected, evaluate, try_two_images
 from resnet_backbone.detection.evaluation.metrics import best_metric, headline
 from resnet_backbone.detection.modeling.backbone import NetworkBackbone
+from resnet_backbone.detection.modeling.fast import accelerate
 from resnet_backbone.detection.modeling.layout import use_channels_last
 from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.detection.weights import is_frozen_norm, is_own, load_whole, offered, read, stock_arguments
@@ -167,6 +168,8 @@ def _build_model(cfg: CfgNode, weights: Checkpoint | None, file: str) -> nn.Modu
         raise ConfigError(_why_not_built(cfg, error)) from error
     _check_segmentation(cfg, model)
     load_whole(cfg, model, weights, file)
+    if cfg.MODEL.ACCELERATE:
+        accelerate(model)
     if cfg.SOLVER.AMP.ENABLED:
         keep_boxes_in_float32(model)
     use_channels_last(model)

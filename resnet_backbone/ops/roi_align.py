@@ -6,12 +6,16 @@ and a few horizontal ones. Samples that share a feature vector are merged before
 the features is the product with the transposed matrix: sums in a fixed order, the same bits every time.
 """
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 4_000_000  # entries of the matrix that are computed at a time, in about 200 MB
 
@@ -44,25 +48,146 @@ def roi_align(
     Returns:
         `(R, C, bins / step, bins / step)`, rounded up, in channels_last.
     """
+    if levels is None:
+        levels = torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
+    boxes = rois.to(torch.promote_types(features[0].dtype, torch.float32))
+    pooled = _roi_align(list(features), boxes, levels, list(output_size), list(scales), sampling_ratio, aligned, step)
+    return pooled.unflatten(0, (len(rois), *_pooled_size(output_size, step))).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("resnet_backbone::roi_align", mutates_args=())
+def _roi_align(
+    features: list[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    output_size: list[int],
+    scales: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    step: int,
+) -> Tensor:
+    """Return `(bins of all RoIs, C)`, a bin's row after the next; boxes in at least float32."""
+    if (kernels := _kernels(features[0])) is not None:
+        return kernels.forward(features, rois, levels, output_size, scales, sampling_ratio, aligned, step)
     channels = features[0].shape[1]
     # A view if the layout is channels_last and there is one level.
     rows = [feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features]
     rows = rows[0] if len(rows) == 1 else torch.cat(rows)
-    if levels is None:
-        levels = torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
-    heights, widths = (torch.tensor([f.shape[d] for f in features], device=rois.device)[levels] for d in (2, 3))
-    sizes = torch.tensor([feature.shape[0] * feature.shape[2] * feature.shape[3] for feature in features])
-    starts = (sizes.cumsum(0) - sizes).to(rois.device)[levels]
-    boxes = rois[:, 1:].to(torch.promote_types(rows.dtype, torch.float32))
-    per_pixel = torch.tensor(scales, dtype=boxes.dtype, device=rois.device)[levels]
+    shapes = [list(feature.shape) for feature in features]
+    pooled = [
+        F.embedding_bag(indices, rows, counts.cumsum(0) - counts, mode="sum", per_sample_weights=weights.to(rows.dtype))
+        for _, indices, weights, counts in _matrix(
+            shapes, rois, levels, output_size, scales, sampling_ratio, aligned, step
+        )
+    ]
+    return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
 
-    corners = boxes * per_pixel[:, None] - (0.5 if aligned else 0.0)
+
+@_roi_align.register_fake
+def _(features, rois, levels, output_size, scales, sampling_ratio, aligned, step):
+    down, across = _pooled_size(output_size, step)
+    return features[0].new_empty(len(rois) * down * across, features[0].shape[1])
+
+
+@torch.library.custom_op("resnet_backbone::roi_align_backward", mutates_args=())
+def _roi_align_backward(
+    gradient: Tensor,
+    rois: Tensor,
+    levels: Tensor,
+    shapes: list[int],
+    output_size: list[int],
+    scales: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    step: int,
+) -> list[Tensor]:
+    """Return the gradients of the features, `(N * H * W, C)` each; `shapes` holds N, C, H, W of each level."""
+    sizes = _grouped(shapes)
+    if (kernels := _kernels(gradient)) is not None:
+        return kernels.backward(gradient, rois, levels, sizes, output_size, scales, sampling_ratio, aligned, step)
+    pixels = [images * height * width for images, _, height, width in sizes]
+    totals: list[Tensor] = []
+    for first, indices, weights, counts in _matrix(
+        sizes, rois, levels, output_size, scales, sampling_ratio, aligned, step
+    ):
+        # The transposed matrix, its entries in the order of the feature maps' pixels.
+        bins = first + torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        order = torch.argsort(indices, stable=True)
+        bins, weights = bins[order], weights[order].to(gradient.dtype)
+        times = torch.bincount(indices, minlength=sum(pixels)).split(pixels)
+        entries = [int(each.sum()) for each in times]
+        parts = [
+            F.embedding_bag(b, gradient, n.cumsum(0) - n, mode="sum", per_sample_weights=w)
+            for b, w, n in zip(bins.split(entries), weights.split(entries), times, strict=True)
+        ]
+        totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
+    return totals
+
+
+@_roi_align_backward.register_fake
+def _(gradient, rois, levels, shapes, output_size, scales, sampling_ratio, aligned, step):
+    channels = gradient.shape[1]
+    return [gradient.new_empty(images * height * width, channels) for images, _, height, width in _grouped(shapes)]
+
+
+def _save(ctx, inputs, output) -> None:
+    features, rois, levels, *ctx.arguments = inputs
+    ctx.save_for_backward(rois, levels)
+    ctx.shapes = [size for feature in features for size in feature.shape]
+
+
+def _differentiate(ctx, gradient: Tensor):
+    rois, levels = ctx.saved_tensors
+    gradients = _roi_align_backward(gradient.contiguous(), rois, levels, ctx.shapes, *ctx.arguments)
+    sizes = zip(gradients, _grouped(ctx.shapes), strict=True)
+    found = [part.view(images, height, width, -1).permute(0, 3, 1, 2) for part, (images, _, height, width) in sizes]
+    return found, *[None] * 7
+
+
+_roi_align.register_autograd(_differentiate, setup_context=_save)
+
+
+def _kernels(features: Tensor) -> ModuleType | None:
+    """Return the module with this device's kernels; None on a CPU and where there is no Triton."""
+    if not features.is_cuda or features.dtype == torch.float64:
+        return None
+    try:
+        from resnet_backbone.ops import roi_align_kernels
+    except ImportError:
+        _say_without_triton()
+        return None
+    return roi_align_kernels
+
+
+@functools.cache
+def _say_without_triton() -> None:
+    logger.warning("Triton is not installed: RoIAlign takes its slower path on this GPU (pip install triton)")
+
+
+def _matrix(
+    shapes: Sequence[Sequence[int]],
+    rois: Tensor,
+    levels: Tensor,
+    output_size: Sequence[int],
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    step: int,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Yield the matrix in runs of RoIs: their first bin, indices and weights of the entries, and each bin's number.
+
+    A bin's entries are neighbors, and point into the pixels of all images and levels, one after the other.
+    """
+    heights, widths = (torch.tensor([shape[d] for shape in shapes], device=rois.device)[levels] for d in (2, 3))
+    sizes = torch.tensor([shape[0] * shape[2] * shape[3] for shape in shapes])
+    starts = (sizes.cumsum(0) - sizes).to(rois.device)[levels]
+    per_pixel = torch.tensor(scales, dtype=rois.dtype, device=rois.device)[levels]
+    corners = rois[:, 1:] * per_pixel[:, None] - (0.5 if aligned else 0.0)
     extents = corners[:, 2:] - corners[:, :2]
     if not aligned:
         extents = extents.clamp(min=1.0)
     samples = [number_of_samples(extents[:, d], output_size[1 - d], sampling_ratio) for d in (0, 1)]
-    bins = [-(-size // step) for size in output_size]
-    pooled = []
+    bins = _pooled_size(output_size, step)
     for part in _chunks(samples, bins):
         left, horizontal = bin_weights(
             corners[part, 0], extents[part, 0], widths[part], output_size[1], samples=samples[0][part], step=step
@@ -78,9 +203,7 @@ def roi_align(
         indices = down[:, :, None, :, None] + across[:, None, :, None, :]
         used = weights != 0
         counts = used.flatten(3).sum(3).flatten()
-        pooled.append(_GatherSum.apply(rows, indices[used], weights[used].to(rows.dtype), counts))
-    pooled = pooled[0] if len(pooled) == 1 else torch.cat(pooled)
-    return pooled.view(len(rois), *bins, channels).permute(0, 3, 1, 2)
+        yield part.start * bins[0] * bins[1], indices[used], weights[used], counts
 
 
 def bin_weights(
@@ -146,29 +269,9 @@ def _counted(weights: Tensor) -> Tensor:
     return torch.arange(weights.shape[2], device=weights.device)
 
 
-class _GatherSum(torch.autograd.Function):
-    """Weighted sums of rows, and the gradient of the rows."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, indices: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-        """Return `(S, C)`: for each sum, the next `counts[s]` of `indices` and `weights` applied to `rows` `(P, C)`."""
-        ctx.save_for_backward(indices, weights, counts)
-        ctx.number_of_rows = len(rows)
-        return F.embedding_bag(indices, rows, _offsets(counts), mode="sum", per_sample_weights=weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        indices, weights, counts = ctx.saved_tensors
-        # The transposed matrix, its entries in the order of the rows.
-        sums = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        order = torch.argsort(indices, stable=True)
-        offsets = _offsets(torch.bincount(indices, minlength=ctx.number_of_rows))
-        rows = F.embedding_bag(
-            sums[order], gradient.contiguous(), offsets, mode="sum", per_sample_weights=weights[order]
-        )
-        return rows, None, None, None
+def _pooled_size(output_size: Sequence[int], step: int) -> list[int]:
+    return [-(-size // step) for size in output_size]
 
 
-def _offsets(counts: Tensor) -> Tensor:
-    return counts.cumsum(0) - counts
+def _grouped(shapes: Sequence[int]) -> list[Sequence[int]]:
+    return [shapes[start : start + 4] for start in range(0, len(shapes), 4)]

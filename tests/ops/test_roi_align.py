@@ -180,3 +180,15 @@ def test_a_box_that_is_not_finite_spoils_nothing_but_itself(bad):
     expected = ours(maps(), rois, (7, 7), 0, True)
     rois = torch.cat([rois, torch.tensor([[0, 10.0, 20.0, bad, 40.0]], dtype=torch.float64)])
     torch.testing.assert_close(ours(maps(), rois, (7, 7), 0, True)[:-1], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_operators_are_registered_as_torch_expects(layout):
+    """Their schema, their shapes without values, and their gradients, for compilation and export."""
+    features = maps(channels=2, dtype=torch.float32).contiguous(memory_format=layout).requires_grad_()
+    rois, levels = random_boxes(6).float(), torch.zeros(6, dtype=torch.int64)
+    arguments = rois, levels, [3, 3], [SCALE], 0, True, 2
+    torch.library.opcheck(torch.ops.resnet_backbone.roi_align.default, ([features], *arguments))
+    gradient = torch.randn(6 * 4, 2)
+    backward = gradient, rois, levels, list(features.shape), *arguments[2:]
+    torch.library.opcheck(torch.ops.resnet_backbone.roi_align_backward.default, backward)

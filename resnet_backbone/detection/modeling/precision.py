@@ -9,6 +9,8 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from torch import nn
 
+from resnet_backbone.detection.modeling.pooling import SparseROIPooler
+
 
 def keep_boxes_in_float32(model: nn.Module) -> None:
     """Pool RoIs and return scores and box deltas in float32, even if autocast runs the layers in half precision.
@@ -18,7 +20,7 @@ def keep_boxes_in_float32(model: nn.Module) -> None:
     score, and such low-precision scores tie by the hundreds. Without autocast, nothing changes.
     """
     for module in model.modules():
-        if isinstance(module, ROIPooler):
+        if isinstance(module, ROIPooler) and not isinstance(module, SparseROIPooler):  # which keeps boxes as they are
             module.register_forward_pre_hook(lambda _, inputs: _float32(inputs))
         elif isinstance(module, (StandardRPNHead, FastRCNNOutputLayers, RetinaNetHead)):
             module.register_forward_hook(lambda _, inputs, outputs: _float32(outputs))

@@ -1,0 +1,116 @@
+"""RoI pooling as a sparse matrix product, and conv5_x on regions that begins before it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels, convert_boxes_to_pooler_format
+from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet_backbone.detection.modeling.normalized_conv import CONVOLUTIONS, FOLDED, FROZEN_NORMS, scale_and_shift
+from resnet_backbone.detection.modeling.res5_heads import NetworkRes5ROIHeads
+from resnet_backbone.networks.blocks import Bottleneck
+from resnet_backbone.ops import roi_align
+
+
+class SparseROIPooler(ROIPooler):
+    """Detectron2's pooler by `ops.roi_align`: all levels at once, half-precision features without rounded boxes."""
+
+    memory_format = torch.contiguous_format
+
+    def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
+        """Pool `(R, C, output height, output width)` from maps `(N, C, H, W)`, one a level; boxes are by image."""
+        return self.pool(x, box_lists).contiguous(memory_format=self.memory_format)
+
+    def pool(self, x: list[Tensor], box_lists: list[Boxes], *, step: int = 1) -> Tensor:
+        """Return every `step`-th of the bins that `forward` returns."""
+        levels = None
+        if len(x) > 1:
+            levels = assign_boxes_to_levels(
+                box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+            )
+        first = self.level_poolers[0]
+        return roi_align(
+            x,
+            convert_boxes_to_pooler_format(box_lists),
+            self.output_size,
+            scales=[pooler.spatial_scale for pooler in self.level_poolers],
+            levels=levels,
+            sampling_ratio=first.sampling_ratio,
+            aligned=first.aligned,
+            step=step,
+        )
+
+
+class Opening(NamedTuple):
+    """The layers of a stage's first block that read its input, and how the block goes on."""
+
+    conv: nn.Conv2d
+    norm: nn.Module | None
+    shortcut: nn.Conv2d
+    shortcut_norm: nn.Module | None
+    rest: Sequence[nn.Module]  # the residual branch's other layers, but for the ReLUs between them
+
+
+def opening_of(res5: nn.Module) -> Opening | None:
+    """Return the opening of conv5_x, or None where it is not what Detectron2 or we build."""
+    if type(res5) is not nn.Sequential:
+        return None
+    block = res5[0]
+    if type(block) is Bottleneck and isinstance(block.downsample, nn.Sequential):
+        rest = [nn.Sequential(block.conv2, block.bn2), nn.Sequential(block.conv3, block.bn3)]
+        opening = Opening(block.conv1, block.bn1, *block.downsample, rest)
+    elif type(block) is BottleneckBlock and block.shortcut is not None:
+        rest = [block.conv2, block.conv3]
+        opening = Opening(block.conv1, block.conv1.norm, block.shortcut, block.shortcut.norm, rest)
+    else:
+        return None
+    return opening if {type(opening.conv), type(opening.shortcut)} <= CONVOLUTIONS else None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Return whether someone has registered a forward hook on `module` or a part of it."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+class _Commuted:
+    """C4 heads whose conv5_x begins on the feature map."""
+
+    def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
+        opening = opening_of(self.res5)
+        x, height, width = features[0], *self.pooler.output_size
+        stride = opening.shortcut.stride[0]
+        in_regions = sum(map(len, boxes)) * -(-height // stride) * -(-width // stride)
+        # The plain order is faster for few regions, such as detections for the mask head, and calls all hooks.
+        if in_regions <= x.shape[0] * x.shape[2] * x.shape[3] or _is_watched(self.res5) or _is_watched(self.pooler):
+            return super()._shared_roi_transform(features, boxes)
+
+        def pooled(conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
+            weight, scale, shift = conv.weight, None, None
+            if type(norm) in FROZEN_NORMS or type(norm) in FOLDED.values():
+                scale, shift = scale_and_shift(norm)
+                weight = weight * scale[:, None, None, None]
+            y = self.pooler.pool([F.conv2d(x, weight)], boxes, step=conv.stride[0])
+            if shift is not None:
+                return y.add_(shift[:, None, None].to(y.dtype))
+            return y if norm is None else norm(y)
+
+        y = F.relu_(pooled(opening.conv, opening.norm))
+        y = opening.rest[1](F.relu_(opening.rest[0](y)))
+        y += pooled(opening.shortcut, opening.shortcut_norm)
+        return self.res5[1:](F.relu_(y))
+
+
+class CommutedRes5ROIHeads(_Commuted, Res5ROIHeads):
+    """Detectron2's C4 heads."""
+
+
+class CommutedNetworkRes5ROIHeads(_Commuted, NetworkRes5ROIHeads):
+    """Our C4 heads."""
+
+
+COMMUTED = {Res5ROIHeads: CommutedRes5ROIHeads, NetworkRes5ROIHeads: CommutedNetworkRes5ROIHeads}
