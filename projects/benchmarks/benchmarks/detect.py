@@ -39,13 +39,29 @@ UNIT = "images/s"
 OURS, OURS_FLOAT32 = "ours", "ours, float32"
 STOCK, TUNED, FP16 = "stock", "stock, tuned", "stock, fp16"
 MEANING = {
-    OURS: "the package's training loop with its hooks, metrics.json and TensorBoard: bf16, fused SGD, channels_last "
-    "and, on a GPU, a compiled backbone (SOLVER.AMP.ENABLED, SOLVER.COMPILE). Inference in bf16 too",
+    OURS: "the package's training loop with its hooks, metrics.json and TensorBoard: accelerated (MODEL.ACCELERATE), "
+    "bf16, fused SGD, channels_last and, on a GPU, a compiled backbone (SOLVER.AMP.ENABLED, SOLVER.COMPILE). Inference "
+    "in bf16 too. On a CPU, the share of a step that convolutions and matrix products take bounds what is left to gain",
     OURS_FLOAT32: "the same detector in float32, its training steps without the hooks",
     STOCK: "Detectron2's detector, trainer and optimizer, float32, NCHW, by a configuration of its model zoo, which is "
     "ours too. For VGG-16, which Detectron2 lacks, torchvision's convolutions with Detectron2's heads",
     TUNED: "the same in bf16, channels_last and, on a GPU, with a compiled backbone: what a user gets without new code",
     FP16: "the same by Detectron2's own mixed precision, SOLVER.AMP.ENABLED, which needs a GPU",
+}
+
+# What torch's profiler calls convolutions and matrix products on a CPU.
+LINEAR = {
+    f"aten::{name}"
+    for name in (
+        "mkldnn_convolution",
+        "_slow_conv2d_forward",
+        "_slow_conv2d_backward",
+        "convolution_backward",
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+    )
 }
 
 # Keyed by the name of the heads' input boxes in training and in inference.
@@ -108,8 +124,8 @@ def _settings(cfg: CfgNode) -> dict[str, str]:
     """Describe what sets the sides apart."""
     compiled = ", backbone compiled" if cfg.SOLVER.COMPILE else ""
     return {
-        OURS: f"bf16, channels_last{compiled}",
-        OURS_FLOAT32: f"float32, channels_last{compiled}",
+        OURS: f"accelerated, bf16, channels_last{compiled}",
+        OURS_FLOAT32: f"accelerated, float32, channels_last{compiled}",
         STOCK: "float32, NCHW",
         TUNED: f"bf16, channels_last{compiled}",
         FP16: "fp16, NCHW",
@@ -195,6 +211,7 @@ def _train_in_turns(
         seed=pair.cfg.SEED,
         log_period=pair.cfg.SOLVER.LOG_PERIOD,
     )
+    shares = {} if conduct.on_gpu else _shares(lambda precision: _step(pair, precision))
     trainers: dict[str, TrainerBase] = {
         OURS_FLOAT32: bare,
         STOCK: SimpleTrainer(pair.stock, repeat(pair.inputs), stock_optimizer),
@@ -222,7 +239,7 @@ def _train_in_turns(
 
     _train(pair, optimizer, turns)
     watched.close()
-    notes = {side: watched.note(side) for side in clock.seconds}
+    notes = {side: watched.note(side) + shares.get(side, "") for side in clock.seconds}
     notes[OURS] += ", with hooks"
     return clock, notes
 
@@ -330,7 +347,32 @@ def _infer_in_turns(
             with watched.turn(side):
                 clock.time(side, functools.partial(run, work.iterations))
     watched.close()
-    return clock, {side: f"{watched.note(side)}, {found[side]:g} detections" for side in sides}
+    shares = {}
+    if not conduct.on_gpu:
+        shares = _shares(lambda precision: _detect(pair.ours, pair.inputs, precision, conduct.device, 1))
+    return clock, {side: f"{watched.note(side)}, {found[side]:g} detections{shares.get(side, '')}" for side in sides}
+
+
+def _step(pair: Pair, precision: str) -> None:
+    """Run forward and backward of our detector."""
+    with EventStorage():
+        with autocast(precision, "cpu"):
+            losses = pair.ours(pair.inputs)
+        sum(losses.values()).backward()
+    pair.ours.zero_grad()
+
+
+def _shares(call: Callable[[str], object]) -> dict[str, str]:
+    """Say for our sides how much of a call (given its precision) convolutions and matrix products take."""
+    words = {}
+    for side, precision in ((OURS, "bf16"), (OURS_FLOAT32, "fp32")):
+        call(precision)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            call(precision)
+        times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+        share = sum(time for name, time in times.items() if name in LINEAR) / sum(times.values())
+        words[side] = f", {share:.0%} of the time in convolutions and matrix products"
+    return words
 
 
 @torch.no_grad()

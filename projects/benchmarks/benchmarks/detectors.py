@@ -18,6 +18,7 @@ from torch import nn
 
 from benchmarks.photographs import photograph
 from resnet_backbone.detection.config import get_config
+from resnet_backbone.detection.modeling.fast import accelerate
 from resnet_backbone.detection.modeling.layout import use_channels_last
 from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.engine.config import CfgNode, load_config
@@ -107,7 +108,7 @@ class Pair:
     """Two detectors with the same weights, on their device, and their input.
 
     Attributes:
-        ours: in channels_last, as the training tool builds it; the other is NCHW.
+        ours: accelerated and in channels_last, as the training tool builds it; the other is NCHW.
         inputs: a batch in Detectron2's format.
         cfg, stock_cfg: the configurations they were built from.
     """
@@ -144,6 +145,7 @@ def build_pair(name: str, work: DetectionWork, *, configs: Path, device: str) ->
     _set_scale(ours, inputs)
     stock = build_model(stock_cfg)
     stock.load_state_dict({stock_name(name): tensor for name, tensor in ours.state_dict().items()}, strict=True)
+    accelerate(ours)
     keep_boxes_in_float32(ours)
     use_channels_last(ours)
     return Pair(ours=ours, stock=stock, inputs=inputs, cfg=cfg, stock_cfg=stock_cfg)
