@@ -6,16 +6,13 @@ and a few horizontal ones. Samples that share a feature vector are merged before
 the features is the product with the transposed matrix: sums in a fixed order, the same bits every time.
 """
 
-import functools
-import logging
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-logger = logging.getLogger(__name__)
+from resnet_backbone.ops.kernels import kernels_for
 
 CHUNK = 4_000_000  # entries of the matrix that are computed at a time, in about 200 MB
 
@@ -67,7 +64,7 @@ def _roi_align(
     step: int,
 ) -> Tensor:
     """Return `(bins of all RoIs, C)`, a bin's row after the next; boxes in at least float32."""
-    if (kernels := _kernels(features[0])) is not None:
+    if (kernels := kernels_for(features[0], "roi_align_kernels", "RoIAlign")) is not None:
         return kernels.forward(features, rois, levels, output_size, scales, sampling_ratio, aligned, step)
     channels = features[0].shape[1]
     # A view if the layout is channels_last and there is one level.
@@ -103,7 +100,7 @@ def _roi_align_backward(
 ) -> list[Tensor]:
     """Return the gradients of the features, `(N * H * W, C)` each; `shapes` holds N, C, H, W of each level."""
     sizes = _grouped(shapes)
-    if (kernels := _kernels(gradient)) is not None:
+    if (kernels := kernels_for(gradient, "roi_align_kernels", "RoIAlign")) is not None:
         return kernels.backward(gradient, rois, levels, sizes, output_size, scales, sampling_ratio, aligned, step)
     pixels = [images * height * width for images, _, height, width in sizes]
     totals: list[Tensor] = []
@@ -145,23 +142,6 @@ def _differentiate(ctx, gradient: Tensor):
 
 
 _roi_align.register_autograd(_differentiate, setup_context=_save)
-
-
-def _kernels(features: Tensor) -> ModuleType | None:
-    """Return the module with this device's kernels; None on a CPU and where there is no Triton."""
-    if not features.is_cuda or features.dtype == torch.float64:
-        return None
-    try:
-        from resnet_backbone.ops import roi_align_kernels
-    except ImportError:
-        _say_without_triton()
-        return None
-    return roi_align_kernels
-
-
-@functools.cache
-def _say_without_triton() -> None:
-    logger.warning("Triton is not installed: RoIAlign takes its slower path on this GPU (pip install triton)")
 
 
 def _matrix(

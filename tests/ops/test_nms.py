@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from resnet_backbone.ops import batched_nms
+from resnet_backbone.ops import batched_nms, nms
 
 
 def random_boxes(number: int, spread: float) -> torch.Tensor:
@@ -34,3 +34,20 @@ def test_ties():
     assert torch.equal(kept, torch.arange(40))
     order = torchvision.ops.nms(boxes, torch.zeros(4000), 0.99)
     assert torch.equal(kept, order)
+
+
+def test_a_batch_of_images():
+    """Each as if alone; boxes that do not count are never kept, and missing ones are said to be missing."""
+    boxes = torch.stack([random_boxes(300, 100), random_boxes(301, 30)[:300]])
+    scores = torch.stack([torch.randperm(300).float(), torch.randperm(300).float()])
+    scores[0, ::3] = -torch.inf
+    classes = torch.randint(3, (2, 300))
+    indices, there = nms(boxes, scores, classes, 0.5, 100)
+    for image in range(2):
+        counted = (scores[image] > -torch.inf).nonzero()[:, 0]
+        one = boxes[image, counted], scores[image, counted], classes[image, counted]
+        expected = counted[torchvision.ops.batched_nms(*one, 0.5)][:100]
+        assert torch.equal(indices[image][there[image]], expected) and there[image].sum() == len(expected)
+    assert not there.all() and not indices[~there].any()
+    assert not nms(boxes, torch.full_like(scores, -torch.inf), classes, 0.5, 100)[1].any()
+    torch.library.opcheck(torch.ops.resnet_backbone.nms.default, (boxes, scores, classes, 0.5, 100))

@@ -11,7 +11,9 @@ from itertools import pairwise
 import detectron2.layers
 import torch
 from detectron2.layers import ROIAlign
+from detectron2.modeling import FastRCNNOutputLayers, GeneralizedRCNN
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import (
@@ -22,6 +24,8 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import nn
 
+from resnet_backbone.detection.modeling.fast_rcnn import FastGeneralizedRCNN
+from resnet_backbone.detection.modeling.fixed_size import FixedSizeOutputLayers, FixedSizeStandardROIHeads
 from resnet_backbone.detection.modeling.normalized_conv import FROZEN_NORMS, NormalizedDetectron2Conv2d, fold
 from resnet_backbone.detection.modeling.pooling import COMMUTED, SparseROIPooler, opening_of
 from resnet_backbone.detection.modeling.proposals import FastRPN
@@ -42,7 +46,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     - RoIAlign is a sparse matrix product (`ops.roi_align`), for all levels of a pyramid at once.
     - conv5_x on regions starts with 1×1 convolutions, which commute with RoIAlign: they run on the feature map before
       the pooling instead of on every region after it, and only the bins that a stride leaves are pooled.
-    - Non-maximum suppression of proposals stops at the number wanted (`ops.batched_nms`).
+    - Non-maximum suppression of proposals stops at the number wanted (`ops.nms`).
+    - On a GPU, a training step of Faster R-CNN does not wait for the device (`fixed_size.py`).
     """
     counts = {"convolutions with frozen batch norm": 0, "RPN": 0, "RoI poolers": 0, "conv5_x on regions": 0}
     for conv, norm in _pairs(model):
@@ -60,13 +65,35 @@ def accelerate(model: nn.Module) -> nn.Module:
         elif kind is RPN and type(module.box2box_transform) is Box2BoxTransform:
             module.__class__ = FastRPN
             counts["RPN"] += 1
-    for module in model.modules():
+    for module in list(model.modules()):
         _keep_layout(module)
         if type(module) in COMMUTED and type(module.pooler) is SparseROIPooler and opening_of(module.res5) is not None:
             module.__class__ = COMMUTED[type(module)]
             counts["conv5_x on regions"] += 1
+    if type(model) is GeneralizedRCNN:
+        model.__class__ = FastGeneralizedRCNN
+        _fix_sizes(model)
     logger.info("accelerated: %s", ", ".join(f"{number} {what}" for what, number in counts.items() if number))
     return model
+
+
+def _fix_sizes(model: nn.Module) -> None:
+    """Let RPN and heads train without waiting for a GPU, if both can, and missing RoIs spoil no batch statistics."""
+    rpn, heads = model.proposal_generator, model.roi_heads
+    predictor = getattr(heads, "box_predictor", None)
+    if (
+        type(rpn) is FastRPN
+        and (type(heads) is StandardROIHeads or type(heads) in COMMUTED.values())
+        and type(heads.proposal_matcher) is type(rpn.anchor_matcher) is Matcher
+        and type(predictor) is FastRCNNOutputLayers
+        and type(predictor.box2box_transform) is Box2BoxTransform
+        and predictor.box_reg_loss_type == rpn.box_reg_loss_type == "smooth_l1"
+        and not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in heads.modules())
+    ):
+        if type(heads) is StandardROIHeads:
+            heads.__class__ = FixedSizeStandardROIHeads
+        predictor.__class__ = FixedSizeOutputLayers
+        rpn.fixed_size = heads.fixed_size = predictor.fixed_size = None  # on a GPU
 
 
 def _keep_layout(heads: nn.Module) -> None:

@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import torch
 from detectron2.modeling.backbone.resnet import BottleneckBlock
-from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels, convert_boxes_to_pooler_format
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet_backbone.detection.modeling.fixed_size import FixedSizeSamples
 from resnet_backbone.detection.modeling.normalized_conv import CONVOLUTIONS, FOLDED, FROZEN_NORMS, scale_and_shift
 from resnet_backbone.detection.modeling.res5_heads import NetworkRes5ROIHeads
 from resnet_backbone.networks.blocks import Bottleneck
@@ -33,10 +34,12 @@ class SparseROIPooler(ROIPooler):
             levels = assign_boxes_to_levels(
                 box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
             )
+        # Detectron2's function for this waits for the device.
+        rois = torch.cat([F.pad(boxes.tensor, (1, 0), value=image) for image, boxes in enumerate(box_lists)])
         first = self.level_poolers[0]
         return roi_align(
             x,
-            convert_boxes_to_pooler_format(box_lists),
+            rois,
             self.output_size,
             scales=[pooler.spatial_scale for pooler in self.level_poolers],
             levels=levels,
@@ -77,7 +80,7 @@ def _is_watched(module: nn.Module) -> bool:
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
-class _Commuted:
+class _Commuted(FixedSizeSamples):
     """C4 heads whose conv5_x begins on the feature map."""
 
     def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:

@@ -1,15 +1,33 @@
-"""Detectron2's region proposal network, with less work after its head."""
+"""Detectron2's region proposal network, with less work after its head, and without waiting for a GPU."""
 
 import torch
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
+from torch.nn import functional as F
 
-from resnet_backbone.ops import batched_nms
+from resnet_backbone.detection.modeling.fixed_size import FixedSize, box_losses, is_time_to_log
+from resnet_backbone.ops import match, nms, sample
 
 
-class FastRPN(RPN):
-    """Detectron2's RPN, but only the best anchors are decoded, and suppression stops at the proposals wanted."""
+class FastRPN(FixedSize, RPN):
+    """Detectron2's RPN, but only the best anchors are decoded, and suppression stops at the proposals wanted.
+
+    With `fixed_size`, a training step asks the device for no value. Each image then has the same number of proposals:
+    those whose field `valid` is False stand for the ones that are missing.
+    """
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances] | None = None
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Return each image's proposals and, in training, the losses."""
+        proposals, losses = super().forward(images, features, gt_instances)
+        if losses and self.is_fixed(losses["loss_rpn_loc"]):
+            # In place of an exception: whoever looks at the loss learns that a proposal is infinite or NaN.
+            finite = torch.stack([p.finite.all() for p in proposals]).all()
+            losses["loss_rpn_loc"] = losses["loss_rpn_loc"].masked_fill(~finite, torch.nan)
+        return proposals, losses
 
     @torch.no_grad()
     def predict_proposals(
@@ -40,20 +58,82 @@ class FastRPN(RPN):
             decoded = self.box2box_transform.apply_deltas(chosen.flatten(0, 1), anchor.tensor[best].flatten(0, 1))
             scores.append(logits)
             boxes.append(decoded.view(chosen.shape))
-            levels.append(torch.full_like(best[0], level))
-        level = torch.cat(levels)
-        images = zip(torch.cat(boxes, dim=1), torch.cat(scores, dim=1), image_sizes, strict=True)
-        return [self._best_of_image(box, score, level, size) for box, score, size in images]
+            levels.append(torch.full_like(best, level))
+        scores, boxes, levels = (torch.cat(parts, dim=1) for parts in (scores, boxes, levels))
+        finite = boxes.isfinite().all(dim=2) & scores.isfinite()
+        fixed = self.is_fixed(scores)
+        if self.training and not fixed and not finite.all():
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
+        boxes = torch.stack([_clip(box, size) for box, size in zip(boxes, image_sizes, strict=True)])
+        usable = finite & ((boxes[:, :, 2:] - boxes[:, :, :2]) > self.min_box_size).all(dim=2)
+        scores = scores.masked_fill(~usable, -torch.inf)
+        top = min(self.post_nms_topk[self.training], scores.shape[1])
+        indices, valid = nms(boxes, scores, levels, self.nms_thresh, top)
+        proposals = []
+        for image, size in enumerate(image_sizes):
+            chosen = indices[image] if fixed else indices[image][valid[image]]
+            found = Instances(size, proposal_boxes=Boxes(boxes[image][chosen]), objectness_logits=scores[image][chosen])
+            if fixed:
+                found.valid = valid[image]
+                found.finite = finite[image].all().expand(top)
+            proposals.append(found)
+        return proposals
 
-    def _best_of_image(self, boxes: Tensor, scores: Tensor, levels: Tensor, size: tuple[int, int]) -> Instances:
-        usable = boxes.isfinite().all(dim=1) & scores.isfinite()
-        if not usable.all():
-            if self.training:
-                raise FloatingPointError("Predicted boxes or scores contain Inf/NaN. Training has diverged.")
-            boxes, scores, levels = boxes[usable], scores[usable], levels[usable]
-        boxes = Boxes(boxes)
-        boxes.clip(size)
-        usable = boxes.nonempty(self.min_box_size)
-        boxes, scores, levels = boxes[usable], scores[usable], levels[usable]
-        keep = batched_nms(boxes.tensor, scores, levels, self.nms_thresh, top=self.post_nms_topk[self.training])
-        return Instances(size, proposal_boxes=boxes[keep], objectness_logits=scores[keep])
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return for each image the labels of its anchors `(A,)`, and the ground truth that they match `(A, 4)`."""
+        if not self.is_fixed(anchors[0].tensor):
+            return super().label_and_sample_anchors(anchors, gt_instances)
+        matcher = self.anchor_matcher
+        self.anchor_matcher = lambda overlaps: match(
+            overlaps, matcher.thresholds, matcher.labels, allow_low_quality=matcher.allow_low_quality_matches
+        )
+        try:
+            return super().label_and_sample_anchors(anchors, gt_instances)
+        finally:
+            self.anchor_matcher = matcher
+
+    def _subsample_labels(self, label: Tensor) -> Tensor:
+        if not self.is_fixed(label):
+            return super()._subsample_labels(label)
+        indices, drawn = sample(label == 1, label == 0, self.batch_size_per_image, self.positive_fraction)
+        kept = label[indices].masked_fill(~drawn, -1)
+        # An index that was not drawn may be one that was, too.
+        return torch.full_like(label, -1).scatter_reduce(0, indices, kept, "amax")
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Return Detectron2's two losses."""
+        labels = torch.stack(gt_labels)
+        if not self.is_fixed(labels):
+            return super().losses(anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes)
+        positive = labels == 1
+        if is_time_to_log():
+            storage = get_event_storage()
+            storage.put_scalar("rpn/num_pos_anchors", positive.sum().item() / len(labels))
+            storage.put_scalar("rpn/num_neg_anchors", (labels == 0).sum().item() / len(labels))
+        logits, deltas = torch.cat(pred_objectness_logits, dim=1), torch.cat(pred_anchor_deltas, dim=1)
+        errors = F.binary_cross_entropy_with_logits(logits, labels.clamp(min=0).to(logits.dtype), reduction="none")
+        boxes = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)
+        regression = box_losses(
+            deltas, boxes, torch.stack(gt_boxes), positive, self.box2box_transform, self.smooth_l1_beta
+        )
+        number = self.batch_size_per_image * len(labels)
+        losses = {
+            "loss_rpn_cls": errors.masked_fill(labels < 0, 0).sum() / number,
+            "loss_rpn_loc": regression / number,
+        }
+        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+
+
+def _clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Limit corners `(…, 4)` to an image of height and width `size`."""
+    height, width = size
+    return torch.stack([boxes[..., d].clamp(0, (width, height)[d % 2]) for d in range(4)], dim=-1)
