@@ -6,9 +6,11 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
 import cv2
@@ -172,7 +174,17 @@ def prepare_worker(worker: int) -> None:
     gc.freeze()
     # Only a thread that waits for a signal learns its sender, and only a blocked signal can be waited for.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    sys.excepthook = _say_error
     threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _say_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an uncaught error, unless it says that a connection broke: so it does when the training process is killed.
+
+    The thread that hands over batches calls this for its own errors.
+    """
+    if not issubclass(kind, (EOFError, OSError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _obey(parent: int) -> None:

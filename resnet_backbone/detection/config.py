@@ -26,8 +26,6 @@ def add_network_config(cfg: CfgNode) -> None:
     MODEL.BACKBONE.FREEZE_AT, MODEL.WEIGHTS, INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD.
     """
     add_engine_config(cfg)
-    # Whether tools/train_net.py replaces modules by faster ones with the same results (`modeling.fast.accelerate`).
-    cfg.MODEL.ACCELERATE = True
 
 
 def get_config() -> CfgNode:

@@ -54,3 +54,5 @@ def add_engine_config(cfg: CfgNode) -> None:
     cfg.MODEL.NETWORK.ALLOW_MISSING = ()
     # Unless True, a run stops if frozen batch normalization would use statistics that were never estimated.
     cfg.MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN = False
+    # Detectors: replace modules by faster ones with the same results (detection.modeling.fast).
+    cfg.MODEL.ACCELERATE = True

@@ -97,7 +97,7 @@ def train_network(cfg, name: str, folder: Path, *, stop_at: int | None = None) -
 
     def evaluate(network):
         statistics = {key: b.clone() for key, b in network.named_buffers() if "running" in key}
-        evaluated[max(seen)] = statistics
+        evaluated[max(seen) - 1] = statistics  # the next iteration's batch has been fetched
         return {"score": sum(b.sum().item() for b in statistics.values()) % 1} if statistics else {}
 
     try:

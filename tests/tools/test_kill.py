@@ -588,7 +588,6 @@ def test_two_processes_leave_together(words, finish, alone, tmp_path, number, to
     status, printed = run.end()
     assert status == 75 and "Traceback" not in printed, printed
     done = int(re.search(r"saved after (\d+) of 60 iterations. Go on with --resume.", printed)[1])
-    assert done % 4 == 0  # where they agree
     assert f"resumed: the next iteration is {done}\n" in finish(folder, DIVIDED)
     assert_close(folder, alone)
 

@@ -350,7 +350,7 @@ def _infer_in_turns(
     shares = {}
     if not conduct.on_gpu:
         shares = _shares(lambda precision: _detect(pair.ours, pair.inputs, precision, conduct.device, 1))
-    return clock, {side: f"{watched.note(side)}, {found[side]:g} detections{shares.get(side, '')}" for side in sides}
+    return clock, {side: f"{watched.note(side)}{shares.get(side, '')}, {found[side]:g} detections" for side in sides}
 
 
 def _step(pair: Pair, precision: str) -> None:

@@ -4,12 +4,19 @@ import pytest
 import torch
 from detectron2.modeling.proposal_generator import rpn
 from detectron2.modeling.roi_heads import roi_heads
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from resnet_backbone.detection.modeling import fixed_size
+from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.ops import sample
-from tests.detection.modeling.small import CASES, accelerated, build, inputs, step
+from tests.detection.modeling.small import CASES, SIZE, accelerated, build, inputs, step
 
 FIXED = [
     name
@@ -78,7 +85,9 @@ class TestTheNumbersOfDetectron2:
         self.compare(case, batch, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20)
         self.compare(case, inputs(0), "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20)
 
-    @pytest.mark.parametrize("keys", [("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True), ("MODEL.RPN.SMOOTH_L1_BETA", 0.1)])
+    @pytest.mark.parametrize(
+        "keys", [("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True), ("MODEL.RPN.SMOOTH_L1_BETA", 0.1)]
+    )
     def test_other_losses(self, keys):
         self.compare("C4", inputs(), "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20, *keys)
 
@@ -109,19 +118,57 @@ def test_a_proposal_that_is_not_finite_reaches_the_loss(case):
     assert torch.tensor(step(faster, inputs())[0]["loss_rpn_loc"]).isnan()
 
 
-@pytest.mark.parametrize("case", ["C4", "C4, stride in the 3×3", "Detectron2's C4", "FPN", "VGG-16"])
-def test_nothing_waits(case, monkeypatch):
-    """Without values, on a GPU that need not exist: reading one, or asking how many there are, is an error."""
+def without_values(model: nn.Module, device: str) -> nn.Module:
+    """Put tensors that have no values, on a device that need not exist, in the place of a model's."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                if parameter.dim() == 4:
+                    empty = empty.contiguous(memory_format=torch.channels_last)
+                module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    return model
+
+
+def a_step_without_values(model: nn.Module, device: str, precision: torch.dtype) -> dict[str, torch.Tensor]:
+    with FakeTensorMode():
+        batch = []
+        for size in (SIZE, SIZE):
+            truth = Instances(size, gt_boxes=Boxes(torch.rand(5, 4)), gt_classes=torch.zeros(5).long())
+            batch.append({"image": torch.zeros(3, *size, dtype=torch.uint8), "instances": truth})
+        model = without_values(model, device).train()
+        with EventStorage(), torch.autocast(device, dtype=precision, enabled=precision != torch.float32):
+            losses = model(batch)
+        if device == "cpu":  # autograd wants a GPU that exists
+            sum(losses.values()).backward()
+            assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        return losses
+
+
+@pytest.fixture
+def nothing_to_log(monkeypatch):
     monkeypatch.setattr(fixed_size, "is_time_to_log", lambda: False)
     monkeypatch.setattr("resnet_backbone.detection.modeling.proposals.is_time_to_log", lambda: False)
-    model = build(case).float()
-    faster = accelerated(model)
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        faster = fake(faster, mode)
-        batch = [
-            {**record, "image": mode.from_tensor(record["image"]), "instances": fake_instances(record["instances"], mode)}
-            for record in inputs()
-        ]
-        losses, gradients = run(faster, batch)
-    assert losses and all(loss.device.type == "cuda" for loss in losses.values())
-    assert gradients
+
+
+@pytest.mark.usefixtures("nothing_to_log")
+class TestNothingWaits:
+    """To read a value, or to ask how many there are, is an error where there are no values."""
+
+    @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("case", ["C4", "C4, stride in the 3×3", "Detectron2's C4", "FPN", "VGG-16"])
+    @pytest.mark.parametrize("device", ["cuda", "cpu"])
+    def test_in_a_step(self, case, precision, device):
+        """Forward on a GPU, and backward too where the CPU goes the GPU's way."""
+        model = build(case).float()
+        faster = fixed(model) if device == "cpu" else accelerated(model)
+        keep_boxes_in_float32(faster)
+        losses = a_step_without_values(faster, device, precision)
+        assert losses.keys() == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+        assert all(loss.device.type == device for loss in losses.values())
+
+    def test_but_detectron2s_does(self):
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            a_step_without_values(build("C4").float(), "cuda", torch.float32)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2 import model_zoo
+from detectron2.modeling import FastRCNNOutputLayers
 from detectron2.modeling.backbone import ResNet as Detectron2ResNet
-from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.utils.events import EventStorage
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -135,8 +136,8 @@ def watched():
             autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
             if torch.is_grad_enabled() or not module.training:  # not the comparison of losses
                 given[kind, layout, autocast, module.training] += 1
-        elif isinstance(module, ROIPooler):
-            boxes[module.training, tuple(len(image) for image in arguments[1])] += 1
+        elif isinstance(module, FastRCNNOutputLayers):
+            boxes[module.training, (len(arguments[0]),)] += 1  # of one image
 
     handle = register_module_forward_pre_hook(note)
     yield given, boxes
@@ -196,7 +197,7 @@ def test_every_side_worked_on_the_number_of_rois_that_is_told(command):
     assert test == {(PROPOSALS,)}
     # With all of the best instead of drawn ones, losses are compared on the ground truth too.
     assert train == {(ROIS,), (ROIS + 8,)} and command.boxes[True, (ROIS + 8,)] == 2
-    assert command.boxes[True, (ROIS,)] == len(SIDES) * TURNS
+    assert command.boxes[True, (ROIS,)] == len(SIDES) * TURNS + 4  # and the profiles
 
 
 def test_the_sides_differ_in_precision_and_layout_alone(command):
@@ -207,12 +208,21 @@ def test_the_sides_differ_in_precision_and_layout_alone(command):
         ("stock", "channels_last", torch.bfloat16),
     }
     training = {(kind, layout, dtype): n for (kind, layout, dtype, mode), n in command.given.items() if mode}
-    assert set(training) == once and set(training.values()) == {TURNS}
+    assert set(training) == once
+    # Our sides once more before and in the profile of a step.
+    assert {n for (kind, *_), n in training.items() if kind == "ours"} == {TURNS + 2}
+    assert {n for (kind, *_), n in training.items() if kind == "stock"} == {TURNS}
     # And once outside of the turns, to choose the threshold of the scores.
     inference = {(kind, layout, dtype): n for (kind, layout, dtype, mode), n in command.given.items() if not mode}
     assert set(inference) == once
     extra = ("ours", "channels_last", torch.float32)
-    assert inference.pop(extra) == TURNS + 1 and set(inference.values()) == {TURNS}
+    assert inference.pop(extra) == TURNS + 3 and inference.pop(("ours", "channels_last", torch.bfloat16)) == TURNS + 2
+    assert set(inference.values()) == {TURNS}
+    for comparison in command.results["comparisons"]:
+        for side in comparison["sides"]:
+            share = re.search(r", (\d+)% of the time in convolutions and matrix products", side["settings"])
+            assert (share is not None) == (side["name"] in (OURS, OURS_FLOAT32))
+            assert share is None or 0 < int(share[1]) <= 100
     found = {side["settings"].rpartition(", ")[2] for side in command.results["comparisons"][1]["sides"]}
     assert all(0 < int(detections.split()[0]) <= 100 for detections in found)
 
