@@ -1,6 +1,7 @@
 """JPEG loading and augmentation in images per second: the package's loader vs. torchvision's and Pillow's."""
 
 import contextlib
+import functools
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
+from detectron2.data import DatasetMapper
+from detectron2.structures import BoxMode
+from PIL import Image
 
 from benchmarks.photographs import select_photographs, write_photographs, write_shard
 from benchmarks.pretrain import Batch, Conduct, Task, make_config, train_on
@@ -18,6 +23,8 @@ from benchmarks.reference import PaperTransform, preset_transform, reference_bat
 from benchmarks.timing import Clock, Comparison, Side
 from resnet_backbone.data.functional import PCA_VALUES, PCA_VECTORS
 from resnet_backbone.data.sources import open_source
+from resnet_backbone.detection.config import get_config as get_detection_config
+from resnet_backbone.detection.data.mapper import Mapper
 from resnet_backbone.engine.config import CfgNode, load_config
 from resnet_backbone.pretraining.config import get_config
 from resnet_backbone.pretraining.pipelines import build_pipeline
@@ -25,6 +32,7 @@ from resnet_backbone.pretraining.pipelines import build_pipeline
 CORE_UNIT, UNIT = "images/s per core", "images/s"
 OURS, FULL, SHARD, DEVICE = "ours", "ours, full decoding", "ours, shard", "ours, on the GPU"
 PRESET, PAPER = "torchvision", "Pillow and NumPy"
+MAPPER, STOCK_MAPPER = "our mapper", "Detectron2's mapper"
 FROM_FILES, IN_MEMORY = "from files", "from memory"
 MEANING = {
     OURS: "the package's loader on a folder, JPEGs decoded at a reduced size where the crop allows it",
@@ -33,6 +41,8 @@ MEANING = {
     DEVICE: "decoded and augmented by the GPU (DATALOADER.PIPELINE device), workers only read files",
     PRESET: "torchvision's reference: ImageFolder, RandomResizedCrop, flip, PILToTensor, DataLoader",
     PAPER: "the paper's augmentation: shorter side drawn and resized, RandomCrop, flip, PCA color shift in NumPy",
+    MAPPER: "a detector's: JPEGs decoded by OpenCV and resized by torch (MODEL.ACCELERATE), shorter side 640 to 800",
+    STOCK_MAPPER: "its DatasetMapper, by Pillow: the same values to within a level of 255",
     FROM_FILES: "the whole training, from JPEGs on",
     IN_MEMORY: "the same on one batch that lies in memory: its ratio is the share of that speed that is reached",
 }
@@ -79,6 +89,7 @@ def compare_loading(work: LoadingWork, report: Callable[[str], object]) -> Itera
             report(f"loading {name}")
             yield _compare_preset(name, folder, work)
             yield _compare_paper(name, folder, work)
+            yield _compare_mappers(name, folder, work)
 
 
 def compare_on_gpu(work: LoadingWork, report: Callable[[str], object]) -> Iterator[Comparison]:
@@ -168,6 +179,45 @@ def _compare_paper(name: str, folder: Path, work: LoadingWork) -> Comparison:
         PAPER: _reference(folder, work, transform),
     }
     return _compare(f"the paper's crop, {name}", CORE_UNIT, sides, work)
+
+
+def _compare_mappers(name: str, folder: Path, work: LoadingWork) -> Comparison:
+    """Compare a detector's training images, resized as Detectron2's configurations do, in this process."""
+    cfg = get_detection_config()
+    files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    mappers = {MAPPER: Mapper(cfg), STOCK_MAPPER: DatasetMapper(cfg)}
+    records = [_record(file) for file in files]
+    clock = Clock(cpu_time=work.cpu_time)
+
+    def load(mapper: DatasetMapper) -> None:
+        np.random.seed(0)  # the same sizes and flips
+        for _ in range(3):
+            deque(map(mapper, records), maxlen=0)
+
+    for mapper in mappers.values():
+        mapper(records[0])
+    for _ in range(work.rounds):
+        for side, mapper in mappers.items():
+            clock.time(side, functools.partial(load, mapper))
+    shape = tuple(mappers[MAPPER](records[0])["image"].shape)
+    return Comparison.of(
+        clock,
+        task=f"a detector's images, {name}",
+        unit=CORE_UNIT,
+        first=MAPPER,
+        sides={side: Side(MEANING[side], shape) for side in mappers},
+        work=3 * len(records),
+    )
+
+
+def _record(file: str) -> dict[str, Any]:
+    """Return a photograph with eight boxes in Detectron2's form."""
+    with Image.open(file) as image:
+        width, height = image.size
+    corners = np.linspace(0, 0.5, 8)
+    boxes = [[c * width, c * height, (c + 0.4) * width, (c + 0.4) * height] for c in corners]
+    objects = [{"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": i} for i, box in enumerate(boxes)]
+    return {"file_name": file, "height": height, "width": width, "annotations": objects}
 
 
 def _compare(

@@ -102,7 +102,13 @@ class TrainBatches:
 
     def __call__(self, start_iteration: int) -> Iterator[list[dict[str, Any]]]:
         workers = self._cfg.DATALOADER.NUM_WORKERS
-        loader = Loader(self._dataset, self._sampler(start_iteration), workers=workers, collate_fn=_as_list)
+        loader = Loader(
+            self._dataset,
+            self._sampler(start_iteration),
+            workers=workers,
+            collate_fn=_as_list,
+            pin_memory=self._cfg.MODEL.DEVICE.startswith("cuda"),
+        )
         return self._counted(iter(loader))
 
     def _counted(self, batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:

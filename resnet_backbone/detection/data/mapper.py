@@ -1,11 +1,12 @@
 """Detectron2's mapper, with images read by the rules that hold for pretraining too."""
 
-import copy
+import io
 import os
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
@@ -14,17 +15,27 @@ from PIL import Image
 
 from resnet_backbone.data.decode import to_eight_bits, too_long
 from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.detection.data.fast_images import accelerated, decode_photograph
 
 
 class Mapper(DatasetMapper):
     """A DatasetMapper that raises DatasetError, with the file's name, for an image or labels that cannot be read.
 
-    Images are read by `read_image`. Everything else is Detectron2's, in the same order.
+    Images are read by `read_image`. Everything else is Detectron2's, in the same order. With MODEL.ACCELERATE,
+    photographs are decoded and resized faster (`fast_images.py`), with the same random numbers.
     """
 
+    def __init__(self, cfg: CfgNode, is_train: bool = True):
+        super().__init__(cfg, is_train)
+        self._fast = cfg.MODEL.ACCELERATE
+        if self._fast:
+            self.augmentations = T.AugmentationList([accelerated(each) for each in self.augmentations.augs])
+
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        record = copy.deepcopy(record)
-        image = read_image(record["file_name"], self.image_format)
+        record = dict(record)
+        if "annotations" in record:  # their values are replaced, not changed
+            record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
+        image = read_image(record["file_name"], self.image_format, fast=self._fast)
         try:
             utils.check_image_size(record, image)
         except utils.SizeMismatchError as error:
@@ -35,7 +46,7 @@ class Mapper(DatasetMapper):
         both = T.AugInput(image, sem_seg=labels)
         transforms = self.augmentations(both)
         size = both.image.shape[:2]
-        record["image"] = torch.as_tensor(np.ascontiguousarray(both.image.transpose(2, 0, 1)))
+        record["image"] = _planes(both.image)
         if both.sem_seg is not None:
             record["sem_seg"] = torch.as_tensor(both.sem_seg.astype("long"))
         if self.proposal_topk is not None:
@@ -47,16 +58,28 @@ class Mapper(DatasetMapper):
         return record
 
 
-def read_image(file: str, channels: str) -> np.ndarray:
+def _planes(image: np.ndarray) -> torch.Tensor:
+    """Return `(H, W, C)` as a contiguous tensor `(C, H, W)`."""
+    planes = image.transpose(2, 0, 1)
+    if planes.strides[2] < 0:  # mirrored, which torch does faster than NumPy
+        return torch.from_numpy(np.ascontiguousarray(planes[:, :, ::-1])).flip(2)
+    return torch.from_numpy(np.ascontiguousarray(planes))
+
+
+def read_image(file: str, channels: str, *, fast: bool = False) -> np.ndarray:
     """Return an image as Detectron2's `read_image` does, turned by its EXIF orientation; but 16 bits become 8.
 
     Args:
         channels: INPUT.FORMAT.
+        fast: whether to decode ordinary photographs by OpenCV, with the same values.
 
     Raises:
         DatasetError: the file is no image, cut off, or has a shape or pixels that are not supported.
     """
-    image, form = _open(file)
+    data = _read(file)
+    if fast and (pixels := decode_photograph(data, channels)) is not None:
+        return pixels
+    image, form = _decode(data, file)
     try:
         if found := too_long(*image.size):
             raise ValueError(found)
@@ -69,7 +92,7 @@ def read_image(file: str, channels: str) -> np.ndarray:
 
 def _read_labels(file: str, size: tuple[int, int]) -> np.ndarray:
     """Return semantic labels `(H, W)` uint8, which must have the image's size."""
-    image, _ = _open(file)
+    image, _ = _decode(_read(file), file)
     try:
         labels = utils.convert_PIL_to_numpy(utils._apply_exif_orientation(image), "L").squeeze(2)
         if labels.shape != tuple(size):
@@ -79,15 +102,23 @@ def _read_labels(file: str, size: tuple[int, int]) -> np.ndarray:
         raise _unreadable(file, error) from error
 
 
-def _open(file: str) -> tuple[Image.Image, str | None]:
+def _read(file: str) -> bytes:
     if os.path.exists(file) and not os.path.isfile(file):  # opening a FIFO would wait forever
         raise _unreadable(file, "it is no regular file")
     try:
         with PathManager.open(file, "rb") as opened:
-            image = Image.open(opened)
-            form = image.format
-            image.load()
-            return image, form
+            return opened.read()
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _decode(data: bytes, file: str) -> tuple[Image.Image, str | None]:
+    """Decode all pixels by Pillow; return them with the file's form."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        form = image.format
+        image.load()
+        return image, form
     except Exception as error:  # also Pillow's DecompressionBombError, for more than 179 million pixels
         raise _unreadable(file, error) from error
 

@@ -172,3 +172,22 @@ class TestNothingWaits:
     def test_but_detectron2s_does(self):
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
             a_step_without_values(build("C4").float(), "cuda", torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("nothing_to_log")
+@pytest.mark.parametrize("case", ["C4", "C4, stride in the 3×3", "Detectron2's C4", "FPN", "VGG-16"])
+def test_on_a_gpu_nothing_waits(case):
+    """Copies that wait, too, which a step without values does not show."""
+    faster = accelerated(build(case).float()).cuda().to(memory_format=torch.channels_last).train()
+    keep_boxes_in_float32(faster)
+    batch = [{**record, "image": record["image"].pin_memory()} for record in inputs()]
+    for mode in ("default", "error"):  # the first step compiles kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with EventStorage(), torch.autocast("cuda", dtype=torch.bfloat16):
+                losses = faster(batch)
+            sum(losses.values()).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(loss.isfinite() for loss in losses.values())

@@ -14,10 +14,12 @@ from benchmarks.data import (
     FROM_FILES,
     FULL,
     IN_MEMORY,
+    MAPPER,
     OURS,
     PAPER,
     PRESET,
     SHARD,
+    STOCK_MAPPER,
     LoadingWork,
     compare_loading,
     compare_on_gpu,
@@ -63,13 +65,15 @@ def count_reads(patch) -> dict[str, Counter]:
 
 def test_sides_of_each_comparison(monkeypatch):
     reads, lines = count_reads(monkeypatch), []
-    preset, paper = compare_loading(tiny(), lines.append)
+    preset, paper, mappers = compare_loading(tiny(), lines.append)
     assert list(preset.rates) == [OURS, FULL, SHARD, PRESET] and list(paper.rates) == [OURS, FULL, PAPER]
     assert (preset.task, paper.task) == ("crop of random area, 64×48", "the paper's crop, 64×48")
     for comparison in (preset, paper):
         assert comparison.unit == "images/s per core" and comparison.work == 24
         assert {side.shape for side in comparison.sides.values()} == {(4, 3, 32, 32)}
         assert all(len(rates) == 2 and min(rates) > 0 for rates in comparison.rates.values())
+    assert list(mappers.rates) == [MAPPER, STOCK_MAPPER] and mappers.task == "a detector's images, 64×48"
+    assert mappers.work == 24 and {side.shape[0] for side in mappers.sides.values()} == {3}
     assert lines == ["loading 64×48"]
     # Shape, then in each round a batch that is not timed and each file three times; four of our sides read the folder.
     names = {f"{number:04d}.jpg" for number in range(8)}
@@ -93,7 +97,7 @@ def test_a_core_is_one_thread():
 
 def test_a_folder_of_ones_own(tmp_path):
     write_photographs(tmp_path / "album" / "deep", size=(40, 50), count=6)
-    preset, paper = compare_loading(tiny(images=tmp_path / "album", rounds=1), print)
+    preset, paper, _ = compare_loading(tiny(images=tmp_path / "album", rounds=1), print)
     name = f"6 of {tmp_path.name}/album"
     assert (preset.task, paper.task) == (f"crop of random area, {name}", f"the paper's crop, {name}")
     with pytest.raises(InputError, match="nowhere is no folder"):
@@ -101,7 +105,7 @@ def test_a_folder_of_ones_own(tmp_path):
 
 
 def test_workers_share_the_rate():
-    preset, _ = compare_loading(tiny(workers=2, rounds=1), print)
+    preset, *_ = compare_loading(tiny(workers=2, rounds=1), print)
     assert preset.work == 4 * 2 * 4 / 2  # four batches for each worker, of four images, over two cores
     assert {side.shape for side in preset.sides.values()} == {(4, 3, 32, 32)}
 
