@@ -15,10 +15,13 @@ from resnet_backbone import build_network, detection, pretraining
 from resnet_backbone.data.transforms import EvalTransform, TrainTransform
 from resnet_backbone.detection.data import datasets
 from resnet_backbone.detection.data.loader import TrainBatches
+from resnet_backbone.detection.task import Detection
 from resnet_backbone.engine.config import load_config, origin
 from resnet_backbone.engine.describe import flat_config
 from resnet_backbone.engine.network_config import fill_from_metadata
+from resnet_backbone.engine.output import write_config
 from resnet_backbone.engine.schedule import build_multiplier
+from resnet_backbone.pretraining.task import Classification
 from resnet_backbone.weights import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -169,3 +172,17 @@ def test_the_papers_cifar_networks():
     walk = load_config(pretraining.get_config(), CONFIGS / "pretrain" / "cifar10_walkthrough.yaml").SOLVER
     epochs = [iterations * 64 / 50_000 for iterations in (*walk.STEPS, walk.MAX_ITER)]
     assert epochs == pytest.approx([30, 45, 60], abs=0.01) and walk.IMS_PER_BATCH == 64
+
+
+@pytest.mark.parametrize("tool", [detection, pretraining])
+def test_a_written_configuration_is_that_of_another_run(tool, tmp_path):
+    """A run's config.yaml sets every key, and YAML turns tuples inside of values into lists."""
+    files = {
+        detection: ("faster_rcnn_R50_FPN.yaml", Detection),
+        pretraining: ("pretrain/imagenet.yaml", Classification),
+    }
+    file, task = files[tool], {detection: Detection, pretraining: Classification}[tool]
+    cfg = load_config(tool.get_config(), CONFIGS / file, ["MODEL.DEVICE", "cpu"])
+    write_config(cfg, tmp_path)
+    again = load_config(tool.get_config(), tmp_path / "config.yaml")
+    task(again).check(eval_only=False)
