@@ -4,14 +4,18 @@
 Image `i` of a set depends only on the seed and `i`.
 """
 
+import functools
 import io
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -51,11 +55,12 @@ def write_classification(folder: str | Path, *, images: int, image_size: int = 7
     folder = Path(folder)
 
     def write(target: Path) -> None:
+        drawn = _in_all_processes(functools.partial(_classification_jpeg, seed, image_size), images)
         for shard in range(shards):
             with tarfile.open(target / f"train-{shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
                 for index in range(images * shard // shards, images * (shard + 1) // shards):
-                    image, label = classification_image(seed, index, image_size)
-                    _add(archive, f"{index:08d}.jpg", _jpeg(image))
+                    data, label = next(drawn)
+                    _add(archive, f"{index:08d}.jpg", data)
                     _add(archive, f"{index:08d}.cls", str(label).encode())
         (target / "classes.txt").write_text("".join(name + "\n" for name in CLASS_NAMES))
 
@@ -83,12 +88,11 @@ def write_detection(
     def write(target: Path) -> None:
         (target / "images").mkdir()
         records, annotations = [], []
-        for index in range(images):
-            image, found, _ = detection_image(seed, index, image_size, objects)
+        drawn = _in_all_processes(functools.partial(_detection_jpeg, seed, image_size, objects), images)
+        for index, (data, found) in enumerate(drawn):
             name = f"{index:06d}.jpg"
-            (target / "images" / name).write_bytes(_jpeg(image))
-            height, width = image.shape[:2]
-            records.append({"id": index + 1, "file_name": name, "height": height, "width": width})
+            (target / "images" / name).write_bytes(data)
+            records.append({"id": index + 1, "file_name": name, "height": image_size, "width": image_size})
             for item in found:
                 annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **item, "iscrowd": 0})
         content = {
@@ -185,6 +189,31 @@ def _occlude(image: np.ndarray, shape: Outline, coverage: np.ndarray, rng: np.ra
     place = stamp(place_blob(corners[rng.integers(len(corners))], radius, rng), *image.shape[:2])
     if place is not None:
         paint(image, place, rng, vivid=False)
+
+
+def _in_all_processes(draw: Callable[[int], Any], count: int) -> Iterator[Any]:
+    """Yield `draw(0)`, `draw(1)` and so on, computed in as many processes as there are cores for this one."""
+    processes = len(os.sched_getaffinity(0))
+    if processes == 1 or count < 100:
+        yield from map(draw, range(count))
+        return
+    # Forked, they import nothing.
+    with multiprocessing.get_context("fork").Pool(processes, initializer=_leave_signals_to_the_parent) as pool:
+        yield from pool.imap(draw, range(count), chunksize=32)
+
+
+def _leave_signals_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _classification_jpeg(seed: int, size: int, index: int) -> tuple[bytes, int]:
+    image, label = classification_image(seed, index, size)
+    return _jpeg(image), label
+
+
+def _detection_jpeg(seed: int, size: int, objects: tuple[int, int], index: int) -> tuple[bytes, list[dict]]:
+    image, found, _ = detection_image(seed, index, size, objects)
+    return _jpeg(image), found
 
 
 def _jpeg(image: np.ndarray) -> bytes:
