@@ -18,6 +18,7 @@ from torch import nn
 from resnet_backbone.data.workers import Loader
 from resnet_backbone.detection.data.datasets import file_name
 from resnet_backbone.detection.data.mapper import Mapper
+from resnet_backbone.detection.evaluation.batches import IMAGES_ON_A_GPU, batch_by_shape
 from resnet_backbone.detection.evaluation.made_up import MadeUpDetections
 from resnet_backbone.detection.evaluation.registry import build_evaluator
 from resnet_backbone.errors import InputError
@@ -97,10 +98,18 @@ def _test(cfg: CfgNode, model: nn.Module, name: str, folder: Path) -> dict[str, 
 
 
 def _loader(cfg: CfgNode, name: str) -> Loader:
-    """Return Detectron2's test loader for a data set, with the same kind of worker processes as in training."""
-    theirs = build_detection_test_loader(_images(cfg, name), mapper=_mapper(cfg, name))
+    """Return Detectron2's test loader for a data set, with the same kind of worker processes as in training.
+
+    On a GPU, it gives batches of images of the same shape.
+    """
+    records, on_gpu = _images(cfg, name), cfg.MODEL.DEVICE.startswith("cuda")
+    theirs = build_detection_test_loader(records, mapper=_mapper(cfg, name))
     return Loader(
-        theirs.dataset, theirs.batch_sampler, workers=cfg.DATALOADER.NUM_WORKERS, collate_fn=theirs.collate_fn
+        theirs.dataset,
+        batch_by_shape(cfg, records, theirs.sampler, IMAGES_ON_A_GPU if on_gpu else 1),
+        workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=theirs.collate_fn,
+        pin_memory=on_gpu,
     )
 
 
