@@ -42,7 +42,7 @@ MEANING = {
     PRESET: "torchvision's reference: ImageFolder, RandomResizedCrop, flip, PILToTensor, DataLoader",
     PAPER: "the paper's augmentation: shorter side drawn and resized, RandomCrop, flip, PCA color shift in NumPy",
     MAPPER: "a detector's: JPEGs decoded by OpenCV and resized by torch (MODEL.ACCELERATE), shorter side 640 to 800",
-    STOCK_MAPPER: "its DatasetMapper, by Pillow: the same values to within a level of 255",
+    STOCK_MAPPER: "its DatasetMapper, by Pillow: the same values to within two levels of 255",
     FROM_FILES: "the whole training, from JPEGs on",
     IN_MEMORY: "the same on one batch that lies in memory: its ratio is the share of that speed that is reached",
 }

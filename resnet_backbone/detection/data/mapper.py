@@ -15,7 +15,7 @@ from PIL import Image
 
 from resnet_backbone.data.decode import to_eight_bits, too_long
 from resnet_backbone.data.errors import DatasetError
-from resnet_backbone.detection.data.fast_images import accelerated, decode_photograph
+from resnet_backbone.detection.data.fast_images import FastResizeShortestEdge, Photograph, accelerated
 
 
 class Mapper(DatasetMapper):
@@ -35,16 +35,7 @@ class Mapper(DatasetMapper):
         record = dict(record)
         if "annotations" in record:  # their values are replaced, not changed
             record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
-        image = read_image(record["file_name"], self.image_format, fast=self._fast)
-        try:
-            utils.check_image_size(record, image)
-        except utils.SizeMismatchError as error:
-            raise _unreadable(record["file_name"], error) from error
-        labels = None
-        if "sem_seg_file_name" in record:
-            labels = _read_labels(record.pop("sem_seg_file_name"), image.shape[:2])
-        both = T.AugInput(image, sem_seg=labels)
-        transforms = self.augmentations(both)
+        both, transforms = self._read_photograph(record) or self._read_any(record)
         size = both.image.shape[:2]
         record["image"] = _planes(both.image)
         if both.sem_seg is not None:
@@ -57,6 +48,44 @@ class Mapper(DatasetMapper):
             self._transform_annotations(record, transforms, size)
         return record
 
+    def _read_any(self, record: dict[str, Any]) -> tuple[T.AugInput, T.TransformList]:
+        """Return the augmented image, with semantic labels if the record has some, and what was done to it."""
+        image = read_image(record["file_name"], self.image_format)
+        _check_size(record, image)
+        labels = None
+        if "sem_seg_file_name" in record:
+            labels = _read_labels(record.pop("sem_seg_file_name"), image.shape[:2])
+        both = T.AugInput(image, sem_seg=labels)
+        return both, self.augmentations(both)
+
+    def _read_photograph(self, record: dict[str, Any]) -> tuple[T.AugInput, T.TransformList] | None:
+        """Return the same for an ordinary photograph, faster; None for anything else, or a crop before the resizing.
+
+        It is resized first, to a size that is drawn before it is decoded.
+        """
+        resize, *others = self.augmentations.augs
+        if not self._fast or type(resize) is not FastResizeShortestEdge or "sem_seg_file_name" in record:
+            return None
+        photograph = Photograph.open(_read(record["file_name"]))
+        if photograph is None or self.image_format not in ("RGB", "BGR"):
+            return None
+        whole = np.broadcast_to(np.uint8(0), (*photograph.shape, 3))
+        _check_size(record, whole)
+        transform = resize.get_transform(whole)
+        size = (transform.new_h, transform.new_w) if isinstance(transform, T.ResizeTransform) else None
+        image = photograph.decode(self.image_format, at_least=size)
+        if image is None:
+            return None
+        both = T.AugInput(transform.apply_image(image))
+        return both, T.TransformList([transform, *T.AugmentationList(others)(both).transforms])
+
+
+def _check_size(record: dict[str, Any], image: np.ndarray) -> None:
+    try:
+        utils.check_image_size(record, image)
+    except utils.SizeMismatchError as error:
+        raise _unreadable(record["file_name"], error) from error
+
 
 def _planes(image: np.ndarray) -> torch.Tensor:
     """Return `(H, W, C)` as a contiguous tensor `(C, H, W)`."""
@@ -66,20 +95,16 @@ def _planes(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(planes))
 
 
-def read_image(file: str, channels: str, *, fast: bool = False) -> np.ndarray:
+def read_image(file: str, channels: str) -> np.ndarray:
     """Return an image as Detectron2's `read_image` does, turned by its EXIF orientation; but 16 bits become 8.
 
     Args:
         channels: INPUT.FORMAT.
-        fast: whether to decode ordinary photographs by OpenCV, with the same values.
 
     Raises:
         DatasetError: the file is no image, cut off, or has a shape or pixels that are not supported.
     """
-    data = _read(file)
-    if fast and (pixels := decode_photograph(data, channels)) is not None:
-        return pixels
-    image, form = _decode(data, file)
+    image, form = _decode(_read(file), file)
     try:
         if found := too_long(*image.size):
             raise ValueError(found)
