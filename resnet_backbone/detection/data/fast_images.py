@@ -87,7 +87,7 @@ class FastResizeShortestEdge(T.ResizeShortestEdge):
 class FastResize(T.ResizeTransform):
     """Bilinear resizing with antialiasing, as Pillow's, by torch: the same to within two levels of 255.
 
-    Measured on 160 resized photographs: 4 values in 10,000 differ, nearly all of them by 1.
+    On photographs, at most one value in a hundred differed, nearly always by 1.
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
