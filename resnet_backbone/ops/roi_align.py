@@ -47,7 +47,7 @@ def roi_align(
     """
     if levels is None:
         levels = torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
-    boxes = rois.to(torch.promote_types(features[0].dtype, torch.float32))
+    boxes = rois.to(torch.promote_types(features[0].dtype, torch.float32)).contiguous()
     pooled = _roi_align(list(features), boxes, levels, list(output_size), list(scales), sampling_ratio, aligned, step)
     return pooled.unflatten(0, (len(rois), *_pooled_size(output_size, step))).permute(0, 3, 1, 2)
 
