@@ -49,7 +49,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     - Non-maximum suppression of proposals stops at the number wanted (`ops.nms`).
     - On a GPU, a training step of Faster R-CNN does not wait for the device (`fixed_size.py`).
     """
-    counts = {"convolutions with frozen batch norm": 0, "RPN": 0, "RoI poolers": 0, "conv5_x on regions": 0}
+    counts = {"convolutions with frozen batch norm": 0, "RPN": 0, "RoI pooling": 0, "conv5_x on regions": 0}
     for conv, norm in _pairs(model):
         if type(conv) is nn.Conv2d and type(norm) in FROZEN_NORMS:
             fold(conv, norm)
@@ -61,7 +61,7 @@ def accelerate(model: nn.Module) -> nn.Module:
             counts["convolutions with frozen batch norm"] += 1
         elif kind is ROIPooler and all(type(pooler) is ROIAlign for pooler in module.level_poolers):
             module.__class__ = SparseROIPooler
-            counts["RoI poolers"] += 1
+            counts["RoI pooling"] += 1
         elif kind is RPN and type(module.box2box_transform) is Box2BoxTransform:
             module.__class__ = FastRPN
             counts["RPN"] += 1
@@ -70,10 +70,12 @@ def accelerate(model: nn.Module) -> nn.Module:
         if type(module) in COMMUTED and type(module.pooler) is SparseROIPooler and opening_of(module.res5) is not None:
             module.__class__ = COMMUTED[type(module)]
             counts["conv5_x on regions"] += 1
-    if type(model) is GeneralizedRCNN:
-        model.__class__ = FastGeneralizedRCNN
-        _fix_sizes(model)
-    logger.info("accelerated: %s", ", ".join(f"{number} {what}" for what, number in counts.items() if number))
+    for module in list(model.modules()):  # itself, or in a wrapper for several processes
+        if type(module) is GeneralizedRCNN:
+            module.__class__ = FastGeneralizedRCNN
+            _fix_sizes(module)
+    done = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    logger.info("accelerated: %s", done or "nothing, since no module is exactly Detectron2's or ours")
     return model
 
 

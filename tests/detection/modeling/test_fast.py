@@ -151,3 +151,16 @@ def test_images_of_any_size(case, size):
     with torch.no_grad():
         one, other = (m.eval()(batch)[0]["instances"] for m in (model, faster))
     torch.testing.assert_close(one.pred_boxes.tensor, other.pred_boxes.tensor, rtol=0, atol=1e-4)
+
+
+def test_in_a_wrapper():
+    """As `trainer.model` is with several processes."""
+    wrapped = nn.Sequential(build("C4"))
+    accelerate(wrapped)
+    assert [type(m) for m in wrapped[0].modules()] == [type(m) for m in accelerated(build("C4")).modules()]
+
+
+def test_nothing_to_accelerate_is_said(caplog):
+    with caplog.at_level("INFO"):
+        accelerate(nn.Linear(2, 2))
+    assert "accelerated: nothing" in caplog.text
