@@ -14,11 +14,9 @@ from torch import nn
 from resnet_backbone import detection
 from resnet_backbone.detection.data.mapper import Mapper
 from resnet_backbone.detection.modeling.fast import accelerate
-from resnet_backbone.detection.task import _build_model
+from resnet_backbone.detection.task import Detection
 from resnet_backbone.engine.config import CfgNode, load_config
-from resnet_backbone.engine.network_config import fill_from_metadata
 from resnet_backbone.engine.output import FINAL, versions
-from resnet_backbone.weights import read_checkpoint
 
 SIDES = {"Detectron2's modules": False, "accelerated": True}  # MODEL.ACCELERATE
 
@@ -64,11 +62,8 @@ def _losses(metrics: Sequence[dict[str, float]]) -> dict[int, float]:
 
 def compare_detections(cfg: CfgNode, images: int) -> dict[str, Any]:
     """Detect with the trained detector in cfg.MODEL.WEIGHTS, as it is and accelerated, in float32."""
-    checkpoint = read_checkpoint(cfg.MODEL.WEIGHTS)
-    fill_from_metadata(cfg, checkpoint.metadata, cfg.MODEL.WEIGHTS)
     cfg.SOLVER.AMP.ENABLED = False
-    detection.register_dataset(cfg.DATASETS.TEST[0], cfg.OUTPUT_DIR)
-    plain = _build_model(cfg, checkpoint, cfg.MODEL.WEIGHTS).eval()
+    plain = Detection(cfg).build(None, eval_only=True).eval()
     faster = accelerate(copy.deepcopy(plain))
     mapper = Mapper(cfg, is_train=False)
     found = {"images": 0, "detections": 0, "box": 0.0, "score": 0.0, "classes": 0, "unmatched": 0}
