@@ -32,7 +32,7 @@ def report(results: dict[str, Any], output: Path) -> str:
         f"One trained detector on {found['images']} test images, as it is and accelerated, in float32: "
         f"{found['detections']:,} detections; boxes differ by at most {found['box']:.1e} pixels, scores by "
         f"{found['score']:.1e}; {found['classes']} have another class, {found['unmatched']} are on one side alone.",
-        f"{results['versions']}; {results['threads']} threads.",
+        f"{results['versions']}; threads: {results['threads']}.",
     ]
     text = "\n\n".join(parts) + "\n"
     (output / "report.md").write_text(text)
