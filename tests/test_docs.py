@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -55,6 +56,7 @@ SCRIPTS = {
     "projects/coco_transfer/run.py": ("carry_out",),
     "projects/signal_propagation/run.py": ("measure",),
     "projects/soak/run.py": ("carry_out",),
+    "projects/equality/run.py": ("compare",),
 }
 # What is checked of those functions' arguments, by name.
 CHECKS = {
@@ -73,6 +75,7 @@ LEFT_OUT = {
 GIVEN = {
     "README.md": lambda: {"images": torch.rand(1, 3, 64, 64)},
     "docs/detection.md": lambda: {"cfg": detection.get_config()},
+    "docs/performance.md": lambda: {"trainer": SimpleNamespace(model=torch.nn.Conv2d(3, 3, 1))},
 }
 # A scheduler's programs, and a `python` that keeps how it was called; and the variables that Slurm sets.
 STAND_INS = {"srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"', "scontrol": "echo 127.0.0.1"}
