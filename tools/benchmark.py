@@ -7,6 +7,7 @@ if __name__ == "__main__":  # Ctrl-C ends the imports below without a stack trac
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +98,8 @@ def _command(
 def measure(*, run: Callable[..., dict[str, Any]], json: Path | None, **options: Any) -> None:
     if json is not None:
         options["keep"] = functools.partial(write, json)
-    results = run(report=lambda line: print(line, file=sys.stderr, flush=True), **options)
+    with contextlib.redirect_stdout(sys.stderr):  # where the training loop's log goes, too
+        results = run(report=lambda line: print(line, flush=True), **options)
     print(format_page(results))
     if json is not None:
         write(json, results)
