@@ -7,10 +7,8 @@ Image `i` of a set depends only on the seed and `i`.
 import functools
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from torch.utils.data import Dataset
 
 from resnet_backbone.data.drawing import (
     CLASS_NAMES,
@@ -32,12 +31,14 @@ from resnet_backbone.data.drawing import (
     stamp,
 )
 from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.workers import Loader
 
 PARAMETERS_FILE = "parameters.json"
 
 # Increment whenever the same seed yields different images, so that an older folder is not mistaken for the new data.
 _VERSION = 2
 _CLASSIFICATION, _DETECTION = 11, 12  # first words of the random streams' keys
+BATCH = 64  # images that a process draws at a time
 _LEAST_VISIBLE = 1 / 3  # share of an object's area; an object with less in sight is placed again
 
 
@@ -191,19 +192,23 @@ def _occlude(image: np.ndarray, shape: Outline, coverage: np.ndarray, rng: np.ra
         paint(image, place, rng, vivid=False)
 
 
+class _Drawn(Dataset):
+    """What a function draws for each index."""
+
+    def __init__(self, draw: Callable[[int], Any]):
+        self._draw = draw
+
+    def __getitem__(self, index: int) -> Any:
+        return self._draw(index)
+
+
 def _in_all_processes(draw: Callable[[int], Any], count: int) -> Iterator[Any]:
     """Yield `draw(0)`, `draw(1)` and so on, computed in as many processes as there are cores for this one."""
     processes = len(os.sched_getaffinity(0))
-    if processes == 1 or count < 100:
-        yield from map(draw, range(count))
-        return
-    # Forked, they import nothing.
-    with multiprocessing.get_context("fork").Pool(processes, initializer=_leave_signals_to_the_parent) as pool:
-        yield from pool.imap(draw, range(count), chunksize=32)
-
-
-def _leave_signals_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    batches = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+    workers = min(processes, len(batches)) if processes > 1 and len(batches) > 1 else 0
+    for batch in Loader(_Drawn(draw), batches, workers=workers, collate_fn=list):
+        yield from batch
 
 
 def _classification_jpeg(seed: int, size: int, index: int) -> tuple[bytes, int]:

@@ -1,5 +1,7 @@
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -279,3 +281,14 @@ def test_wrong_arguments(tmp_path):
         write_classification(tmp_path / "x", images=4, seed=0, shards=5)
     with pytest.raises(ValueError, match=r"number of objects is \(0, 3\)"):
         write_detection(tmp_path / "x", images=4, seed=0, objects=(0, 3))
+
+
+def test_its_processes_end_where_signals_do_nothing(tmp_path):
+    """As in a program that handles SIGTERM, whose children inherit that."""
+    former = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        for number in range(3):
+            write_classification(tmp_path / str(number), images=200, image_size=16, seed=1)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert not multiprocessing.active_children()
