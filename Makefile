@@ -24,7 +24,7 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv and install everything into it
 
-demo: $(STAMP)  ## the whole comparison on generated data; report in output/demo (about 10 minutes on 2 cores)
+demo: $(STAMP)  ## the whole comparison on generated data; report in output/demo (about 6 minutes on 2 cores)
 	$(BIN)/python projects/coco_transfer/run.py --scale demo --parallel 2 --output output/demo $(ARGS)
 
 test: $(STAMP)  ## all tests but those marked slow
