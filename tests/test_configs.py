@@ -177,11 +177,10 @@ def test_the_papers_cifar_networks():
 @pytest.mark.parametrize("tool", [detection, pretraining])
 def test_a_written_configuration_is_that_of_another_run(tool, tmp_path):
     """A run's config.yaml sets every key, and YAML turns tuples inside of values into lists."""
-    files = {
-        detection: ("faster_rcnn_R50_FPN.yaml", Detection),
-        pretraining: ("pretrain/imagenet.yaml", Classification),
-    }
-    file, task = files[tool], {detection: Detection, pretraining: Classification}[tool]
+    if tool is detection:
+        file, task = "faster_rcnn_R50_FPN.yaml", Detection
+    else:
+        file, task = "pretrain/imagenet.yaml", Classification
     cfg = load_config(tool.get_config(), CONFIGS / file, ["MODEL.DEVICE", "cpu"])
     write_config(cfg, tmp_path)
     again = load_config(tool.get_config(), tmp_path / "config.yaml")
