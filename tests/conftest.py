@@ -32,6 +32,18 @@ SOLVER.LOG_PERIOD 1  SOLVER.CHECKPOINT_PERIOD 0  TEST.EVAL_PERIOD 0
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_autograd_threads():
+    """Let autograd look for devices before torch's fake tensors pretend that there is one.
+
+    It looks once, and for a GPU it would start threads: processes forked from this one could then take no gradients.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.ones((), requires_grad=True).backward()
+
+
 def pytest_runtest_setup(item):
     """Skip what needs a GPU, or with `gpu(2)` two of them, where there are fewer."""
     marker = item.get_closest_marker("gpu")

@@ -24,8 +24,10 @@ def main(load_script):
             [
                 "crop of random area, 64×48",
                 "the paper's crop, 64×48",
+                "a detector's images, 64×48",
                 "crop of random area, 200×160",
                 "the paper's crop, 200×160",
+                "a detector's images, 200×160",
                 "training resnet18 on 64×48",
             ],
             "images/s per core",
