@@ -14,13 +14,13 @@ from resnet_backbone.data.errors import DatasetError
 # whose longer side is bounded, it would leave less than a pixel of the shorter one.
 MAX_ASPECT_RATIO = 100
 
-# Decoding at a half, a quarter and an eighth uses OpenCV's "reduced grayscale" flags; the color flag overrides the
+# OpenCV's flags for decoding at full size, a half, a quarter and an eighth. A color flag beside them overrides the
 # grayscale.
-_FLAGS = {
-    1: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
-    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+REDUCED_FLAGS = {
+    1: cv2.IMREAD_IGNORE_ORIENTATION,
+    2: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 
 
@@ -35,7 +35,7 @@ def decode(data: bytes, *, what: str, reduction: int = 1) -> np.ndarray:
     approximately the mean of those it replaces: libjpeg drops the high frequencies of its 8x8 blocks.
     """
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), _FLAGS[reduction])
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | REDUCED_FLAGS[reduction])
     except cv2.error:  # empty, or an image of an impossible size
         image = None
     if image is None:  # Pillow may decode what OpenCV rejects; if not, it says why.

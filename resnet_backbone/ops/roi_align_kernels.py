@@ -104,16 +104,6 @@ def _block(channels: int) -> int:
 
 
 @triton.jit
-def _interval(low, high, scale, offset, ALIGNED: tl.constexpr):
-    """Return start and extent of an RoI in pixels of the feature map."""
-    start = low * scale - offset
-    extent = high * scale - offset - start
-    if not ALIGNED:
-        extent = tl.maximum(extent, 1.0)
-    return start, extent
-
-
-@triton.jit
 def _number_of_samples(extent, bins, RATIO: tl.constexpr):
     """Return how many samples a bin has in one direction."""
     usable = tl.abs(extent) < 1e9  # false for NaN
@@ -122,6 +112,21 @@ def _number_of_samples(extent, bins, RATIO: tl.constexpr):
     else:
         number = tl.maximum(tl.ceil(tl.where(usable, extent, 0.0) / bins).to(tl.int32), 0)
     return number
+
+
+@triton.jit
+def _axis(low, high, scale, offset, bins, RATIO: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return an RoI's start in one direction, the size of its bins, their number of samples, and those' spacing.
+
+    In pixels of the feature map.
+    """
+    start = low * scale - offset
+    extent = high * scale - offset - start
+    if not ALIGNED:
+        extent = tl.maximum(extent, 1.0)
+    samples = _number_of_samples(extent, bins, RATIO)
+    size = extent / bins
+    return start, size, samples, size / tl.maximum(samples, 1)
 
 
 @triton.jit
@@ -189,14 +194,14 @@ def _forward(
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         exists = channel < channels
         image = tl.load(rois + roi * 5).to(tl.int64)
-        left, extent_x = _interval(tl.load(rois + roi * 5 + 1), tl.load(rois + roi * 5 + 3), scale, offset, ALIGNED)
-        top, extent_y = _interval(tl.load(rois + roi * 5 + 2), tl.load(rois + roi * 5 + 4), scale, offset, ALIGNED)
-        samples_x = _number_of_samples(extent_x, bins_across, RATIO)
-        samples_y = _number_of_samples(extent_y, bins_down, RATIO)
-        spacing_x = extent_x / bins_across / tl.maximum(samples_x, 1)
-        spacing_y = extent_y / bins_down / tl.maximum(samples_y, 1)
-        begin_x = left + (bin_ % across) * step * (extent_x / bins_across)
-        begin_y = top + (bin_ // across % down) * step * (extent_y / bins_down)
+        left, size_x, samples_x, spacing_x = _axis(
+            tl.load(rois + roi * 5 + 1), tl.load(rois + roi * 5 + 3), scale, offset, bins_across, RATIO, ALIGNED
+        )
+        top, size_y, samples_y, spacing_y = _axis(
+            tl.load(rois + roi * 5 + 2), tl.load(rois + roi * 5 + 4), scale, offset, bins_down, RATIO, ALIGNED
+        )
+        begin_x = left + (bin_ % across) * step * size_x
+        begin_y = top + (bin_ // across % down) * step * size_y
         total = tl.zeros((CHANNELS,), dtype=tl.float32)
         if (samples_x > 0) & (samples_y > 0):
             first_x, last_x = _pixels(begin_x, spacing_x, samples_x, width)
@@ -246,12 +251,12 @@ def _backward(
     total = tl.zeros((PIXELS, CHANNELS), dtype=tl.float32)
     for roi in range(number_of_rois):
         if (tl.load(rois + roi * 5).to(tl.int32) == image) & (tl.load(levels + roi) == level):
-            left, extent_x = _interval(tl.load(rois + roi * 5 + 1), tl.load(rois + roi * 5 + 3), scale, offset, ALIGNED)
-            top, extent_y = _interval(tl.load(rois + roi * 5 + 2), tl.load(rois + roi * 5 + 4), scale, offset, ALIGNED)
-            samples_x = _number_of_samples(extent_x, bins_across, RATIO)
-            samples_y = _number_of_samples(extent_y, bins_down, RATIO)
-            size_x, size_y = extent_x / bins_across, extent_y / bins_down
-            spacing_x, spacing_y = size_x / tl.maximum(samples_x, 1), size_y / tl.maximum(samples_y, 1)
+            left, size_x, samples_x, spacing_x = _axis(
+                tl.load(rois + roi * 5 + 1), tl.load(rois + roi * 5 + 3), scale, offset, bins_across, RATIO, ALIGNED
+            )
+            top, size_y, samples_y, spacing_y = _axis(
+                tl.load(rois + roi * 5 + 2), tl.load(rois + roi * 5 + 4), scale, offset, bins_down, RATIO, ALIGNED
+            )
             low_y, high_y = _bins_of(pixel_y, pixel_y, top, size_y, size_y * step, down)
             low_x, high_x = _bins_of(first_x, first_x + PIXELS - 1.0, left, size_x, size_x * step, across)
             if (samples_x > 0) & (samples_y > 0) & (low_x < high_x):

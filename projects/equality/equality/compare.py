@@ -71,9 +71,9 @@ def compare_detections(cfg: CfgNode, images: int) -> dict[str, Any]:
         one, other = (_detect(model, mapper(record)) for model in (plain, faster))
         found["images"] += 1
         found["detections"] += len(one["scores"])
-        same = len(one["scores"]) == len(other["scores"])
-        found["unmatched"] += 0 if same else abs(len(one["scores"]) - len(other["scores"]))
-        if same and len(one["scores"]):
+        unmatched = abs(len(one["scores"]) - len(other["scores"]))
+        found["unmatched"] += unmatched
+        if not unmatched and len(one["scores"]):
             found["box"] = max(found["box"], (one["boxes"] - other["boxes"]).abs().max().item())
             found["score"] = max(found["score"], (one["scores"] - other["scores"]).abs().max().item())
             found["classes"] += int((one["classes"] != other["classes"]).sum())

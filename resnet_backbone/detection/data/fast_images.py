@@ -12,16 +12,9 @@ from detectron2.data import transforms as T
 from PIL import ExifTags, Image
 from torch.nn import functional as F
 
-from resnet_backbone.data.decode import looks_whole, too_long
+from resnet_backbone.data.decode import REDUCED_FLAGS, looks_whole, too_long
 
 _FLAGS = {"RGB": cv2.IMREAD_COLOR_RGB, "BGR": cv2.IMREAD_COLOR_BGR}
-# OpenCV names these after gray; a color flag beside them wins.
-_REDUCED = {
-    1: 0,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
 
 
 class Photograph:
@@ -46,9 +39,8 @@ class Photograph:
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         except Exception:  # Pillow says why, when it decodes the image
             return None
-        return (
-            None if form != "JPEG" or mode not in ("RGB", "L") or turned or too_long(*size) else cls(data, size[::-1])
-        )
+        ordinary = form == "JPEG" and mode in ("RGB", "L") and not turned and not too_long(*size)
+        return cls(data, size[::-1]) if ordinary else None
 
     def decode(self, channels: str, *, at_least: tuple[int, int] | None = None) -> np.ndarray | None:
         """Decode to `(H, W, 3)` uint8; with Pillow's values, at full size. None if OpenCV cannot.
@@ -61,10 +53,9 @@ class Photograph:
         reduction = 1
         if at_least is not None:
             sides = list(zip(self.shape, at_least, strict=True))
-            fits = [r for r in _REDUCED if all(have % r == 0 and have // r >= want for have, want in sides)]
+            fits = [r for r in REDUCED_FLAGS if all(have % r == 0 and have // r >= want for have, want in sides)]
             reduction = max(fits, default=1)
-        flags = _FLAGS[channels] | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[reduction]
-        return cv2.imdecode(np.frombuffer(self._data, np.uint8), flags)
+        return cv2.imdecode(np.frombuffer(self._data, np.uint8), _FLAGS[channels] | REDUCED_FLAGS[reduction])
 
 
 def accelerated(augmentation: T.Augmentation) -> T.Augmentation:

@@ -27,15 +27,15 @@ class Mapper(DatasetMapper):
 
     def __init__(self, cfg: CfgNode, is_train: bool = True):
         super().__init__(cfg, is_train)
-        self._fast = cfg.MODEL.ACCELERATE
-        if self._fast:
+        if cfg.MODEL.ACCELERATE:
             self.augmentations = T.AugmentationList([accelerated(each) for each in self.augmentations.augs])
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         record = dict(record)
         if "annotations" in record:  # their values are replaced, not changed
             record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
-        both, transforms = self._read_photograph(record) or self._read_any(record)
+        data = _read(record["file_name"])
+        both, transforms = self._augmented_photograph(data, record) or self._augmented(data, record)
         size = both.image.shape[:2]
         record["image"] = _planes(both.image)
         if both.sem_seg is not None:
@@ -48,9 +48,9 @@ class Mapper(DatasetMapper):
             self._transform_annotations(record, transforms, size)
         return record
 
-    def _read_any(self, record: dict[str, Any]) -> tuple[T.AugInput, T.TransformList]:
+    def _augmented(self, data: bytes, record: dict[str, Any]) -> tuple[T.AugInput, T.TransformList]:
         """Return the augmented image, with semantic labels if the record has some, and what was done to it."""
-        image = read_image(record["file_name"], self.image_format)
+        image = _pixels(data, record["file_name"], self.image_format)
         _check_size(record, image)
         labels = None
         if "sem_seg_file_name" in record:
@@ -58,15 +58,15 @@ class Mapper(DatasetMapper):
         both = T.AugInput(image, sem_seg=labels)
         return both, self.augmentations(both)
 
-    def _read_photograph(self, record: dict[str, Any]) -> tuple[T.AugInput, T.TransformList] | None:
+    def _augmented_photograph(self, data: bytes, record: dict[str, Any]) -> tuple[T.AugInput, T.TransformList] | None:
         """Return the same for an ordinary photograph, faster; None for anything else, or a crop before the resizing.
 
         It is resized first, to a size that is drawn before it is decoded.
         """
         resize, *others = self.augmentations.augs
-        if not self._fast or type(resize) is not FastResizeShortestEdge or "sem_seg_file_name" in record:
+        if type(resize) is not FastResizeShortestEdge or "sem_seg_file_name" in record:
             return None
-        photograph = Photograph.open(_read(record["file_name"]))
+        photograph = Photograph.open(data)
         if photograph is None or self.image_format not in ("RGB", "BGR"):
             return None
         whole = np.broadcast_to(np.uint8(0), (*photograph.shape, 3))
@@ -104,7 +104,11 @@ def read_image(file: str, channels: str) -> np.ndarray:
     Raises:
         DatasetError: the file is no image, cut off, or has a shape or pixels that are not supported.
     """
-    image, form = _decode(_read(file), file)
+    return _pixels(_read(file), file, channels)
+
+
+def _pixels(data: bytes, file: str, channels: str) -> np.ndarray:
+    image, form = _decode(data, file)
     try:
         if found := too_long(*image.size):
             raise ValueError(found)

@@ -23,7 +23,8 @@ def batch_by_shape(
     known = [index for index, shape in shapes.items() if shape is not None]
     batches = [[index] for index, shape in shapes.items() if shape is None]
     for _, group in itertools.groupby(sorted(known, key=shapes.get), key=shapes.get):
-        batches += [list(batch) for batch in _chunked(list(group), most)]
+        group = list(group)
+        batches += [group[start : start + most] for start in range(0, len(group), most)]
     return batches
 
 
@@ -32,7 +33,3 @@ def _resized_shape(cfg: CfgNode, record: Mapping[str, Any]) -> tuple[int, int] |
         return None
     size, shape = cfg.INPUT.MIN_SIZE_TEST, (record["height"], record["width"])
     return ResizeShortestEdge.get_output_shape(*shape, size, cfg.INPUT.MAX_SIZE_TEST) if size else shape
-
-
-def _chunked(items: list[int], most: int) -> Iterable[list[int]]:
-    return (items[start : start + most] for start in range(0, len(items), most))

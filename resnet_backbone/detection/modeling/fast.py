@@ -5,6 +5,7 @@ place, hooks and the state dict's names stay, and a user's own subclass is left 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
@@ -25,7 +26,7 @@ from detectron2.modeling.roi_heads import (
 from torch import nn
 
 from resnet_backbone.detection.modeling.fast_rcnn import FastGeneralizedRCNN
-from resnet_backbone.detection.modeling.fixed_size import FixedSizeOutputLayers, FixedSizeStandardROIHeads
+from resnet_backbone.detection.modeling.fixed_size import FastMatcher, FixedSizeOutputLayers, FixedSizeStandardROIHeads
 from resnet_backbone.detection.modeling.normalized_conv import FROZEN_NORMS, NormalizedDetectron2Conv2d, fold
 from resnet_backbone.detection.modeling.pooling import COMMUTED, SparseROIPooler, opening_of
 from resnet_backbone.detection.modeling.proposals import FastRPN
@@ -49,12 +50,12 @@ def accelerate(model: nn.Module) -> nn.Module:
     - Non-maximum suppression of proposals stops at the number wanted (`ops.nms`).
     - On a GPU, a training step of Faster R-CNN does not wait for the device (`fixed_size.py`).
     """
-    counts = {"convolutions with frozen batch norm": 0, "RPN": 0, "RoI pooling": 0, "conv5_x on regions": 0}
+    counts: Counter[str] = Counter()
     for conv, norm in _pairs(model):
         if type(conv) is nn.Conv2d and type(norm) in FROZEN_NORMS:
             fold(conv, norm)
             counts["convolutions with frozen batch norm"] += 1
-    for module in list(model.modules()):
+    for module in model.modules():
         kind = type(module)
         if kind is detectron2.layers.Conv2d and type(module.norm) in FROZEN_NORMS:
             module.__class__ = NormalizedDetectron2Conv2d
@@ -65,16 +66,16 @@ def accelerate(model: nn.Module) -> nn.Module:
         elif kind is RPN and type(module.box2box_transform) is Box2BoxTransform:
             module.__class__ = FastRPN
             counts["RPN"] += 1
-    for module in list(model.modules()):
+    for module in model.modules():
         _keep_layout(module)
         if type(module) in COMMUTED and type(module.pooler) is SparseROIPooler and opening_of(module.res5) is not None:
             module.__class__ = COMMUTED[type(module)]
             counts["conv5_x on regions"] += 1
-    for module in list(model.modules()):  # itself, or in a wrapper for several processes
+    for module in model.modules():  # itself, or in a wrapper for several processes
         if type(module) is GeneralizedRCNN:
             module.__class__ = FastGeneralizedRCNN
             _fix_sizes(module)
-    done = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    done = ", ".join(f"{number} {what}" for what, number in counts.items())
     logger.info("accelerated: %s", done or "nothing, since no module is exactly Detectron2's or ours")
     return model
 
@@ -95,6 +96,7 @@ def _fix_sizes(model: nn.Module) -> None:
         if type(heads) is StandardROIHeads:
             heads.__class__ = FixedSizeStandardROIHeads
         predictor.__class__ = FixedSizeOutputLayers
+        rpn.anchor_matcher.__class__ = heads.proposal_matcher.__class__ = FastMatcher
         rpn.fixed_size = heads.fixed_size = predictor.fixed_size = None  # on a GPU
 
 

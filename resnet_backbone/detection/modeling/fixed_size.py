@@ -7,6 +7,7 @@ A sample that is missing has the class -1 and counts in no loss. Values are repl
 import torch
 from detectron2.modeling import FastRCNNOutputLayers
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.modeling.roi_heads.fast_rcnn import _log_classification_stats
 from detectron2.structures import Boxes, Instances, pairwise_iou
@@ -33,6 +34,16 @@ class FixedSize:
     def is_fixed(self, tensor: Tensor) -> bool:
         """Return whether to avoid waiting for the device of `tensor` now."""
         return self.training and (tensor.is_cuda if self.fixed_size is None else self.fixed_size)
+
+
+class FastMatcher(Matcher):
+    """Detectron2's matcher, which asks the device for no value."""
+
+    def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `ops.match` of overlaps `(G, A)`."""
+        return match(
+            match_quality_matrix, self.thresholds, self.labels, allow_low_quality=self.allow_low_quality_matches
+        )
 
 
 def is_time_to_log() -> bool:
@@ -90,13 +101,8 @@ class FixedSizeSamples(FixedSize):
         if self.proposal_append_gt:
             boxes = torch.cat([boxes, targets.gt_boxes.tensor])
             valid = torch.cat([valid, valid.new_ones(len(targets))])
-        matcher, background = self.proposal_matcher, self.num_classes
-        matched, labels = match(
-            pairwise_iou(targets.gt_boxes, Boxes(boxes)),
-            matcher.thresholds,
-            matcher.labels,
-            allow_low_quality=matcher.allow_low_quality_matches,
-        )
+        background = self.num_classes
+        matched, labels = self.proposal_matcher(pairwise_iou(targets.gt_boxes, Boxes(boxes)))
         if len(targets):
             classes = targets.gt_classes[matched].masked_fill(labels == 0, background).masked_fill(labels == -1, -1)
         else:

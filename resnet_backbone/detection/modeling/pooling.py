@@ -1,6 +1,7 @@
 """RoI pooling as a sparse matrix product, and conv5_x on regions that begins before it."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class Opening(NamedTuple):
     norm: nn.Module | None
     shortcut: nn.Conv2d
     shortcut_norm: nn.Module | None
-    rest: Sequence[nn.Module]  # the residual branch's other layers, but for the ReLUs between them
+    rest: Sequence[Sequence[nn.Module]]  # the residual branch's other layers, a ReLU before each of these sequences
 
 
 def opening_of(res5: nn.Module) -> Opening | None:
@@ -65,10 +66,10 @@ def opening_of(res5: nn.Module) -> Opening | None:
         return None
     block = res5[0]
     if type(block) is Bottleneck and isinstance(block.downsample, nn.Sequential):
-        rest = [nn.Sequential(block.conv2, block.bn2), nn.Sequential(block.conv3, block.bn3)]
+        rest = [(block.conv2, block.bn2), (block.conv3, block.bn3)]
         opening = Opening(block.conv1, block.bn1, *block.downsample, rest)
     elif type(block) is BottleneckBlock and block.shortcut is not None:
-        rest = [block.conv2, block.conv3]
+        rest = [(block.conv2,), (block.conv3,)]
         opening = Opening(block.conv1, block.conv1.norm, block.shortcut, block.shortcut.norm, rest)
     else:
         return None
@@ -102,10 +103,16 @@ class _Commuted(FixedSizeSamples):
                 return y.add_(shift[:, None, None].to(y.dtype))
             return y if norm is None else norm(y)
 
-        y = F.relu_(pooled(opening.conv, opening.norm))
-        y = opening.rest[1](F.relu_(opening.rest[0](y)))
+        y = pooled(opening.conv, opening.norm)
+        for layers in opening.rest:
+            y = F.relu_(y)
+            for layer in layers:
+                y = layer(y)
         y += pooled(opening.shortcut, opening.shortcut_norm)
-        return self.res5[1:](F.relu_(y))
+        y = F.relu_(y)
+        for block in islice(self.res5, 1, None):
+            y = block(y)
+        return y
 
 
 class CommutedRes5ROIHeads(_Commuted, Res5ROIHeads):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_backbone.detection.modeling.fixed_size import FixedSize, box_losses, is_time_to_log
-from resnet_backbone.ops import match, nms, sample
+from resnet_backbone.ops import nms, sample
 
 
 class FastRPN(FixedSize, RPN):
@@ -79,21 +79,6 @@ class FastRPN(FixedSize, RPN):
             proposals.append(found)
         return proposals
 
-    def label_and_sample_anchors(
-        self, anchors: list[Boxes], gt_instances: list[Instances]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return for each image the labels of its anchors `(A,)`, and the ground truth that they match `(A, 4)`."""
-        if not self.is_fixed(anchors[0].tensor):
-            return super().label_and_sample_anchors(anchors, gt_instances)
-        matcher = self.anchor_matcher
-        self.anchor_matcher = lambda overlaps: match(
-            overlaps, matcher.thresholds, matcher.labels, allow_low_quality=matcher.allow_low_quality_matches
-        )
-        try:
-            return super().label_and_sample_anchors(anchors, gt_instances)
-        finally:
-            self.anchor_matcher = matcher
-
     def _subsample_labels(self, label: Tensor) -> Tensor:
         if not self.is_fixed(label):
             return super()._subsample_labels(label)
@@ -134,6 +119,6 @@ class FastRPN(FixedSize, RPN):
 
 
 def _clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Limit corners `(…, 4)` to an image of height and width `size`."""
+    """Limit corners `(…, 4)` to an image of height and width `size`; Detectron2's `Boxes.clip` waits for the device."""
     height, width = size
     return torch.stack([boxes[..., d].clamp(0, (width, height)[d % 2]) for d in range(4)], dim=-1)
