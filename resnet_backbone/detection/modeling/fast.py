@@ -24,11 +24,12 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
 )
 from torch import nn
+from torchvision.ops import RoIPool
 
 from resnet_backbone.detection.modeling.fast_rcnn import FastGeneralizedRCNN
 from resnet_backbone.detection.modeling.fixed_size import FastMatcher, FixedSizeOutputLayers, FixedSizeStandardROIHeads
 from resnet_backbone.detection.modeling.normalized_conv import FROZEN_NORMS, NormalizedDetectron2Conv2d, fold
-from resnet_backbone.detection.modeling.pooling import COMMUTED, SparseROIPooler, opening_of
+from resnet_backbone.detection.modeling.pooling import COMMUTED, RepeatableRoIPool, SparseROIPooler, opening_of
 from resnet_backbone.detection.modeling.proposals import FastRPN
 from resnet_backbone.networks.blocks import BasicBlock, Bottleneck
 from resnet_backbone.networks.resnet import ResNet
@@ -44,7 +45,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     model's modules are the final ones.
 
     - A convolution and the frozen batch norm after it become one convolution with a bias.
-    - RoIAlign is a sparse matrix product (`ops.roi_align`), for all levels of a pyramid at once.
+    - RoIAlign is a sparse matrix product (`ops.roi_align`), for all levels of a pyramid at once. RoIPool's gradient
+      can be repeated to the bit on a GPU (`ops.roi_pool`).
     - conv5_x on regions starts with 1×1 convolutions, which commute with RoIAlign: they run on the feature map before
       the pooling instead of on every region after it, and only the bins that a stride leaves are pooled.
     - Non-maximum suppression of proposals stops at the number wanted (`ops.nms`).
@@ -62,6 +64,9 @@ def accelerate(model: nn.Module) -> nn.Module:
             counts["convolutions with frozen batch norm"] += 1
         elif kind is ROIPooler and all(type(pooler) is ROIAlign for pooler in module.level_poolers):
             module.__class__ = SparseROIPooler
+            counts["RoI pooling"] += 1
+        elif kind is RoIPool:
+            module.__class__ = RepeatableRoIPool
             counts["RoI pooling"] += 1
         elif kind is RPN and type(module.box2box_transform) is Box2BoxTransform:
             module.__class__ = FastRPN

@@ -11,12 +11,13 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import RoIPool
 
 from resnet_backbone.detection.modeling.fixed_size import FixedSizeSamples
 from resnet_backbone.detection.modeling.normalized_conv import CONVOLUTIONS, FOLDED, FROZEN_NORMS, scale_and_shift
 from resnet_backbone.detection.modeling.res5_heads import NetworkRes5ROIHeads
 from resnet_backbone.networks.blocks import Bottleneck
-from resnet_backbone.ops import roi_align
+from resnet_backbone.ops import roi_align, roi_pool
 
 
 class SparseROIPooler(ROIPooler):
@@ -48,6 +49,14 @@ class SparseROIPooler(ROIPooler):
             aligned=first.aligned,
             step=step,
         )
+
+
+class RepeatableRoIPool(RoIPool):
+    """torchvision's RoIPool by `ops.roi_pool`, which can repeat a GPU's gradient to the bit."""
+
+    def forward(self, x: Tensor, rois: Tensor) -> Tensor:
+        size = self.output_size
+        return roi_pool(x, rois, (size, size) if isinstance(size, int) else size, self.spatial_scale)
 
 
 class Opening(NamedTuple):
