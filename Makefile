@@ -46,7 +46,7 @@ bench: $(STAMP)  ## speed beside plain torch and torchvision, of what the machin
 gpu: $(STAMP)  ## on a GPU: the tests that need one and the benchmarks; report in output/gpu (ARGS="--parts tests data")
 	$(BIN)/python tools/check_gpu.py $(ARGS)
 
-soak: $(STAMP)  ## a detector through kills, full disks and resumes (20 minutes); report in output/soak (ARGS="--data TRAIN TEST")
+soak: $(STAMP)  ## a detector through kills, full disks and resumes (10 minutes); report in output/soak (ARGS="--data TRAIN TEST")
 	$(BIN)/python projects/soak/run.py --output output/soak $(ARGS)
 
 clean:  ## remove build outputs and caches; keeps .venv and output/
