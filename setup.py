@@ -20,6 +20,7 @@ COMMANDS = (
     "check_dataset",
     "convert_weights",
     "install_detectron2",
+    "predict",
     "pretrain",
     "train_net",
 )

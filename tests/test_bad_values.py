@@ -10,9 +10,10 @@ import yaml
 from detectron2 import model_zoo
 
 from resnet_backbone import detection, pretraining
+from resnet_backbone.detection.build import build_detector
 from resnet_backbone.detection.checks import REGISTRIES, check_names
 from resnet_backbone.detection.combinations import check_combinations
-from resnet_backbone.detection.task import Detection, _build_model
+from resnet_backbone.detection.task import Detection
 from resnet_backbone.engine.config import flatten, load_config, set_key
 from resnet_backbone.engine.ranges import RANGES, check_ranges
 from resnet_backbone.engine.schedule import check_schedule
@@ -63,7 +64,7 @@ def build(tool, keys, file=None, *, base=None):
     set_key(cfg, "MODEL.DEVICE", "meta", "no memory")
     with torch.device("meta"):
         if tool is Detection:
-            _build_model(cfg, None, "")
+            build_detector(cfg, None, "")
         else:
             build_classifier(cfg, 10)
 

@@ -49,6 +49,7 @@ SCRIPTS = {
     "tools/train_net.py": (),
     "tools/check_dataset.py": (),
     "tools/convert_weights.py": (),
+    "tools/predict.py": (),
     "tools/analyze_model.py": ("analyze_catalogue",),
     "tools/benchmark.py": ("run_pretrain", "run_data", "run_detect"),
     "tools/check_gpu.py": ("run_parts",),

@@ -23,6 +23,7 @@ COMMANDS = (
     "check-dataset",
     "convert-weights",
     "install-detectron2",
+    "predict",
     "pretrain",
     "train-net",
 )

@@ -1,7 +1,6 @@
 """Detector training as a task: Detectron2's model with our networks or its own, as configured."""
 
 import logging
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
-from detectron2.modeling import build_model
 from detectron2.modeling.backbone import FPN
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from resnet_backbone.detection.build import build_detector
 from resnet_backbone.detection.checks import (
     check_datasets,
     check_evaluable,
@@ -29,12 +28,9 @@ from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.detection.evaluation.evaluate import check_expected, evaluate, try_two_images
 from resnet_backbone.detection.evaluation.metrics import best_metric, headline
 from resnet_backbone.detection.modeling.backbone import NetworkBackbone
-from resnet_backbone.detection.modeling.fast import accelerate
-from resnet_backbone.detection.modeling.layout import use_channels_last
-from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
-from resnet_backbone.detection.weights import is_frozen_norm, is_own, load_whole, offered, read, stock_arguments
+from resnet_backbone.detection.weights import is_frozen_norm, is_own, read, stock_arguments
 from resnet_backbone.engine import run as engine_run
-from resnet_backbone.engine.config import ConfigError, get_key, said, shown
+from resnet_backbone.engine.config import flatten
 from resnet_backbone.engine.hooks import check_metric
 from resnet_backbone.engine.network_config import configured_network
 from resnet_backbone.engine.nonfinite import Losses
@@ -42,7 +38,6 @@ from resnet_backbone.engine.output import versions
 from resnet_backbone.engine.precise_bn import finish_norm_statistics
 from resnet_backbone.engine.ranges import check_ranges
 from resnet_backbone.engine.unread import refuse_unread
-from resnet_backbone.errors import InputError
 from resnet_backbone.weights import Checkpoint, Metadata
 
 logger = logging.getLogger(__name__)
@@ -86,7 +81,7 @@ class Detection:
         else:
             self._batches = TrainBatches(cfg)
             self.num_images = self._batches.num_images
-        model = _build_model(cfg, weights, file)
+        model = build_detector(cfg, weights, file)
         logger.info(describe_frozen(model))
         if len(cfg.DATASETS.TEST) > 1 and not eval_only:
             logger.info("%s selects the best checkpoint (TEST.BEST_METRIC)", self.best_metric)
@@ -157,63 +152,6 @@ def _is_frozen(module: nn.Module) -> bool:
     return bool(trained) and not any(trained)
 
 
-def _build_model(cfg: CfgNode, weights: Checkpoint | None, file: str) -> nn.Module:
-    """Return the detector on its device with all its initial weights."""
-    try:
-        with offered(weights, file):
-            model = build_model(cfg)
-    except InputError:
-        raise
-    except (KeyError, AssertionError, ValueError, NotImplementedError) as error:
-        raise ConfigError(_why_not_built(cfg, error)) from error
-    _check_segmentation(cfg, model)
-    load_whole(cfg, model, weights, file)
-    if cfg.MODEL.ACCELERATE:
-        accelerate(model)
-    if cfg.SOLVER.AMP.ENABLED:
-        keep_boxes_in_float32(model)
-    use_channels_last(model)
-    return model
-
-
-def _why_not_built(cfg: CfgNode, error: Exception) -> str:
-    """Return what is wrong with a configuration that Detectron2 failed to build."""
-    feature = error.args[0] if isinstance(error, KeyError) else None
-    for part in ("RPN", "ROI_HEADS", "RETINANET"):
-        key = f"MODEL.{part}.IN_FEATURES"
-        if feature in get_key(cfg, key):
-            return (
-                f"{said(cfg, key)}, but {said(cfg, 'MODEL.BACKBONE.NAME')} with "
-                f"{said(cfg, 'MODEL.RESNETS.OUT_FEATURES')} has no feature {shown(feature)}. Name features that it has."
-            )
-    if "log2 contiguous" in str(error):
-        return (
-            f"{said(cfg, 'MODEL.FPN.IN_FEATURES')} with {said(cfg, 'MODEL.RESNETS.RES5_DILATION')}: a feature pyramid "
-            f"needs stages in their order, each of twice the stride of the one before ({error})."
-        )
-    if "do not form a pyramid" in str(error):
-        return f"{said(cfg, 'MODEL.ROI_HEADS.IN_FEATURES')}, expected neighboring levels, such as p2, p3, p4."
-    if isinstance(error, ValueError) and "SemSegFPNHead" in str(error):
-        return f"{said(cfg, 'MODEL.SEM_SEG_HEAD.IN_FEATURES')}, none of which the backbone has. Name features it has."
-    asserted = f"it fails at `{traceback.extract_tb(error.__traceback__)[-1].line}`"
-    return f"Detectron2 cannot build this configuration: {' '.join(str(error).split()) or asserted}."
-
-
-def _check_segmentation(cfg: CfgNode, model: nn.Module) -> None:
-    """Check SEM_SEG_HEAD's features, of which Detectron2 drops those that it does not find, and their stride."""
-    if not hasattr(model, "sem_seg_head"):
-        return
-    shapes, key = model.backbone.output_shape(), "MODEL.SEM_SEG_HEAD.IN_FEATURES"
-    if unknown := [name for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES if name not in shapes]:
-        raise ConfigError(f"{said(cfg, key)}, but the backbone has {', '.join(shapes)}, and no {', '.join(unknown)}.")
-    finest = min(shapes[name].stride for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES)
-    if finest < cfg.MODEL.SEM_SEG_HEAD.COMMON_STRIDE:
-        raise ConfigError(
-            f"{said(cfg, 'MODEL.SEM_SEG_HEAD.COMMON_STRIDE')}, expected at most {finest}, the stride of the finest of "
-            f"{said(cfg, key)}."
-        )
-
-
 def _describe(
     cfg: CfgNode, norms: Sequence[nn.Module], source: Metadata | None, iterations: int, results: Mapping[str, float]
 ) -> Metadata:
@@ -262,4 +200,12 @@ def _describe(
             "pretrained": dict(pretrained),
             **results,
         },
+        config={key: value for key, value in flatten(cfg) if _describes(key)},
     )
+
+
+def _describes(key: str) -> bool:
+    """Whether a key says what a detector is or how it is tested, wherever and from whatever it was trained."""
+    if key.startswith("MODEL."):
+        return key not in ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.ACCELERATE")
+    return key in ("INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "TEST.DETECTIONS_PER_IMAGE")

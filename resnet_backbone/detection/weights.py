@@ -94,21 +94,28 @@ def read(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoin
     """
     file = str(folder / (folder / LAST).read_text().strip()) if last else cfg.MODEL.WEIGHTS
     weights = last
-    if is_own(cfg):
-        if weights is None and file:
-            weights = _read_file(cfg)  # None for a detector of Detectron2's trainer
-        if weights is not None:
-            fill_from_metadata(cfg, weights.metadata, file)
-            _check_heads(cfg, weights, file)
-    else:
-        if weights is None and file:
-            with contextlib.suppress(CheckpointError):
-                weights = read_checkpoint(file)
-        if weights is not None:
-            _fill_stock(cfg, weights, file)
+    if weights is None and file and is_own(cfg):
+        weights = _read_file(cfg)  # None for a detector of Detectron2's trainer
+    elif weights is None and file:
+        with contextlib.suppress(CheckpointError):
+            weights = read_checkpoint(file)
     if weights is not None:
-        logger.info("%s: %s", file, weights.metadata.describe())
+        adopt(cfg, weights, file)
     return weights, file
+
+
+def adopt(cfg: CfgNode, weights: Checkpoint, file: str) -> None:
+    """Compare the configuration with the weights' metadata, copy into it what that says, and log it.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    if is_own(cfg):
+        fill_from_metadata(cfg, weights.metadata, file)
+        _check_heads(cfg, weights, file)
+    else:
+        _fill_stock(cfg, weights, file)
+    logger.info("%s: %s", file, weights.metadata.describe())
 
 
 @contextlib.contextmanager

@@ -31,6 +31,10 @@ class CheckpointError(InputError):
     """A checkpoint cannot be read or does not fit."""
 
 
+class ForeignFile(CheckpointError):
+    """A whole file, but not one that `write_checkpoint` wrote."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The contents of a checkpoint file.
@@ -80,16 +84,17 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """Read a file written by `write_checkpoint` onto the CPU, without executing anything in it.
 
     Raises:
-        CheckpointError: the file is missing, truncated, altered, or in another format.
+        ForeignFile: the file is in another format.
+        CheckpointError: the file is missing, truncated or altered.
     """
     path = Path(path)
     head = read_head(path)
     if not head.startswith(b"PK"):
-        raise CheckpointError(f"{path} is {_guess(head)}. {_EXPECTED}")
+        raise ForeignFile(f"{path} is {_guess(head)}. {_EXPECTED}")
     with about(path):
         payload = owned(load_torch(path))
     if not is_ours(payload):
-        raise CheckpointError(
+        raise ForeignFile(
             f"{path} is a torch file without this project's metadata: nothing in it says the architecture, the channel "
             f"order or the pixel mean. {_EXPECTED}"
         )

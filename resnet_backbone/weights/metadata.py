@@ -11,6 +11,7 @@ from resnet_backbone.errors import InputError
 KINDS = ("classifier", "detector")
 CHANNEL_ORDERS = ("RGB", "BGR")
 NORM_STATISTICS = ("none", "never", "running", "precise", "folded")
+_MAPPINGS = ("arguments", "origin", "config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,11 @@ class Metadata:
         class_names: in output order.
         crop: height and width in pixels of the training images; None for detectors.
         origin: provenance of the weights (versions, data set, iterations, seed, accuracy); plain, informational values.
+        config: a detector's configuration, dotted keys to values: of all that decides what it is and how it is tested.
+            Empty for classifiers, and for detectors from before this was recorded.
 
-    `arguments` and `origin` hold strings, numbers, booleans, None, and lists, tuples and dicts of these; NumPy numbers
-    become Python numbers.
+    `arguments`, `origin` and `config` hold strings, numbers, booleans, None, and lists, tuples and dicts of these;
+    NumPy numbers become Python numbers.
 
     Raises:
         InputError: an entry is invalid; the message gives its name, its value and what was expected.
@@ -50,6 +53,7 @@ class Metadata:
     class_names: tuple[str, ...]
     crop: tuple[int, int] | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def expect(name: str, fits: bool, expected: str) -> None:
@@ -75,7 +79,7 @@ class Metadata:
             crop is None or (_are_numbers(crop, 2) and all(isinstance(v, int) and v > 0 for v in crop)),
             "height and width in pixels, or None",
         )
-        for name in ("arguments", "origin"):
+        for name in _MAPPINGS:
             expect(name, isinstance(getattr(self, name), Mapping), "values by name")
             object.__setattr__(self, name, _plain(getattr(self, name), name))
 
@@ -84,7 +88,7 @@ class Metadata:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("pixel_mean", "pixel_std", "class_names", "crop"):
             plain[name] = None if plain[name] is None else list(plain[name])
-        for name in ("arguments", "origin"):
+        for name in _MAPPINGS:
             plain[name] = dict(plain[name])
         return plain
 
@@ -94,7 +98,7 @@ class Metadata:
         if not isinstance(plain, Mapping):
             raise InputError(f"metadata is {type(plain).__name__}, expected entries by name.")
         known = {f.name for f in fields(cls)}
-        required = known - {"crop", "origin"}
+        required = known - {"crop", "origin", "config"}
         if missing := sorted(required - set(plain)):
             raise InputError(f"metadata lacks {', '.join(missing)}.")
         if unknown := sorted(map(str, set(plain) - known)):

@@ -91,9 +91,9 @@ def test_the_result_loads_in_detectron2s_own_predictor(small, tmp_path, scenes):
     predictor = DefaultPredictor(own)
     predictor.model.to(memory_format=torch.channels_last)  # as ours: another layout rounds otherwise
     cfg.MODEL.WEIGHTS = own.MODEL.WEIGHTS
-    from resnet_backbone.detection.task import _build_model
+    from resnet_backbone.detection.build import build_detector
 
-    ours = _build_model(cfg, read_checkpoint(own.MODEL.WEIGHTS), own.MODEL.WEIGHTS).eval()
+    ours = build_detector(cfg, read_checkpoint(own.MODEL.WEIGHTS), own.MODEL.WEIGHTS).eval()
     image = cv2.imread(str(next((Path(scenes).parent / "images").iterdir())))
     found = predictor(image)["instances"]
     rgb = image[:, :, ::-1].copy()
@@ -332,7 +332,7 @@ STOCK = model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")
 def damp_stock(monkeypatch):
     """Frozen BN without statistics is the identity: damp the residual branches, or activations explode."""
     module = sys.modules[detection.run.__module__]  # the package's `run` is the function
-    build = module._build_model
+    build = module.build_detector
 
     def damped(*args):
         model = build(*args)
@@ -341,7 +341,7 @@ def damp_stock(monkeypatch):
                 tensor.fill_(0.25)
         return model
 
-    monkeypatch.setattr(module, "_build_model", damped)
+    monkeypatch.setattr(module, "build_detector", damped)
 
 
 def test_a_stock_configuration_with_stock_names_trains_resumes_and_evaluates(detection_config, tmp_path, monkeypatch):

@@ -11,11 +11,13 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from resnet_backbone.data.decode import to_eight_bits, too_long
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.detection.data.fast_images import FastResizeShortestEdge, Photograph, accelerated
+
+REPLACE = "Replace it or remove it from the annotations."
 
 
 class Mapper(DatasetMapper):
@@ -148,12 +150,11 @@ def _decode(data: bytes, file: str) -> tuple[Image.Image, str | None]:
         form = image.format
         image.load()
         return image, form
+    except UnidentifiedImageError as error:
+        raise _unreadable(file, f"{len(data)} bytes that are no image of a known format") from error
     except Exception as error:  # also Pillow's DecompressionBombError, for more than 179 million pixels
         raise _unreadable(file, error) from error
 
 
 def _unreadable(file: str, error: object) -> DatasetError:
-    return DatasetError(
-        f"the image {file} cannot be read ({' '.join(str(error).split())}). Replace it or remove it from the "
-        "annotations."
-    )
+    return DatasetError(f"the image {file} cannot be read ({' '.join(str(error).split())}). {REPLACE}")

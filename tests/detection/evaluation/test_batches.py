@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from resnet_backbone.detection.build import build_detector
 from resnet_backbone.detection.data import datasets
 from resnet_backbone.detection.evaluation import evaluate as module
 from resnet_backbone.detection.evaluation.batches import batch_by_shape
 from resnet_backbone.detection.evaluation.evaluate import evaluate
-from resnet_backbone.detection.task import _build_model
 from resnet_backbone.engine.network_config import fill_from_metadata
 from resnet_backbone.weights import read_checkpoint
 
@@ -38,7 +38,7 @@ def test_detections_are_those_of_one_by_one(detection_config, classifier, scenes
     torch.manual_seed(0)
     checkpoint = read_checkpoint(weights)
     fill_from_metadata(cfg, checkpoint.metadata, weights)
-    model = _build_model(cfg, checkpoint, weights)
+    model = build_detector(cfg, checkpoint, weights)
     sizes, found = [], []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     for name, most in (("one", 1), ("several", 4)):
