@@ -101,6 +101,14 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return checkpoint_from(payload, path)
 
 
+def holds_detector(path: str | os.PathLike) -> bool:
+    """Whether a file is this project's checkpoint of a detector; a file in another format is not."""
+    try:
+        return read_checkpoint(path).metadata.kind == "detector"
+    except ForeignFile:
+        return False
+
+
 def is_ours(payload: Any) -> bool:
     """Whether `write_checkpoint` wrote this torch file's contents."""
     return isinstance(payload, dict) and payload.get("format") == FORMAT

@@ -97,9 +97,8 @@ def _build(checkpoint: Checkpoint, path: str | os.PathLike) -> nn.Module:
     metadata = checkpoint.metadata
     if metadata.kind != "classifier":
         raise CheckpointError(
-            f"{path} cannot be written: the weights are those of a {metadata.kind}, and this writes classifiers. Build "
-            "the detector, wrap it in detectron2.export.TracingAdapter, and give that to torch.onnx.export with "
-            "dynamo=False (docs/weights.md, Exporting a detector)."
+            f"{path} cannot be written: the weights are those of a {metadata.kind}, and this writes classifiers. "
+            "resnet_backbone.detection.export.export_detector writes detectors (docs/weights.md)."
         )
     network = build_network(metadata.architecture, len(metadata.class_names), **metadata.arguments)
     load_state(network, checkpoint.model, part="network", source="the checkpoint")

@@ -123,7 +123,7 @@ def _refuse_detector(metadata: Metadata, format: str) -> None:
     if metadata.kind != "classifier":
         raise InputError(
             f"this is a {metadata.kind}, {format} takes classifiers. Write .pth, which Detectron2 loads as it is, or "
-            ".safetensors. For TorchScript or ONNX, trace the detector with detectron2.export.TracingAdapter "
+            ".safetensors, or .onnx. For TorchScript, trace the detector with detectron2.export.TracingAdapter "
             "(docs/weights.md, Exporting a detector)."
         )
 

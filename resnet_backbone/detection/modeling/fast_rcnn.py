@@ -21,12 +21,13 @@ class FastGeneralizedRCNN(GeneralizedRCNN):
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Return the normalized images, padded with zeros at the right and the bottom."""
         images = [record["image"].to(self.device, non_blocking=True) for record in batched_inputs]
+        images = [(image - self.pixel_mean) / self.pixel_std for image in images]  # floats, even if all three are not
         sizes = [tuple(image.shape[1:]) for image in images]
         divisor = max(self.backbone.size_divisibility, 1)
         height, width = (-(-max(size[d] for size in sizes) // divisor) * divisor for d in (0, 1))
-        batch = self.pixel_mean.new_zeros(len(images), height, width, len(images[0])).permute(0, 3, 1, 2)
+        batch = images[0].new_zeros(len(images), height, width, len(images[0])).permute(0, 3, 1, 2)
         for place, image, (rows, columns) in zip(batch, images, sizes, strict=True):
-            place[:, :rows, :columns] = (image - self.pixel_mean) / self.pixel_std
+            place[:, :rows, :columns] = image
         return ImageList(batch, sizes)
 
 

@@ -95,6 +95,15 @@ class TestLeftAlone:
         assert type(self.unchanged(model).roi_heads) is type(model.roi_heads)
 
 
+@pytest.mark.parametrize("std", [(57, 57, 58), (57.5, 57.1, 58.4)])
+def test_a_mean_of_whole_numbers(std):
+    model, batch = build("C4").eval(), inputs()
+    model.pixel_mean = torch.tensor([103, 116, 123]).view(3, 1, 1)  # as a configuration of whole numbers gives it
+    model.pixel_std = torch.tensor(std).view(3, 1, 1)
+    found = accelerated(model).preprocess_image(batch).tensor
+    torch.testing.assert_close(found, model.preprocess_image(batch).tensor)
+
+
 def test_hooks_of_the_user_see_what_they_saw():
     model = build("C4")
     faster, seen = accelerated(model), []
