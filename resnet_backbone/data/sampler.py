@@ -4,6 +4,8 @@ A *position* counts samples over a whole run: iteration `i` covers positions `i 
 `(i + 1) * batch_size`. The image at a position comes from the epoch's permutation, its augmentation from
 `sample_rng(seed, position)`. So the number of workers, prefetching and the point where a run was stopped do not change
 what the network sees, and an exact resume needs only one integer: the iteration.
+
+With repeat factors an epoch has a fixed length all the same, so that a position still tells its epoch.
 """
 
 import random
@@ -52,6 +54,20 @@ def seeded_globals(seed: int, position: int) -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
+class WeightedDraw:
+    """Draw indices with probabilities proportional to `weights`, which are above 0.
+
+    Call it with uniform random numbers of any shape, 0 to 1; it returns an index for each, int64.
+    """
+
+    def __init__(self, weights: Sequence[float] | np.ndarray) -> None:
+        bounds = np.cumsum(weights, dtype=np.float64)
+        self._bounds = bounds[:-1] / bounds[-1]
+
+    def __call__(self, uniform: float | np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._bounds, uniform, side="right")
+
+
 class BatchSampler:
     """Batches of `(position, index)` for `DataLoader(batch_sampler=...)`.
 
@@ -66,6 +82,11 @@ class BatchSampler:
         groups: a group number for each image, e.g. 0 for portrait and 1 for landscape. Batches then hold a single
             group wherever possible. Within a window of `GROUP_WINDOW` batches, each position is used exactly once;
             images left over after cutting each group into full batches form mixed batches.
+        repeats: how often each image comes in an epoch, on average; above 0. A factor of 2.3 means two or three times,
+            drawn for each epoch. None: each image once.
+
+    Attributes:
+        epoch_length: number of positions in an epoch: the sum of `repeats`, rounded.
 
     Raises ValueError if the sizes are inconsistent.
     """
@@ -82,6 +103,7 @@ class BatchSampler:
         world_size: int = 1,
         shuffle: bool = True,
         groups: Sequence[int] | np.ndarray | None = None,
+        repeats: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"the data set holds {size} images; at least one is needed")
@@ -105,6 +127,15 @@ class BatchSampler:
         self.groups = None if groups is None else np.asarray(groups)
         if self.groups is not None and self.groups.shape != (size,):
             raise ValueError(f"groups has the shape {self.groups.shape}; expected one number for each of {size} images")
+        self.epoch_length = size
+        self._draw = None
+        if repeats is not None:
+            if np.shape(repeats) != (size,):
+                raise ValueError(
+                    f"repeats has the shape {np.shape(repeats)}; expected one number for each of {size} images"
+                )
+            self._draw = WeightedDraw(repeats)
+            self.epoch_length = max(1, round(float(np.sum(repeats, dtype=np.float64))))
         self._epochs: dict[int, np.ndarray] = {}
         self._window: tuple[int, np.ndarray] | None = None
 
@@ -131,19 +162,25 @@ class BatchSampler:
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
         """The image at each position, `(n,)` int64."""
-        indices = positions % self.size
-        if self.shuffle:
-            epochs = positions // self.size
+        indices = positions % self.epoch_length
+        if self.shuffle or self._draw is not None:
+            epochs = positions // self.epoch_length
             for epoch in np.unique(epochs).tolist():
                 here = epochs == epoch
-                indices[here] = self._permutation(epoch)[indices[here]]
+                indices[here] = self._epoch(epoch)[indices[here]]
         return indices
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """The images of an epoch in their order, `(epoch_length,)` int64."""
         if epoch not in self._epochs:
             # A batch may span two epochs, so keep the previous one.
             self._epochs = {kept: order for kept, order in self._epochs.items() if kept == epoch - 1}
-            self._epochs[epoch] = _rng(_PERMUTATION, self.seed, epoch).permutation(self.size)
+            rng, images = _rng(_PERMUTATION, self.seed, epoch), self.size
+            if self._draw is not None:
+                # Systematic sampling: points at equal distances, all moved by one random number, so that an image's
+                # count is its factor rounded up or down, and the factor itself on average.
+                images = self._draw((np.arange(self.epoch_length) + rng.random()) / self.epoch_length)
+            self._epochs[epoch] = rng.permutation(images) if self.shuffle else images
         return self._epochs[epoch]
 
     def _grouped(self, window: int) -> np.ndarray:

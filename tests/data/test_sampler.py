@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from resnet_backbone.data.sampler import GROUP_WINDOW, BatchSampler, EvaluationSampler, sample_rng, seeded_globals
+from resnet_backbone.data.sampler import (
+    GROUP_WINDOW,
+    BatchSampler,
+    EvaluationSampler,
+    WeightedDraw,
+    sample_rng,
+    seeded_globals,
+)
 
 
 def pairs(sampler):
@@ -79,6 +86,51 @@ def test_groups_fill_batches_and_use_each_position_once():
     assert 0 < np.mean(first[: GROUP_WINDOW // 2]) < 1
 
 
+REPEATS = np.random.default_rng(1).choice([1.0, 1.0, 1.25, 2.6, 7.0], 50)
+
+
+def test_an_epoch_repeats_each_image_by_its_factor_rounded_up_or_down():
+    """On average by the factor itself, to within four standard deviations of the fraction's mean."""
+    epochs, length = 400, round(REPEATS.sum())
+    sampler = BatchSampler(50, length, seed=4, iterations=epochs, repeats=REPEATS)
+    assert sampler.epoch_length == length
+    batches = [[index for _, index in batch] for batch in sampler]
+    counts = np.array([np.bincount(epoch, minlength=50) for epoch in batches])
+    expected = REPEATS * length / REPEATS.sum()
+    assert (counts >= np.floor(expected)).all() and (counts <= np.ceil(expected)).all()
+    assert abs(counts.mean(axis=0) - expected).max() < 4 * 0.5 / epochs**0.5
+    assert counts.std(axis=0)[expected % 1 > 0.2].min() > 0.1  # drawn anew for each epoch
+    assert batches[0] != sorted(batches[0]) and len(set(map(tuple, batches))) == epochs
+
+
+def test_equal_factors_repeat_nothing():
+    for factor, length in ((1.0, 1000), (2.0, 2000)):
+        sampler = BatchSampler(1000, 500, seed=7, iterations=3 * length // 500, repeats=np.full(1000, factor))
+        counts = np.bincount([index for _, index in pairs(sampler)])
+        assert sampler.epoch_length == length and (counts == 3 * factor).all()
+
+
+def test_repeated_images_keep_position_groups_and_ranks():
+    """Factors change which image a position shows, and nothing else."""
+    arguments = dict(seed=5, iterations=200, repeats=REPEATS, groups=np.arange(50) % 2)
+    whole = list(BatchSampler(50, 8, **arguments))
+    late = BatchSampler(50, 8, **{**arguments, "iterations": 69}, start_iteration=131)
+    assert list(late) == whole[131:]
+    ranks = [BatchSampler(50, 8, **arguments, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [first + second for first, second in zip(*ranks, strict=True)] == whole
+    ungrouped = dict(pairs(BatchSampler(50, 8, **{**arguments, "groups": None, "iterations": 3 * GROUP_WINDOW})))
+    window = [pair for batch in whole[: 3 * GROUP_WINDOW] for pair in batch]
+    assert dict(window) == ungrouped
+    assert sum(len({index % 2 for _, index in batch}) > 1 for batch in whole[:GROUP_WINDOW]) <= 1
+    in_order = [index for _, index in pairs(BatchSampler(50, 8, seed=5, iterations=9, repeats=REPEATS, shuffle=False))]
+    assert in_order == sorted(in_order)
+
+
+def test_draws_follow_their_weights():
+    draw = WeightedDraw([1.0, 0.5, 2.5])
+    assert [int(draw(u)) for u in (0.0, 0.249, 0.251, 0.374, 0.376, 1.0)] == [0, 0, 1, 1, 2, 2]
+
+
 def test_shuffled_orders_are_uniform():
     """How often each image comes first, over 6000 epochs: a chi-square test at a level of about 1e-4."""
     size, epochs = 6, 6000
@@ -135,6 +187,7 @@ def test_seeded_globals_seeds_and_restores():
         (dict(size=5, batch_size=0), "positive multiple"),
         (dict(size=5, batch_size=4, world_size=2, rank=2), "rank 2 lies outside 0...1"),
         (dict(size=5, batch_size=4, groups=[0, 1]), "one number for each of 5 images"),
+        (dict(size=5, batch_size=4, repeats=[1.0, 2.0]), "one number for each of 5 images"),
         (dict(size=5, batch_size=4, seed=-1), "must not be negative"),
     ],
 )
