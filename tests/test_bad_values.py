@@ -123,7 +123,6 @@ FREE = {
     "OUTPUT_DIR": "a path",
     "WANDB_PROJECT": "any name",
     "MODEL.NETWORK.NAME": "engine.train.check_solver, which suggests the nearest",
-    "DATALOADER.SAMPLER_TRAIN": "detection.data.loader, which says why there is one alone; not read by --eval-only",
     **dict.fromkeys(REGISTRIES, "detection.checks.check_names"),
 }
 DETECTIONS = {"TEST.BEST_METRIC": "engine.hooks, by the metrics that an evaluation gives"}

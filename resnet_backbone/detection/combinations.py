@@ -1,5 +1,6 @@
 """Check keys that are in their ranges one by one but not together; Detectron2 asserts them late or not at all."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from detectron2.modeling.roi_heads.rotated_fast_rcnn import RROIHeads
 
 from resnet_backbone.detection.weights import is_own
 from resnet_backbone.engine.config import ConfigError, flatten, said
-from resnet_backbone.engine.ranges import check_ranges, each, number, one_of, whole
+from resnet_backbone.engine.ranges import SIDE, check_ranges, each, number, one_of, whole
 from resnet_backbone.networks.norms import NORMS
 
 _RCNN = ("GeneralizedRCNN", "PanopticFPN")
@@ -25,7 +26,16 @@ _PYRAMIDS = (
 def check_combinations(cfg: CfgNode) -> None:
     """Raise ConfigError, with the keys' names, for values that do not go together."""
     values = dict(flatten(cfg))  # looking at a key here is not reading it
-    for check in (_check_sizes, _check_thresholds, _check_norms, _check_pyramid, _check_anchors, _check_heads):
+    for check in (
+        _check_sizes,
+        _check_jitter,
+        _check_copy_paste,
+        _check_thresholds,
+        _check_norms,
+        _check_pyramid,
+        _check_anchors,
+        _check_heads,
+    ):
         check(cfg, values)
 
 
@@ -50,6 +60,43 @@ def _check_sizes(cfg: CfgNode, values: dict[str, Any]) -> None:
                 f"{said(cfg, 'INPUT.CROP.SIZE')}, expected {each(item, 2).words}{ordered}, since "
                 f"{said(cfg, 'INPUT.CROP.TYPE')}."
             )
+
+
+def _check_jitter(cfg: CfgNode, values: dict[str, Any]) -> None:
+    enabled = "INPUT.SCALE_JITTER.ENABLED"
+    if not values[enabled]:
+        return
+    low, high = values["INPUT.SCALE_JITTER.RANGE"]
+    if low > high:
+        raise ConfigError(f"{said(cfg, 'INPUT.SCALE_JITTER.RANGE')}, expected the smallest and the largest factor.")
+    if not SIDE.allows(math.ceil(high * values["INPUT.SCALE_JITTER.SIZE"])):
+        raise ConfigError(
+            f"{said(cfg, 'INPUT.SCALE_JITTER.SIZE')} and {said(cfg, 'INPUT.SCALE_JITTER.RANGE')}, which resize images "
+            f"to {high * values['INPUT.SCALE_JITTER.SIZE']:.0f} pixels, expected {SIDE.words}."
+        )
+    if values["INPUT.CROP.ENABLED"]:
+        raise ConfigError(
+            f"{said(cfg, 'INPUT.CROP.ENABLED')} and {said(cfg, enabled)}, which crops by itself. Set one to False."
+        )
+    if values["MODEL.META_ARCHITECTURE"] in ("PanopticFPN", "SemanticSegmentor"):
+        raise ConfigError(
+            f"{said(cfg, enabled)}, but {said(cfg, 'MODEL.META_ARCHITECTURE')}, whose semantic labels have no class "
+            "for the padding. Set it to False."
+        )
+
+
+def _check_copy_paste(cfg: CfgNode, values: dict[str, Any]) -> None:
+    if values["INPUT.COPY_PASTE"] == 0:
+        return
+    for key, wanted, why in (
+        ("INPUT.SCALE_JITTER.ENABLED", True, "both images must have the same size"),
+        ("MODEL.MASK_ON", True, "objects are cut out by their masks"),
+        ("INPUT.MASK_FORMAT", "bitmask", "what is left of a covered object need not be a polygon"),
+        ("MODEL.KEYPOINT_ON", False, "covered keypoints would count as visible"),
+        ("MODEL.LOAD_PROPOSALS", False, "there are none for the pasted objects"),
+    ):
+        if values[key] != wanted:
+            raise ConfigError(f"{said(cfg, 'INPUT.COPY_PASTE')}, but {said(cfg, key)}: {why}. Set {key} to {wanted}.")
 
 
 def _check_thresholds(cfg: CfgNode, values: dict[str, Any]) -> None:

@@ -26,6 +26,14 @@ def add_network_config(cfg: CfgNode) -> None:
     MODEL.BACKBONE.FREEZE_AT, MODEL.WEIGHTS, INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD.
     """
     add_engine_config(cfg)
+    # Large-scale jitter in training, instead of MIN_SIZE_TRAIN and MAX_SIZE_TRAIN: fit the image into a square of SIZE
+    # pixels times a factor drawn from RANGE, then crop or pad it to that square.
+    cfg.INPUT.SCALE_JITTER = CfgNode()
+    cfg.INPUT.SCALE_JITTER.ENABLED = False
+    cfg.INPUT.SCALE_JITTER.RANGE = (0.1, 2.0)
+    cfg.INPUT.SCALE_JITTER.SIZE = 1024
+    # Probability that objects of a second image are pasted onto a training image; needs masks and SCALE_JITTER.
+    cfg.INPUT.COPY_PASTE = 0.0
 
 
 def get_config() -> CfgNode:
@@ -161,10 +169,14 @@ RANGES: dict[str, Range] = {
     "INPUT.CROP.TYPE": one_of("relative", "relative_range", "absolute", "absolute_range"),
     "INPUT.CROP.SIZE": each(number(above=0, at_most=16384), 2),
     "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
+    "INPUT.SCALE_JITTER.RANGE": each(number(above=0, at_most=100), 2),
+    "INPUT.SCALE_JITTER.SIZE": SIDE,
+    "INPUT.COPY_PASTE": _SHARE,
     "DATASETS.PROPOSAL_FILES_TRAIN": TEXTS,
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": _COUNT,
     "DATASETS.PROPOSAL_FILES_TEST": TEXTS,
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": _COUNT,
+    "DATALOADER.SAMPLER_TRAIN": one_of("TrainingSampler", "RepeatFactorTrainingSampler"),
     "DATALOADER.REPEAT_THRESHOLD": _SHARE,
     "TEST.EXPECTED_RESULTS": Range(
         "rows of task, metric, value, and tolerance, such as [['bbox', 'AP', 38.5, 0.2]]",

@@ -2,10 +2,29 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def outlined(scenes, tmp_path_factory) -> str:
+    """The COCO file of the scenes, registered, with the octagon in its box as each object's outline."""
+    from resnet_backbone.detection import register_dataset
+
+    folder = tmp_path_factory.mktemp("outlined")
+    (folder / "images").symlink_to(Path(scenes).parent / "images")
+    content = json.loads(Path(scenes).read_text())
+    angles = np.pi * (np.arange(8) + 0.5) / 4
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        corners = np.stack([x + width * (1 + np.cos(angles)) / 2, y + height * (1 + np.sin(angles)) / 2], axis=1)
+        annotation["segmentation"] = [corners.ravel().tolist()]
+    (folder / "outlined.json").write_text(json.dumps(content))
+    register_dataset(str(folder / "outlined.json"))
+    return str(folder / "outlined.json")
 
 
 @pytest.fixture

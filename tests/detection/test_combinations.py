@@ -73,6 +73,30 @@ def test_sizes(words, named):
         check_combinations(load(FPN, *words.split()))
 
 
+JITTER = "INPUT.SCALE_JITTER.ENABLED True"
+PASTE = f"INPUT.COPY_PASTE 0.5 INPUT.MASK_FORMAT bitmask {JITTER}"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (f"{JITTER} INPUT.SCALE_JITTER.RANGE (2,0.1)", r"SCALE_JITTER.RANGE is .*smallest and the largest factor"),
+        (f"{JITTER} INPUT.SCALE_JITTER.SIZE 9000", r"SIZE is 9000 .*to 18000 pixels, expected a whole .* to 16384"),
+        (f"{JITTER} INPUT.CROP.ENABLED True", r"CROP.ENABLED is True .*SCALE_JITTER.ENABLED is True .*one to False"),
+        (f"{JITTER} MODEL.META_ARCHITECTURE PanopticFPN", r"SCALE_JITTER.ENABLED is True .*PanopticFPN.*semantic"),
+        (f"{PASTE} INPUT.SCALE_JITTER.ENABLED False", r"COPY_PASTE is 0.5 .*same size. Set INPUT.SCALE_JITTER.ENABLED"),
+        (f"{PASTE} MODEL.MASK_ON False", r"COPY_PASTE is 0.5 .*MODEL.MASK_ON is False.*by their masks"),
+        (f"{PASTE} INPUT.MASK_FORMAT polygon", r"INPUT.MASK_FORMAT is polygon.*Set INPUT.MASK_FORMAT to bitmask\."),
+        (f"{PASTE} MODEL.KEYPOINT_ON True", r"MODEL.KEYPOINT_ON is True.*Set MODEL.KEYPOINT_ON to False"),
+        (f"{PASTE} MODEL.LOAD_PROPOSALS True", r"MODEL.LOAD_PROPOSALS is True.*Set MODEL.LOAD_PROPOSALS to False"),
+    ],
+)
+def test_jitter_and_copy_paste(words, named):
+    check_combinations(load(FPN, *PASTE.split()))
+    with pytest.raises(ConfigError, match=named):
+        check_combinations(load(FPN, *words.split()))
+
+
 def test_a_size_of_0_resizes_nothing():
     """Detectron2's own meaning, which no longer side contradicts."""
     check_combinations(load(FPN, "INPUT.MIN_SIZE_TEST", "0", "INPUT.MAX_SIZE_TEST", "100"))

@@ -284,7 +284,7 @@ def test_a_contradiction_to_the_weights_stops_and_names_both(small, tmp_path, ke
         (("MODEL.META_ARCHITECTURE", "PanopticFPN"), ("6 of 6 images", "sem_seg_file_name")),
         (("MODEL.META_ARCHITECTURE", "SemanticSegmentor"), ("6 of 6 images", "sem_seg_file_name")),
         (("DATASETS.TRAIN", "/no/where.json"), ("no COCO file /no/where.json",)),
-        (("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"), ("TrainingSampler",)),
+        (("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"), ("TrainingSampler",)),
         (("MODEL.WEIGHTS", "/no/model_final.pth"), ("no checkpoint /no/model_final.pth",)),
         (("MODEL.WEIGHTS", ""), ("MODEL.WEIGHTS is empty", "ALLOW_UNTRAINED_FROZEN_BN")),
         (("MODEL.RESNETS.RES5_DILATION", 4), ("MODEL.RESNETS.RES5_DILATION is 4 (command line)", "1 or 2")),

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 from torch.nn import functional as F
 
 from resnet_backbone.data.decode import REDUCED_FLAGS, looks_whole, too_long
+from resnet_backbone.detection.data.scale_jitter import ScaleJitter
 
 _FLAGS = {"RGB": cv2.IMREAD_COLOR_RGB, "BGR": cv2.IMREAD_COLOR_BGR}
 
@@ -59,20 +60,31 @@ class Photograph:
 
 
 def accelerated(augmentation: T.Augmentation) -> T.Augmentation:
-    """Let Detectron2's resizing of the shorter side use `FastResize`; leave anything else as it is."""
-    if type(augmentation) is T.ResizeShortestEdge and augmentation.interp == Image.BILINEAR:
-        augmentation.__class__ = FastResizeShortestEdge
+    """Let the resizing of the shorter side, and that of the scale jitter, use `FastResize`; leave anything else."""
+    if type(augmentation) in _FASTER and augmentation.interp == Image.BILINEAR:
+        augmentation.__class__ = _FASTER[type(augmentation)]
     return augmentation
 
 
-class FastResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's augmentation, with its random numbers."""
+class FastAugmentation(T.Augmentation):
+    """Part of an augmentation that resizes, and keeps its random numbers."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)
         if type(transform) is T.ResizeTransform:
             transform.__class__ = FastResize
         return transform
+
+
+class FastResizeShortestEdge(FastAugmentation, T.ResizeShortestEdge):
+    """Detectron2's augmentation."""
+
+
+class FastScaleJitter(FastAugmentation, ScaleJitter):
+    """The augmentation of `scale_jitter`."""
+
+
+_FASTER = {T.ResizeShortestEdge: FastResizeShortestEdge, ScaleJitter: FastScaleJitter}
 
 
 class FastResize(T.ResizeTransform):

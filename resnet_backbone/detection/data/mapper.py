@@ -15,7 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 from resnet_backbone.data.decode import to_eight_bits, too_long
 from resnet_backbone.data.errors import DatasetError
-from resnet_backbone.detection.data.fast_images import FastResizeShortestEdge, Photograph, accelerated
+from resnet_backbone.detection.data.fast_images import FastAugmentation, Photograph, accelerated
+from resnet_backbone.detection.data.scale_jitter import scale_jitter
 
 REPLACE = "Replace it or remove it from the annotations."
 
@@ -23,14 +24,23 @@ REPLACE = "Replace it or remove it from the annotations."
 class Mapper(DatasetMapper):
     """A DatasetMapper that raises DatasetError, with the file's name, for an image or labels that cannot be read.
 
-    Images are read by `read_image`. Everything else is Detectron2's, in the same order. With MODEL.ACCELERATE,
-    photographs are decoded and resized faster (`fast_images.py`), with the same random numbers.
+    Images are read by `read_image`. Everything else is Detectron2's, in the same order, except that
+    INPUT.SCALE_JITTER takes the place of the resizing. With MODEL.ACCELERATE, photographs are decoded and resized
+    faster (`fast_images.py`), with the same random numbers.
     """
 
     def __init__(self, cfg: CfgNode, is_train: bool = True):
         super().__init__(cfg, is_train)
         if cfg.MODEL.ACCELERATE:
             self.augmentations = T.AugmentationList([accelerated(each) for each in self.augmentations.augs])
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        arguments = super().from_config(cfg, is_train)
+        if is_train and cfg.INPUT.SCALE_JITTER.ENABLED:
+            arguments["augmentations"] = [*scale_jitter(cfg), *arguments["augmentations"][1:]]
+            arguments["recompute_boxes"] = cfg.MODEL.MASK_ON  # of objects that the crop cuts
+        return arguments
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         record = dict(record)
@@ -66,7 +76,7 @@ class Mapper(DatasetMapper):
         It is resized first, to a size that is drawn before it is decoded.
         """
         resize, *others = self.augmentations.augs
-        if type(resize) is not FastResizeShortestEdge or "sem_seg_file_name" in record:
+        if not isinstance(resize, FastAugmentation) or "sem_seg_file_name" in record:
             return None
         photograph = Photograph.open(data)
         if photograph is None or self.image_format not in ("RGB", "BGR"):
@@ -80,6 +90,16 @@ class Mapper(DatasetMapper):
             return None
         both = T.AugInput(transform.apply_image(image))
         return both, T.TransformList([transform, *T.AugmentationList(others)(both).transforms])
+
+    def _transform_annotations(
+        self, record: dict[str, Any], transforms: T.TransformList, size: tuple[int, int]
+    ) -> None:
+        if all(annotation.get("iscrowd", 0) for annotation in record["annotations"]):
+            # Detectron2's would look for the boxes of masks that there are not.
+            record.pop("annotations")
+            record["instances"] = utils.annotations_to_instances([], size)
+        else:
+            super()._transform_annotations(record, transforms, size)
 
 
 def _check_size(record: dict[str, Any], image: np.ndarray) -> None:

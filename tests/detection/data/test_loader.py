@@ -1,19 +1,20 @@
 import copy
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.structures import BoxMode
 from PIL import Image
 
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.detection.data import datasets
 from resnet_backbone.detection.data.loader import TrainBatches
-from resnet_backbone.engine.config import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +139,30 @@ def test_an_image_that_cannot_be_read_is_named(detection_config, scenes, tmp_pat
     assert str(bad) in str(error.value) and "Replace it" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_sampler_that_does_not_resume_stops(make):
-    with pytest.raises(ConfigError, match=r"RepeatFactorTrainingSampler.*TrainingSampler"):
-        make("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+def test_rare_classes_come_as_often_as_in_detectron2(detection_config, tmp_path):
+    """Of 40 images, 3 have the rare class: their factor is by hand, and all are those of Detectron2's sampler."""
+    content = {"images": [], "annotations": [], "categories": [{"id": n, "name": f"c{n}"} for n in (1, 2)]}
+    (tmp_path / "images").mkdir()
+    for number in range(40):
+        Image.new("RGB", (60, 40)).save(tmp_path / "images" / f"{number}.png")
+        content["images"].append({"id": number, "file_name": f"{number}.png", "height": 40, "width": 60})
+        for category in (1, 2) if number in (5, 17, 18) else (1,):
+            box = {"bbox": [5, 6, 20, 10], "area": 200, "iscrowd": 0, "category_id": category, "image_id": number}
+            content["annotations"].append({"id": 2 * number + category, **box})
+    file = tmp_path / "rare.json"
+    file.write_text(json.dumps(content))
+    datasets.register(str(file))
+    keys = ("DATASETS.TRAIN", file, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+    keys += ("DATALOADER.REPEAT_THRESHOLD", 0.5, "SOLVER.IMS_PER_BATCH", 2)
+    batches = TrainBatches(detection_config("faster_rcnn_R50.yaml", tmp_path / "out", *keys))
+    records = get_detection_dataset_dicts(str(file))
+    theirs = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(records, 0.5).numpy()
+    rare = math.sqrt(0.5 / (3 / 40))
+    assert theirs[[4, 5, 17]] == pytest.approx([1, rare, rare])
+    assert batches.num_images == round(theirs.sum()) == 45
+    drawn = [name for iteration in range(900) for name in batches.names(iteration)]  # 40 epochs
+    counts = [drawn.count(record["file_name"]) / 40 for record in records]
+    assert counts == pytest.approx(theirs, abs=4 * 0.5 / 40**0.5)
 
 
 @pytest.fixture
