@@ -142,6 +142,7 @@ def _shortened(cfg: CfgNode, folder: Path, keys: Mapping[str, Any]) -> CfgNode:
         "SOLVER.BASE_LR": rate,
         "SOLVER.WARMUP_ITERS": 0,
         "SOLVER.STEPS": (),
+        "TEST.PATIENCE": 0,
     }
     for key, value in {**common, **keys}.items():
         set_key(short, key, value, "a short run")

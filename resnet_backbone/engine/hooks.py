@@ -1,6 +1,7 @@
 """Training loop hooks: learning rate, checkpoints, evaluation, metrics."""
 
 import difflib
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from fvcore.common.param_scheduler import ParamScheduler
 
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.schedule import Plateau, WarmUpUntil, set_learning_rate
+
+logger = logging.getLogger(__name__)
 
 
 def check_metric(metric: str, results: Mapping[str, float]) -> None:
@@ -65,9 +68,12 @@ class Checkpoints(HookBase):
         if done == self.trainer.max_iter or (self.period > 0 and done % self.period == 0):
             self.save(self.trainer.iter)
 
-    def save(self, iteration: int) -> None:
-        """Save the state after `iteration`, unless already saved; call it in all processes."""
-        if iteration == self._saved:
+    def save(self, iteration: int, *, again: bool = False) -> None:
+        """Save the state after `iteration`, unless already saved and not to be saved `again`.
+
+        Call it in all processes.
+        """
+        if iteration == self._saved and not again:
             return
         self.trainer.check_finite()
         self.trainer.share_metrics()
@@ -88,6 +94,12 @@ class Evaluation(HookBase):
         evaluate: returns metrics for the log.
         metric: the metric (higher is better) that selects the best weights and detects a plateau.
         save_best: called on the main process with all metrics whenever `metric` reaches a new best.
+        patience: the run is finished after so many evaluations in a row without a new best; 0: never.
+
+    Attributes:
+        best: the best `metric` so far; None before the first.
+        waited: number of evaluations since then.
+        evaluated: number of iterations that were done at the latest evaluation.
     """
 
     def __init__(
@@ -98,16 +110,36 @@ class Evaluation(HookBase):
         metric: str = "",
         save_best: Callable[[dict[str, float]], None] | None = None,
         plateau: Plateau | None = None,
+        patience: int = 0,
     ):
         self._evaluate = evaluate
         self.period = period
         self.metric = metric
         self.best: float | None = None
+        self.waited = 0
+        self.evaluated = -1
+        self._patience = patience
         self._save_best = save_best
         self._plateau = plateau
 
+    def finishes_after(self, iterations: int) -> bool:
+        """Return whether the run is finished with the evaluation after so many iterations; log why."""
+        if not 0 < self._patience <= self.waited or iterations != self.evaluated:
+            return False
+        logger.info(
+            "the run is finished after %d iterations: %s has not risen above %s in %d evaluations (TEST.PATIENCE %d)",
+            iterations,
+            self.metric,
+            "nothing" if self.best is None else f"{self.best:.4g}",
+            self.waited,
+            self._patience,
+        )
+        return True
+
     def before_step(self) -> None:
         if self.period <= 0 or self.trainer.iter == 0 or self.trainer.iter % self.period:
+            return
+        if self.evaluated == self.trainer.iter:  # the run was finished here, and goes on with more patience
             return
         self.trainer.check_finite()  # else evaluators fail on NaN boxes with errors of their own
         with self.trainer.norm_statistics.averaged():
@@ -125,17 +157,21 @@ class Evaluation(HookBase):
             return
         if self._plateau is not None:
             self._plateau.update(score)
+        self.evaluated, self.waited = self.trainer.iter, self.waited + 1
         if score > (-math.inf if self.best is None else self.best):  # False for NaN
-            self.best = score
+            self.best, self.waited = score, 0
             if self._save_best is not None and comm.is_main_process():
                 self._save_best(results)
+        self.trainer.finished = self.finishes_after(self.trainer.iter)
         comm.synchronize()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "waited": self.waited, "evaluated": self.evaluated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
+        # A checkpoint written before these were kept has none of them.
+        self.waited, self.evaluated = state.get("waited", 0), state.get("evaluated", -1)
 
 
 class Writers(HookBase):

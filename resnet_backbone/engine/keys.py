@@ -29,6 +29,8 @@ def add_engine_config(cfg: CfgNode) -> None:
     # classifier, bbox/AP of a detector. With several data sets in DATASETS.TEST, the first one's, unless the key begins
     # with the name of another: NAME/bbox/AP.
     cfg.TEST.BEST_METRIC = ""
+    # End the run after N evaluations in a row without a new best of that metric; 0: never.
+    cfg.TEST.PATIENCE = 0
     # Metrics are averaged on the device; read, print and write them every N iterations.
     cfg.SOLVER.LOG_PERIOD = 20
     # The batch size that BASE_LR, MAX_ITER, STEPS and the periods were written for. If IMS_PER_BATCH differs, they are

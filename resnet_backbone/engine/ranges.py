@@ -146,6 +146,7 @@ RANGES: dict[str, Range] = {
     "SOLVER.PLATEAU_THRESHOLD": number(at_least=0),
     "SOLVER.LOG_PERIOD": whole(1),
     "TEST.EVAL_PERIOD": whole(0),
+    "TEST.PATIENCE": whole(0),
     "TEST.PRECISE_BN.NUM_ITER": whole(1),
     "SEED": whole(-1, 2**32 - 1),
 }

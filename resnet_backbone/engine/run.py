@@ -90,11 +90,11 @@ def _run(cfg: CfgNode, task: Task, folder: Path, *, resume: bool, eval_only: boo
     if eval_only:
         return task.evaluate(model)
     write_config(cfg, folder)
-    trained = train(cfg, task, model, build_optimizer(cfg, model), folder=folder, resume_from=last)
+    trained, iterations = train(cfg, task, model, build_optimizer(cfg, model), folder=folder, resume_from=last)
     task.finish(trained)
     results = task.evaluate(trained)
     if comm.is_main_process():
-        _write_final(folder, trained, task.metadata(cfg.SOLVER.MAX_ITER, **task.headline(results)), results)
+        _write_final(folder, trained, task.metadata(iterations, **task.headline(results)), results)
     comm.synchronize()
     return results
 

@@ -15,7 +15,7 @@ from fvcore.common.param_scheduler import (
 )
 from tabulate import tabulate
 
-from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, get_key, origin, set_key
+from resnet_backbone.engine.config import COMMAND_LINE, ConfigError, get_key, origin, said, set_key
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +102,23 @@ def build_multiplier(cfg: CfgNode) -> ParamScheduler:
 
 
 def check_schedule(cfg: CfgNode) -> None:
-    """Raise what `build_multiplier` will raise after `rescale_for_batch`, without changing `cfg`."""
+    """Raise what `build_multiplier` will raise after `rescale_for_batch`, without changing `cfg`.
+
+    Raises:
+        ConfigError: also if TEST.PATIENCE has no evaluations to count.
+    """
     rescaled = cfg.clone()
     rescaled.defrost()
     rescale_for_batch(rescaled)
     if rescaled.SOLVER.MAX_ITER > 0:
         build_multiplier(rescaled)
+    if cfg.TEST.PATIENCE > 0 and (cfg.TEST.EVAL_PERIOD <= 0 or not cfg.DATASETS.TEST):
+        found = said(cfg, "TEST.EVAL_PERIOD") if cfg.DATASETS.TEST else "DATASETS.TEST is empty"
+        raise ConfigError(
+            f"{said(cfg, 'TEST.PATIENCE')}, which counts evaluations during training, but {found}. Set "
+            "TEST.EVAL_PERIOD to the number of iterations between two, with DATASETS.TEST to evaluate on, or "
+            "TEST.PATIENCE to 0."
+        )
 
 
 class Plateau:
@@ -236,6 +247,7 @@ def describe_schedule(cfg: CfgNode, images: int, world_size: int) -> str:
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPlateauLR":
         keys += ["SOLVER.GAMMA", "SOLVER.PLATEAU_PATIENCE", "SOLVER.PLATEAU_THRESHOLD"]
     keys += [f"SOLVER.{name}" for name in ("WARMUP_UNTIL_ERROR", "EMA_DECAY") if cfg.SOLVER[name] > 0]
+    keys += ["TEST.PATIENCE"] if cfg.TEST.PATIENCE > 0 else []
     keys += ["SOLVER.ACCUMULATE"] if cfg.SOLVER.ACCUMULATE > 1 else []
     rows = [(key, get_key(cfg, key), origin(cfg, key) or "default") for key in keys]
     epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / images

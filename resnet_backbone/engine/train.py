@@ -4,7 +4,7 @@ import logging
 import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from detectron2.config import CfgNode
@@ -62,6 +62,18 @@ class TrainingTask(Protocol):
         """The metadata of a checkpoint after `iterations` iterations, with results by name."""
 
 
+class Trained(NamedTuple):
+    """What training gives.
+
+    Attributes:
+        model: the network to evaluate and save: the model, or with SOLVER.EMA_DECAY the moving average of its weights.
+        iterations: number of iterations that are done: SOLVER.MAX_ITER, or fewer because of TEST.PATIENCE.
+    """
+
+    model: nn.Module
+    iterations: int
+
+
 def train(
     cfg: CfgNode,
     task: TrainingTask,
@@ -70,14 +82,12 @@ def train(
     *,
     folder: Path,
     resume_from: Checkpoint | None,
-) -> nn.Module:
+) -> Trained:
     """Train `model` in place for SOLVER.MAX_ITER iterations, continuing from `resume_from` if given.
 
-    The task evaluates the model every TEST.EVAL_PERIOD iterations, except after the last one. Checkpoints, metrics.json
-    and TensorBoard files go to `folder`.
-
-    Returns:
-        The network to evaluate and save: the model, or with SOLVER.EMA_DECAY the moving average of its weights.
+    The task evaluates the model every TEST.EVAL_PERIOD iterations, except after the last one. With TEST.PATIENCE, the
+    run ends early when that many evaluations in a row give no new best. Checkpoints, metrics.json and TensorBoard files
+    go to `folder`.
 
     Raises:
         ConfigError: a SOLVER key has an unusable value; raised before the first iteration.
@@ -132,6 +142,7 @@ def train(
         metric=task.best_metric,
         save_best=save_best,
         plateau=plateau,
+        patience=cfg.TEST.PATIENCE,
     )
     stateful = {"plateau": plateau, "warm_up": warm_up, "evaluation": evaluation}
     stateful = {name: part for name, part in stateful.items() if part is not None}
@@ -144,8 +155,9 @@ def train(
                 part.load_state_dict(resume_from.trainer[name])
     if start >= cfg.SOLVER.MAX_ITER:
         logger.info("all %d iterations are done", cfg.SOLVER.MAX_ITER)
+    if start >= cfg.SOLVER.MAX_ITER or evaluation.finishes_after(start):
         trainer.norm_statistics.average()
-        return result()
+        return Trained(result(), start)
 
     task.metadata(start)  # catch an invalid entry now, not at the first checkpoint
     # Hook order matters. Measurements after an iteration set the next one's learning rate. They are written before the
@@ -153,13 +165,15 @@ def train(
     # it. Preemption comes last.
     trainer.register_hooks([evaluation, hooks.LearningRate(build_multiplier(cfg), plateau=plateau, warm_up=warm_up)])
     if comm.is_main_process():
-        keep_metrics_before(folder, start)
+        keep_metrics_before(folder, max(start, evaluation.evaluated + 1))
         trainer.register_hooks([hooks.Writers(_writers(cfg, folder, start))])
     trainer.register_hooks([checkpoints, preemption])
     trainer.wait = preemption.wait
     trainer.train(start, cfg.SOLVER.MAX_ITER)
+    if trainer.finished:
+        checkpoints.save(trainer.iter - 1, again=True)  # with the evaluation that has finished the run
     trainer.norm_statistics.average()
-    return result()
+    return Trained(result(), trainer.iter)
 
 
 def _compile(cfg: CfgNode, task: TrainingTask, model: nn.Module) -> None:

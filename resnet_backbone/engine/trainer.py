@@ -48,6 +48,7 @@ class Trainer(TrainerBase):
 
     Attributes:
         last_measured: the latest iteration that measured something (`store`); -1 before the first.
+        finished: for a hook to set in `before_step`: the run ends before this iteration.
         wait: calls its argument, which fetches the next batch; to be replaced by something that a signal can interrupt.
         norm_statistics: batch norm's running statistics, each process's own outside of its context `averaged`.
 
@@ -95,6 +96,7 @@ class Trainer(TrainerBase):
         self.accumulate = accumulate
         self.average = average
         self.last_measured = -1
+        self.finished = False
         self.wait: Callable[[Callable[[], Any]], Any] = lambda fetch: fetch()
         self._batches = batches
         self._loss_fn = loss_fn
@@ -112,9 +114,10 @@ class Trainer(TrainerBase):
         self._waited = 0.0  # seconds that this iteration waited for its batch
 
     def train(self, start_iter: int, max_iter: int) -> None:
-        """Run iterations `start_iter` up to but excluding `max_iter`, with hooks around each.
+        """Run iterations `start_iter` up to but excluding `max_iter`, or until `finished`, with hooks around each.
 
-        Like Detectron2's, but errors meant for the user leave no stack trace in the log.
+        Afterwards `iter` is the number of iterations that are done. Like Detectron2's, but errors meant for the user
+        leave no stack trace in the log.
         """
         self.iter = self.start_iter = start_iter
         self.max_iter = max_iter
@@ -124,9 +127,12 @@ class Trainer(TrainerBase):
                     self.before_train()
                     for self.iter in range(start_iter, max_iter):
                         self.before_step()
+                        if self.finished:
+                            break
                         self.run_step()
                         self.after_step()
-                self.iter += 1  # tells hooks in after_train that training finished
+                    else:
+                        self.iter += 1  # tells hooks in after_train that training finished
             except (InputError, Interrupted):
                 raise
             except Exception as error:

@@ -223,10 +223,12 @@ def test_every_key_is_read_by_some_run_or_refused(zoo_config, trained, panoptic_
     files += ("DATASETS.PROPOSAL_FILES_TEST", tmp_path / "proposals.pkl")
     plateau = ("SOLVER.LR_SCHEDULER_NAME", "WarmupPlateauLR", "TEST.EVAL_PERIOD", 1, "SOLVER.WARMUP_ITERS", 1)
     plateau += ("MODEL.NETWORK.NAME", "", "MODEL.RESNETS.DEPTH", 18)
+    jitter = ("INPUT.SCALE_JITTER.ENABLED", True, "INPUT.SCALE_JITTER.SIZE", 96)
+    jitter += ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
     augmented = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "TEST.PRECISE_BN.ENABLED", True)
     for cfg in (
         zoo_config(name, tmp_path / "proposals", *FPN, *files),
-        zoo_config(FASTER_RCNN, tmp_path / "other", *plateau, *augmented),
+        zoo_config(FASTER_RCNN, tmp_path / "other", *plateau, *augmented, *jitter),
         panoptic_config,
     ):
         with recorded(cfg) as keys:
@@ -238,8 +240,7 @@ def test_every_key_is_read_by_some_run_or_refused(zoo_config, trained, panoptic_
         build_anchor_generator(cfg, [ShapeSpec(stride=16)])
     read |= keys
 
-    # Detectron2 reads the threshold for a sampler that is refused.
-    every = {key for key, _ in flatten(detection.get_config())} - {"VERSION", "DATALOADER.REPEAT_THRESHOLD"}
+    every = {key for key, _ in flatten(detection.get_config())} - {"VERSION"}
     refused = {key for key in every if any(f"{key}.".startswith(f"{group}.") for group in UNREAD)}
     assert every - read - refused == set()
     # The engine reads them for both tools.

@@ -325,3 +325,17 @@ def test_the_schedule_that_is_checked_is_the_rescaled_one(cfg):
 def test_a_run_of_no_iterations_has_any_schedule(cfg):
     load_config(cfg, None, ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.MAX_ITER", "0"])
     check_schedule(cfg)
+
+
+@pytest.mark.parametrize(
+    ("period", "tests", "words"),
+    [(0, ("a",), "TEST.EVAL_PERIOD is 0"), (5, (), "DATASETS.TEST is empty"), (5, ("a",), None)],
+)
+def test_patience_needs_evaluations(cfg, period, tests, words):
+    cfg.TEST.PATIENCE, cfg.TEST.EVAL_PERIOD, cfg.DATASETS.TEST = 3, period, tests
+    if words is None:
+        check_schedule(cfg)
+        assert "TEST.PATIENCE" in describe_schedule(cfg, images=80, world_size=1)
+    else:
+        with pytest.raises(ConfigError, match=f"TEST.PATIENCE is 3.*, but {words}.*or TEST.PATIENCE to 0"):
+            check_schedule(cfg)

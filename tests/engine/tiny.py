@@ -200,7 +200,7 @@ class Run:
                 best_metric="bbox/AP",
                 image_names=lambda i: [f"image {index}" for _, index in BatchSampler(37, 4, seed=cfg.SEED).batch(i)],
             )
-            self.result = train(cfg, task, self.model, self.optimizer, folder=folder, resume_from=last)
+            self.result, self.iterations = train(cfg, task, self.model, self.optimizer, folder=folder, resume_from=last)
         except KeyboardInterrupt:
             assert stop_at is not None
 
