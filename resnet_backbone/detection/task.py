@@ -11,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling.backbone import FPN
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from resnet_backbone.detection.build import build_detector
@@ -110,8 +110,10 @@ class Detection:
         return self._batches.names(iteration)
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        augmented = self._cfg.TEST.AUG.ENABLED and self._last_evaluation
-        return evaluate(self._cfg, model, self._folder, augmented=augmented)
+        if self._last_evaluation:
+            return evaluate(self._cfg, model, self._folder, augmented=self._cfg.TEST.AUG.ENABLED)
+        # In training, there is a storage, whose writers include TensorBoard's.
+        return evaluate(self._cfg, model, self._folder, show=get_event_storage().put_image)
 
     def metadata(self, iterations: int, **results: float) -> Metadata:
         metadata = _describe(self._cfg, self._norms, self._pretrained_by, iterations, results)

@@ -3,16 +3,18 @@
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.data.build import get_detection_dataset_dicts
 from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
 from torch import nn
 
 from resnet_backbone.data.workers import Loader
@@ -20,13 +22,21 @@ from resnet_backbone.detection.data.datasets import file_name
 from resnet_backbone.detection.data.mapper import Mapper
 from resnet_backbone.detection.evaluation.batches import IMAGES_ON_A_GPU, batch_by_shape
 from resnet_backbone.detection.evaluation.made_up import MadeUpDetections
+from resnet_backbone.detection.evaluation.pictures import IMAGES, Pictures
 from resnet_backbone.detection.evaluation.registry import build_evaluator
 from resnet_backbone.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, folder: Path, *, augmented: bool = False) -> dict[str, Any]:
+def evaluate(
+    cfg: CfgNode,
+    model: nn.Module,
+    folder: Path,
+    *,
+    augmented: bool = False,
+    show: Callable[[str, np.ndarray], None] | None = None,
+) -> dict[str, Any]:
     """Return the metrics of `model` on DATASETS.TEST in Detectron2's format: `{"bbox": {"AP": …, "AP50": …}}`.
 
     With several data sets, metrics are keyed by data set name; with none, there are none. Only the main process gets
@@ -35,10 +45,13 @@ def evaluate(cfg: CfgNode, model: nn.Module, folder: Path, *, augmented: bool = 
     Args:
         folder: the run's output folder.
         augmented: test once more with test-time augmentation (TEST.AUG), which gives `bbox_TTA` and so on.
+        show: called on the main process with a name and a picture, `(3, H, W)` uint8, RGB, for each of the first
+            images of the first data set (`pictures`).
     """
     results = {}
-    for name in cfg.DATASETS.TEST:
-        results[name] = _test(cfg, model, name, _folder(cfg, name, folder / "inference"))
+    for number, name in enumerate(cfg.DATASETS.TEST):
+        shown = show if number == 0 and comm.is_main_process() else None
+        results[name] = _test(cfg, model, name, _folder(cfg, name, folder / "inference"), show=shown)
         if augmented:
             found = _test(cfg, GeneralizedRCNNWithTTA(cfg, model), name, _folder(cfg, name, folder / "inference_TTA"))
             results[name] |= {f"{task}_TTA": metrics for task, metrics in found.items()}
@@ -89,20 +102,35 @@ def try_two_images(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     return results if len(results) != 1 else next(iter(results.values()))
 
 
-def _test(cfg: CfgNode, model: nn.Module, name: str, folder: Path) -> dict[str, dict[str, float]]:
+def _test(
+    cfg: CfgNode,
+    model: nn.Module,
+    name: str,
+    folder: Path,
+    *,
+    show: Callable[[str, np.ndarray], None] | None = None,
+) -> dict[str, dict[str, float]]:
     """Return the metrics on one data set by task; empty but on the main process."""
+    records, evaluator = _images(cfg, name), build_evaluator(cfg, name, folder)
+    pictures = None
+    if show is not None:
+        names = MetadataCatalog.get(name).get("thing_classes", ())
+        evaluator = pictures = Pictures(evaluator, records[:IMAGES], names)
     with torch.compiler.set_stance("force_eager"):  # shapes differ from training
-        found = inference_on_dataset(model, _loader(cfg, name), build_evaluator(cfg, name, folder))
+        found = inference_on_dataset(model, _loader(cfg, name, records), evaluator)
+    if pictures is not None:
+        for title, picture in pictures.drawn():
+            show(title, picture)
     # Convert to plain floats: the VOC evaluator's NumPy floats cannot be read back from a checkpoint's metadata.
     return {task: {key: float(value) for key, value in metrics.items()} for task, metrics in found.items()}
 
 
-def _loader(cfg: CfgNode, name: str) -> Loader:
-    """Return Detectron2's test loader for a data set, with the same kind of worker processes as in training.
+def _loader(cfg: CfgNode, name: str, records: list[dict[str, Any]]) -> Loader:
+    """Return Detectron2's test loader for a data set's images, with the same kind of worker processes as in training.
 
     On a GPU, it gives batches of images of the same shape.
     """
-    records, on_gpu = _images(cfg, name), cfg.MODEL.DEVICE.startswith("cuda")
+    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     theirs = build_detection_test_loader(records, mapper=_mapper(cfg, name))
     return Loader(
         theirs.dataset,
