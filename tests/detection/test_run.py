@@ -13,11 +13,13 @@ from torch import nn
 
 from resnet_backbone import detection
 from resnet_backbone.detection import add_network_config
-from resnet_backbone.detection.task import describe_frozen
+from resnet_backbone.detection.task import Detection, describe_frozen
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights import CheckpointError, read_checkpoint
+from tests.engine.tiny import assert_equal
+from tests.engine.tiny import metrics as metrics_of
 
 R50 = "faster_rcnn_R50.yaml"
 ALLOW = ("MODEL.NETWORK.ALLOW_UNTRAINED_FROZEN_BN", True)
@@ -145,6 +147,61 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(detection_config, class
         assert torch.equal(tensor, resumed.model[key]), key
     assert repr(whole.metadata) == repr(resumed.metadata)  # as text, since an AP may be no number
     assert "the next iteration is 2\n" in log(tmp_path / "stopped")
+
+
+def test_everything_that_draws_or_counts_resumes_in_the_same_bits(small, outlined, tmp_path, monkeypatch):
+    """Broken off in a step, and again in an evaluation; the run ends early, for lack of patience."""
+    keys = (
+        "DATASETS.TRAIN",
+        outlined,
+        "DATASETS.TEST",
+        outlined,
+        "MODEL.MASK_ON",
+        True,
+        "INPUT.MASK_FORMAT",
+        "bitmask",
+    )
+    keys += ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "DATALOADER.REPEAT_THRESHOLD", 1.0)
+    keys += ("INPUT.SCALE_JITTER.ENABLED", True, "INPUT.SCALE_JITTER.SIZE", 96, "INPUT.COPY_PASTE", 0.7)
+    keys += ("SOLVER.EMA_DECAY", 0.5, "SOLVER.MAX_ITER", 20, "SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.BASE_LR", 0.005)
+    keys += ("TEST.EVAL_PERIOD", 2, "TEST.PATIENCE", 2, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8)
+    detection.run(small("whole", *keys))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    iterations = read_checkpoint(whole / "model_final.pth").metadata.origin["iterations"]
+    assert 6 <= iterations < 20 and iterations % 2 == 0
+
+    step, evaluate = Trainer.run_step, Detection.evaluate
+
+    def stopping(method, when):
+        def stop(self, *arguments):
+            if when(self):
+                raise Interrupted
+            return method(self, *arguments)
+
+        return stop
+
+    for attribute, method, when in (
+        ((Trainer, "run_step"), step, lambda trainer: trainer.iter == 4),
+        ((Detection, "evaluate"), evaluate, lambda task: (parts / "model_0000005.pth").exists()),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(*attribute, stopping(method, when))
+            with pytest.raises(Interrupted):
+                detection.run(small("parts", *keys), resume=parts.exists())
+    detection.run(small("parts", *keys), resume=True)
+    assert [f"the next iteration is {n}\n" in log(parts) for n in (3, 6)] == [True, True]
+    for folder in (whole, parts):
+        assert f"the run is finished after {iterations} iterations: bbox/AP has not risen" in log(folder)
+    names = {file.name for file in whole.glob("*.pth")}
+    assert {"model_best.pth", "model_final.pth", f"model_{iterations - 1:07}.pth"} <= names
+    for name in names:
+        one, other = (read_checkpoint(folder / name) for folder in (whole, parts))
+        assert_equal(dict(one.model), dict(other.model), name)
+        assert repr(one.metadata) == repr(other.metadata)
+        if one.trainer is not None:
+            states = [{k: v for k, v in c.trainer.items() if not k.startswith("config")} for c in (one, other)]
+            assert_equal(*states, name)
+    assert metrics_of(whole, times=False) == metrics_of(parts, times=False)
 
 
 def test_frozen_stages_stay_bit_identical(small, tmp_path, classifier):

@@ -67,6 +67,17 @@ def test_learns_what_is_trivially_separable(pretrain_config, bright_and_dark, tm
     assert json.loads((tmp_path / "results.json").read_text())["top1"] == results["top1"]
 
 
+def test_a_run_that_ends_early_says_after_how_many_iterations(pretrain_config, bright_and_dark, tmp_path):
+    data = ("DATASETS.TRAIN", bright_and_dark, "DATASETS.TEST", bright_and_dark, "SOLVER.BASE_LR", 0.0)
+    keys = ("SOLVER.MAX_ITER", 9, "TEST.EVAL_PERIOD", 1, "TEST.PATIENCE", 1, "MODEL.RESNETS.NORM", "GN")
+    keys += ("MODEL.NETWORK.WIDTH", 0.5)
+    for resume in (False, True):
+        pretraining.run(pretrain_config(tmp_path, *data, *keys), resume=resume)
+        assert read_checkpoint(tmp_path / "model_final.pth").metadata.origin["iterations"] == 2
+        assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert (tmp_path / "log.txt").read_text().count("the run is finished after 2 iterations: top1 has not risen") == 2
+
+
 def test_no_iterations_give_the_initial_network_with_statistics_of_training_images(pretrain_config, tmp_path, shapes):
     cfg = pretrain_config(tmp_path, "SOLVER.MAX_ITER", 0)
     pretraining.run(cfg)
