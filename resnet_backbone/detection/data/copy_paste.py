@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.structures import BitMasks, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 
 from resnet_backbone.detection.data.datasets import objects_of
 
@@ -33,11 +33,24 @@ def paste(
     """
     if len(source) == 0:
         return image, instances
-    covered = source.gt_masks.tensor.any(dim=0)
+    # NumPy's `any` takes a tenth of the time of torch's.
+    covered = torch.from_numpy(source.gt_masks.tensor.numpy().any(axis=0))
     image = torch.where(covered, source_image, image)
     if len(instances) == 0:
         return image, source
-    instances = instances[:]
-    instances.gt_masks = BitMasks(instances.gt_masks.tensor & ~covered)
-    instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-    return image, Instances.cat([instances[instances.gt_masks.nonempty()], source])
+    masks = instances.gt_masks.tensor & ~covered
+    rows, columns = (masks.numpy().any(axis=axis) for axis in (2, 1))
+    visible = instances[:]
+    visible.gt_masks = BitMasks(masks)
+    visible.gt_boxes = Boxes(np.stack([_first(columns), _first(rows), _end(columns), _end(rows)], axis=1))
+    return image, Instances.cat([visible[torch.from_numpy(rows.any(axis=1))], source])
+
+
+def _first(occupied: np.ndarray) -> np.ndarray:
+    """Return the place of the first True in each row of `(n, length)`; 0 if there is none."""
+    return occupied.argmax(axis=1)
+
+
+def _end(occupied: np.ndarray) -> np.ndarray:
+    """Return the place after the last True in each row of `(n, length)`; the length if there is none."""
+    return occupied.shape[1] - occupied[:, ::-1].argmax(axis=1)

@@ -56,18 +56,19 @@ def test_it_is_detectron2s_with_the_pixel_mean_around(make, outlined, masks, acc
     records = get_detection_dataset_dicts(outlined)
     ours, theirs = (mapped(mapper, records, 60) for mapper in (Mapper(cfg), reference))
     mean = np.rint(cfg.MODEL.PIXEL_MEAN)
-    padded = 0
+    padded, differences = 0, []
     for a, b in zip(ours, theirs, strict=True):
         assert a["image"].shape == (3, 96, 96) and a["image"].dtype == torch.uint8
         one, other = (record["image"].permute(1, 2, 0).numpy().astype(int) for record in (a, b))
         outside = (other == 9).all(axis=2) & (one == mean).all(axis=2)
         padded += outside.mean()
         difference = abs(one - other)[~outside]
-        # With acceleration, a small image is decoded at a fraction of its size.
-        assert difference.max(initial=0) == 0 or (accelerate and difference.mean() < 1)
+        # With acceleration, an image to be small is decoded at a fraction of its size.
+        assert difference.max(initial=0) == 0 or (accelerate and difference.mean() < 3)
+        differences.append(difference.mean() if difference.size else 0)
         for name in ("gt_boxes", "gt_classes", *(["gt_masks"] if masks else [])):
             assert_equal(a["instances"].get(name), b["instances"].get(name))
-    assert 0.1 < padded / 60 < 0.6
+    assert 0.1 < padded / 60 < 0.6 and np.mean(differences) < 0.5
     assert any(len(record["instances"]) for record in ours)
 
 
