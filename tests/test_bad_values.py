@@ -44,7 +44,8 @@ NAMES += ["absolute", "RetinaNet", "PanopticFPN", "build_resnet_backbone", "buil
 OTHERS = ["True", "False", "{}", "{[]: 1}", "[" * 3000, "-" * 20000, "lambda: 1"]
 OF_TYPE = {bool: OTHERS, int: NUMBERS, float: NUMBERS, str: NAMES, tuple: [*LISTS, *NAMES], list: [*LISTS, *NAMES]}
 FROM_YAML = [float("nan"), float("inf"), None, -1, 0, 10**30, [], [None], [float("nan")] * 3, {"a": 1}, "", "é", [[]]]
-KEYS = [key for key, _ in flatten(pretraining.get_config())] + ["MODEL.RESNETS", "there is no configuration key"]
+KEYS = [key for tool in (pretraining, detection) for key, _ in flatten(tool.get_config())]
+KEYS += ["MODEL.RESNETS", "there is no configuration key"]
 
 
 def build(tool, keys, file=None, *, base=None):
