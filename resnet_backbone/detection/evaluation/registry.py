@@ -14,7 +14,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
-from resnet_backbone.detection.evaluation.coco import CompletingCOCOEvaluator
+from resnet_backbone.detection.evaluation.coco import FastCOCOEvaluator
 from resnet_backbone.engine.config import ConfigError
 
 TYPES = ("coco", "coco_panoptic_seg", "sem_seg", "pascal_voc", "lvis")
@@ -44,9 +44,7 @@ def build_evaluator(cfg: CfgNode, name: str, folder: Path | None, *, whole: bool
         evaluators.append(SemSegEvaluator(name, output_dir=output_dir))
     if kind in ("coco", "coco_panoptic_seg"):
         sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-        evaluators.append(
-            CompletingCOCOEvaluator(name, output_dir=output_dir, use_fast_impl=False, kpt_oks_sigmas=sigmas)
-        )
+        evaluators.append(FastCOCOEvaluator(name, output_dir=output_dir, kpt_oks_sigmas=sigmas))
     if kind == "coco_panoptic_seg":
         if importlib.util.find_spec("panopticapi") is None:
             raise ConfigError(
