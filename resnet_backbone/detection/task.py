@@ -111,7 +111,8 @@ class Detection:
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         if self._last_evaluation:
-            return evaluate(self._cfg, model, self._folder, augmented=self._cfg.TEST.AUG.ENABLED)
+            augmented = self._cfg.TEST.AUG.ENABLED
+            return evaluate(self._cfg, model, self._folder, augmented=augmented, report=True)
         # In training, there is a storage, whose writers include TensorBoard's.
         return evaluate(self._cfg, model, self._folder, show=get_event_storage().put_image)
 

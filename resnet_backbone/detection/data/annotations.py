@@ -178,7 +178,7 @@ def _bad_masks(
                 mask = [points for points in mask if not isinstance(points, list) or len(points) > 4]
             words = next(filter(None, (_bad_polygon(points, *bounds[index]) for points in mask)), None)
         elif isinstance(mask, Mapping):
-            words = _bad_encoding(mask, *sizes[index]) if mask else None
+            words = bad_encoding(mask, *sizes[index]) if mask else None
         else:
             words = f"has the segmentation {shortened(mask)}; expected a list of polygons or a mask in COCO's RLE"
         if words:
@@ -198,7 +198,8 @@ def _bad_polygon(points: Any, left: float, top: float, right: float, bottom: flo
     return f"has the polygon {shortened(points)}; expected x and y of at least three points, all finite"
 
 
-def _bad_encoding(mask: Mapping[str, Any], width: float, height: float) -> str | None:
+def bad_encoding(mask: Mapping[str, Any], width: float, height: float) -> str | None:
+    """Return what is wrong with a mask in COCO's run lengths, None if nothing is; an infinite size is any."""
     size, counts = mask.get("size"), mask.get("counts")
     known = math.isfinite(width)
     if not _are_numbers(size) or len(size) != 2 or (known and tuple(size) != (height, width)):

@@ -20,10 +20,12 @@ from torch import nn
 from resnet_backbone.data.workers import Loader
 from resnet_backbone.detection.data.datasets import file_name
 from resnet_backbone.detection.data.mapper import Mapper
+from resnet_backbone.detection.evaluation.average_precision import Evaluation
 from resnet_backbone.detection.evaluation.batches import IMAGES_ON_A_GPU, batch_by_shape
 from resnet_backbone.detection.evaluation.made_up import MadeUpDetections
 from resnet_backbone.detection.evaluation.pictures import IMAGES, Pictures
-from resnet_backbone.detection.evaluation.registry import build_evaluator
+from resnet_backbone.detection.evaluation.registry import build_evaluator, evaluations_of
+from resnet_backbone.detection.evaluation.report import write_report
 from resnet_backbone.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ def evaluate(
     folder: Path,
     *,
     augmented: bool = False,
+    report: bool = False,
     show: Callable[[str, np.ndarray], None] | None = None,
 ) -> dict[str, Any]:
     """Return the metrics of `model` on DATASETS.TEST in Detectron2's format: `{"bbox": {"AP": …, "AP50": …}}`.
@@ -45,15 +48,22 @@ def evaluate(
     Args:
         folder: the run's output folder.
         augmented: test once more with test-time augmentation (TEST.AUG), which gives `bbox_TTA` and so on.
+        report: write a report about each data set that is evaluated as COCO is.
         show: called on the main process with a name and a picture, `(3, H, W)` uint8, RGB, for each of the first
             images of the first data set (`pictures`).
     """
     results = {}
     for number, name in enumerate(cfg.DATASETS.TEST):
         shown = show if number == 0 and comm.is_main_process() else None
-        results[name] = _test(cfg, model, name, _folder(cfg, name, folder / "inference"), show=shown)
+        results[name], evaluations = _test(cfg, model, name, _folder(cfg, name, folder / "inference"), show=shown)
+        if report and evaluations:
+            several = len(cfg.DATASETS.TEST) > 1
+            place = _folder(cfg, name, folder / "evaluation") if several else folder / "evaluation"
+            logger.info("%s: report in %s", name, write_report(evaluations, place, f"Detections on {name}"))
         if augmented:
-            found = _test(cfg, GeneralizedRCNNWithTTA(cfg, model), name, _folder(cfg, name, folder / "inference_TTA"))
+            found, _ = _test(
+                cfg, GeneralizedRCNNWithTTA(cfg, model), name, _folder(cfg, name, folder / "inference_TTA")
+            )
             results[name] |= {f"{task}_TTA": metrics for task, metrics in found.items()}
         logger.info("%s: %s", name, _summary(results[name]))
     return results if len(results) != 1 else next(iter(results.values()))
@@ -109,20 +119,20 @@ def _test(
     folder: Path,
     *,
     show: Callable[[str, np.ndarray], None] | None = None,
-) -> dict[str, dict[str, float]]:
-    """Return the metrics on one data set by task; empty but on the main process."""
+) -> tuple[dict[str, dict[str, float]], dict[str, Evaluation]]:
+    """Return the metrics on one data set by task, and COCO's evaluations; both are empty but on the main process."""
     records, evaluator = _images(cfg, name), build_evaluator(cfg, name, folder)
     pictures = None
     if show is not None:
-        names = MetadataCatalog.get(name).get("thing_classes", ())
-        evaluator = pictures = Pictures(evaluator, records[:IMAGES], names)
+        pictures = Pictures(evaluator, records[:IMAGES], MetadataCatalog.get(name).get("thing_classes", ()))
     with torch.compiler.set_stance("force_eager"):  # shapes differ from training
-        found = inference_on_dataset(model, _loader(cfg, name, records), evaluator)
+        found = inference_on_dataset(model, _loader(cfg, name, records), pictures or evaluator)
     if pictures is not None:
         for title, picture in pictures.drawn():
             show(title, picture)
     # Convert to plain floats: the VOC evaluator's NumPy floats cannot be read back from a checkpoint's metadata.
-    return {task: {key: float(value) for key, value in metrics.items()} for task, metrics in found.items()}
+    metrics = {task: {key: float(value) for key, value in metrics.items()} for task, metrics in found.items()}
+    return metrics, evaluations_of(evaluator)
 
 
 def _loader(cfg: CfgNode, name: str, records: list[dict[str, Any]]) -> Loader:

@@ -14,6 +14,7 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from resnet_backbone.detection.evaluation.average_precision import Evaluation
 from resnet_backbone.detection.evaluation.coco import FastCOCOEvaluator
 from resnet_backbone.engine.config import ConfigError
 
@@ -54,3 +55,9 @@ def build_evaluator(cfg: CfgNode, name: str, folder: Path | None, *, whole: bool
         if whole:
             evaluators.append(COCOPanopticEvaluator(name, output_dir))
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def evaluations_of(evaluator: DatasetEvaluator) -> dict[str, Evaluation]:
+    """Return a used evaluator's evaluations by COCO's metrics, by task; empty for others, and without detections."""
+    parts = evaluator._evaluators if isinstance(evaluator, DatasetEvaluators) else [evaluator]
+    return next((part.evaluations for part in parts if isinstance(part, FastCOCOEvaluator)), {})

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pycocotools.mask
@@ -14,16 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from resnet_backbone.detection.evaluation.average_precision import METRICS, evaluate
 from resnet_backbone.detection.evaluation.coco import complete
-
-COCO_MINI = Path(__file__).parents[4] / "shared" / "data" / "coco_mini" / "val.json"
-
-
-def index(content: dict) -> COCO:
-    truth = COCO()
-    truth.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-    return truth
+from tests.detection.evaluation.imitated import COCO_MINI, index
 
 
 def by_pycocotools(truth: COCO, results: list[dict], task: str, *, sigmas=(), max_detections=(1, 10, 100)) -> COCOeval:
@@ -46,9 +36,9 @@ def by_pycocotools(truth: COCO, results: list[dict], task: str, *, sigmas=(), ma
 
 
 def compare(content: dict, results: list[dict], task: str, **options) -> None:
-    complete(truth := index(copy.deepcopy(content)))
+    complete(truth := index(content))
     found = evaluate(truth, results, task, **options)
-    complete(truth := index(copy.deepcopy(content)))
+    complete(truth := index(content))
     theirs = by_pycocotools(truth, results, task, **options)
     for key in ("precision", "recall", "scores"):
         np.testing.assert_allclose(found.counted.eval[key], theirs.eval[key], rtol=0, atol=1e-12, err_msg=key)
@@ -161,7 +151,7 @@ def like_a_detector(content: dict, seed: int) -> list[dict]:
     """Return annotations jittered, dropped, duplicated, confused and scored."""
     rng = np.random.default_rng(seed)
     categories = [category["id"] for category in content["categories"]]
-    truth, results = index(copy.deepcopy(content)), []
+    truth, results = index(content), []
     for item in truth.dataset["annotations"]:
         mask = truth.annToRLE(item)
         mask = {"size": mask["size"], "counts": mask["counts"].decode()}
@@ -199,7 +189,7 @@ def test_what_ground_truth_lacks_is_said():
 
 def test_nothing_that_is_compared_changes():
     content, results = case(3, "segm")
-    truth = index(content)
+    truth = index(content)  # a copy
     before = copy.deepcopy((truth.dataset, results))
     evaluate(truth, results, "segm")
     assert (truth.dataset, results) == before
