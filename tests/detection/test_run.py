@@ -116,6 +116,8 @@ def test_eval_only_gives_what_the_run_gave(small, tmp_path):
     tested = detection.run(small("test", *keys), eval_only=True)
     assert tested["bbox"] == pytest.approx(trained["bbox"], nan_ok=True)
     assert not list((tmp_path / "test").glob("*.pth"))
+    reports = [(tmp_path / name / "evaluation" / "report.md").read_text() for name in ("run", "test")]
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg16"])
@@ -247,6 +249,9 @@ def test_of_several_test_sets_the_first_decides_or_the_one_that_a_key_names(smal
     keys += ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
     results = detection.run(small("run", *keys))
     assert f"{scenes}/bbox/AP selects the best checkpoint" in log(tmp_path / "run")
+    reports = sorted((tmp_path / "run" / "evaluation").glob("*/report.md"))
+    assert [file.parent.name for file in reports] == ["annotations", "annotations_2"]
+    assert log(tmp_path / "run").count(": report in ") == 2  # not after each TEST.EVAL_PERIOD
     best = read_checkpoint(tmp_path / "run" / "model_best.pth").metadata.origin
     assert best[f"{scenes}/bbox/AP"] == best[f"{again}/bbox/AP"]
     origin = read_checkpoint(tmp_path / "run" / "model_final.pth").metadata.origin

@@ -56,6 +56,16 @@ def test_a_perfect_detector_has_100_ap(cfg, scenes, tmp_path):
     assert all(type(value) is float for value in results["bbox"].values())
 
 
+def test_a_report_is_written_where_it_is_asked_for(cfg, scenes, tmp_path):
+    evaluate(cfg, Oracle(scenes), tmp_path)
+    assert not (tmp_path / "evaluation").exists()
+    results = evaluate(cfg, Oracle(scenes, miss=(0, 1)), tmp_path, report=True)
+    text = (tmp_path / "evaluation" / "report.md").read_text()
+    assert text.startswith(f"# Detections on {scenes}\n") and f"AP is {results['bbox']['AP']:.1f}" in text
+    assert "Most is lost to objects that are overlooked" in text
+    assert (tmp_path / "evaluation" / "bbox_errors.png").is_file()
+
+
 def test_with_workers_it_is_the_same(cfg, scenes, tmp_path):
     model = Oracle(scenes)
     cfg.DATALOADER.NUM_WORKERS = 2
