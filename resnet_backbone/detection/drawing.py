@@ -23,7 +23,7 @@ def draw(image: np.ndarray, instances: Instances, names: Sequence[str]) -> np.nd
         image: `(H, W, 3)` uint8, RGB.
         instances: in the image's pixels, with fields named as a detector's output (`pred_boxes`, `pred_classes`,
             `scores`, …) or as a training image's (`gt_boxes`, `gt_classes`, …); each is optional.
-        names: of the classes.
+        names: of the classes; a class without a name is drawn with its number.
     """
     found = {name.removeprefix("pred_").removeprefix("gt_"): value for name, value in instances.get_fields().items()}
     classes = found["classes"].tolist() if "classes" in found else [0] * len(instances)
@@ -42,7 +42,8 @@ def draw(image: np.ndarray, instances: Instances, names: Sequence[str]) -> np.nd
     if "classes" in found:
         scores = found["scores"].tolist() if "scores" in found else [None] * len(classes)
         for outline, color, number, score in zip(outlines, colors, classes, scores):
-            _label(pen, outline, names[number] if score is None else f"{names[number]} {score:.0%}", color)
+            name = names[number] if number < len(names) else str(number)
+            _label(pen, outline, name if score is None else f"{name} {score:.0%}", color)
     return np.array(canvas)
 
 

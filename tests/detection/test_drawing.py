@@ -34,14 +34,14 @@ def test_masks_are_blended_whether_bitmaps_or_polygons():
         assert np.array_equal(draw(GRAY, objects(pred_masks=masks, pred_classes=classes), names), expected)
 
 
-def test_names_of_any_script_are_written_within_the_image():
+def test_names_of_any_script_and_numbers_instead_of_names_are_written_within_the_image():
     for x, y in ((-30, -30), (150, 110), (10, 60)):
         boxes = Boxes([[x, y, x + 30, y + 30]])
         texts = [
             draw(GRAY, objects(pred_boxes=boxes, pred_classes=torch.tensor([n]), scores=torch.tensor([0.5])), names)
-            for n, names in ((0, ["été"]), (0, ["ete"]), (0, ["кот"]))
+            for n, names in ((0, ["été"]), (0, ["ete"]), (0, ["кот"]), (1, ["été"]))
         ]
-        assert len({text.tobytes() for text in texts}) == 3
+        assert len({text.tobytes() for text in texts}) == 4
 
 
 def test_keypoints_without_a_label_are_left_out_and_no_objects_are_no_change():

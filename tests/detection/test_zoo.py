@@ -124,7 +124,7 @@ def test_the_list_in_the_docs_is_the_zoo():
     listed = {}
     for line in (Path(__file__).parents[2] / "docs" / "detection.md").read_text().splitlines():
         cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
-        if line.startswith("|") and (ZOO / cells[0]).is_dir():
+        if line.startswith("|") and cells[0] and (ZOO / cells[0]).is_dir():
             for name in cells[2].split(", "):
                 listed[f"{cells[0]}/{name.strip('`')}.yaml"] = cells[1]
     for file in FILES:
