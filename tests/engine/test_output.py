@@ -163,6 +163,7 @@ def test_other_ranks_log_to_a_file_of_their_own(cfg, monkeypatch, capsys):
 
 
 def test_the_written_config_loads_in_detectron2(cfg, tmp_path):
+    add_network_config(cfg)
     overrides = ["SOLVER.BASE_LR", "0.00001", "DATASETS.TRAIN", "train-{00..07}.tar", "MODEL.NETWORK.WIDTH", "0.25"]
     load_config(cfg, "COCO-Detection/retinanet_R_50_FPN_1x.yaml", [*overrides, "INPUT.CROP.SIZE", "(64, 96)"])
     output.write_config(cfg, tmp_path)

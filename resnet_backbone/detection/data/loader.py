@@ -132,12 +132,12 @@ class TrainBatches:
         self.num_images = self._sampler(0).epoch_length
         if self._repeats is not None:
             logger.info(
-                "%d of %d images come more than once in an epoch of %d, up to %.3g times "
+                "%d of %d images have a repeat factor above 1, the largest %.3g; an epoch has %d images "
                 "(DATALOADER.REPEAT_THRESHOLD %g)",
                 np.sum(self._repeats > 1),
                 len(dicts),
-                self.num_images,
                 self._repeats.max(),
+                self.num_images,
                 cfg.DATALOADER.REPEAT_THRESHOLD,
             )
 
