@@ -67,16 +67,17 @@ def _outlines(boxes: Boxes | RotatedBoxes) -> list[list[tuple[float, float]]]:
 
 def _label(pen: ImageDraw.ImageDraw, outline: Sequence[tuple[float, float]], text: str, color: tuple) -> None:
     """Write above an outline's topmost corner, or inside of it where the image ends, but within the image."""
-    font = _font(max(10, round(min(pen.im.size) / 32)))
-    right, bottom = pen.textbbox((0, 0), text, font=font)[2:]
+    letters = font(max(10, round(min(pen.im.size) / 32)))
+    right, bottom = pen.textbbox((0, 0), text, font=letters)[2:]
     x, y = min(outline, key=lambda corner: (corner[1], corner[0]))
     x = max(0, min(x, pen.im.size[0] - right))
     y = y - bottom if y >= bottom else max(0, y)
     pen.rectangle([x, y, x + right, y + bottom], fill=color)
     ink = (0, 0, 0) if np.dot(color, (0.299, 0.587, 0.114)) > 140 else (255, 255, 255)
-    pen.text((x, y), text, fill=ink, font=font)
+    pen.text((x, y), text, fill=ink, font=letters)
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Return a font of any script with letters of about this many pixels."""
     return ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans"), size)  # comes with matplotlib
