@@ -13,8 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from resnet_backbone.data.check import check, in_both, in_both_text
-from resnet_backbone.data.sources import open_source
+from resnet_backbone.data.check import check_entry
+from resnet_backbone.data.report import outcome
 from resnet_backbone.errors import exit_code, new_file
 
 EXIT_FOUND = 1
@@ -43,19 +43,15 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 def report(given: argparse.Namespace) -> int:
     reports = [
-        check(open_source(entry), entry=entry, workers=given.workers, limit=given.limit, progress=sys.stderr)
+        check_entry(entry, workers=given.workers, limit=given.limit, progress=sys.stderr)
         for entry in (given.entry, given.other)
         if entry
     ]
-    print("\n\n".join(report.text() for report in reports))
-    found = {"data_sets": [report.as_dict() for report in reports]}
-    if len(reports) > 1:
-        pairs = in_both(*reports)
-        print(f"\n{in_both_text(*reports, pairs)}")
-        found["in_both"] = [[report.source.describe(i) for report, i in zip(reports, pair)] for pair in pairs]
+    text, found, stops = outcome(reports)
+    print(text)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return EXIT_FOUND if any(report.stops for report in reports) else 0
+    return EXIT_FOUND if stops else 0
 
 
 def main(words: Sequence[str] | None = None) -> int:

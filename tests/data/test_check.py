@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_backbone.data.check import KINDS, check, in_both, in_both_text
+from resnet_backbone.data.check import KINDS, check
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.folders import FolderSource
 from resnet_backbone.data.interface import ClassificationSource
+from resnet_backbone.data.report import in_both, in_both_text
 from resnet_backbone.data.sources import open_source
 
 
@@ -99,7 +100,7 @@ def test_damage_that_decoding_forgives(tmp_path, monkeypatch):
     data = encoded(picture(0, 200, 300))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "cut.jpg").write_bytes(data[: len(data) // 2])
-    monkeypatch.setattr("resnet_backbone.data.check.decode", lambda data, what: np.zeros((200, 300, 3), np.uint8))
+    monkeypatch.setattr("resnet_backbone.data.inspection.decode", lambda data, what: np.zeros((200, 300, 3), np.uint8))
     report = check(FolderSource(tmp_path), entry="set")
     assert findings(report) == {"a/cut.jpg": {"damaged"}} and report.stops == 0
     assert "cut.jpg is damaged (image file is truncated" in report.text()
@@ -204,7 +205,7 @@ def test_a_part(shards):
     assert report.checked.tolist() == [0, 7, 15, 23]
     assert "4 of them were looked at, spread evenly" in report.text()
     assert check(open_source(shards[0]), entry="x", limit=100).checked.tolist() == list(range(31))
-    with pytest.raises(ValueError, match="workers is 0 and limit 0"):
+    with pytest.raises(ValueError, match="limit is 0"):
         check(open_source(shards[0]), entry="x", limit=0)
 
 
