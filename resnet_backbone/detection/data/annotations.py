@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.structures import BoxMode
 
+from resnet_backbone.data.report import Kind
 from resnet_backbone.engine.config import ConfigError
 
 # How far annotations may reach beyond their image, on each side: rounding, coordinates that count from 1, resized
@@ -19,58 +20,98 @@ BEYOND_PIXELS, BEYOND_SHARE = 2.0, 0.01
 # The share of boxes that may have no area: Detectron2 drops them in training, and COCO's own files have two of them.
 EMPTY_SHARE = 0.01
 
+NO_BOX = Kind("no_box", True, "annotations without a bbox")
+BOX_MODE = Kind("box_mode", True, "boxes of an unknown bbox_mode")
+BOX_NOT_FINITE = Kind("box_not_finite", True, "boxes that are not four finite numbers")
+BOX_NEGATIVE = Kind("box_negative", True, "boxes of negative size")
+BOX_OUTSIDE = Kind("box_outside", True, "boxes outside their image")
+BOX_BEYOND = Kind("box_beyond", True, "boxes that reach far beyond their image")
+BOX_EMPTY = Kind("box_empty", True, "boxes without area, and there are too many of them")
+CROWD_MARK = Kind("crowd_mark", True, "annotations with an iscrowd other than 0 and 1")
+MASK = Kind("mask", True, "masks that cannot be used")
+KEYPOINTS = Kind("keypoints", True, "keypoints that cannot be used")
+# The meanings of what is tolerated are the log's words, too.
+BOX_CLIPPED = Kind("box_clipped", False, "boxes reach a little beyond their image (clipped in training)")
+BOX_WITHOUT_AREA = Kind("box_without_area", False, "boxes have no area (not trained on)")
+SHORT_POLYGON = Kind(
+    "short_polygon", False, "polygons have less than three points (dropped; their objects have others)"
+)
+KINDS = (
+    *(NO_BOX, BOX_MODE, BOX_NOT_FINITE, BOX_NEGATIVE, BOX_OUTSIDE, BOX_BEYOND, BOX_EMPTY),
+    *(CROWD_MARK, MASK, KEYPOINTS, BOX_CLIPPED, BOX_WITHOUT_AREA, SHORT_POLYGON),
+)
+
 Annotation = Mapping[str, Any]
-Bad = Iterator[tuple[int, str]]  # the index of an annotation, and what is wrong with it
+
+
+class Found(NamedTuple):
+    """A finding: the index of an annotation, or of another item of a list, its kind, and words to follow its name."""
+
+    index: int
+    kind: Kind
+    words: str = ""
+
 
 _FORMS = {BoxMode.XYWH_ABS: "x, y, width, height", BoxMode.XYXY_ABS: "x1, y1, x2, y2"}
 
 
 def check(
     annotations: Sequence[Annotation],
+    found: Iterable[Found],
+    *,
+    entry: str,
+    name: Callable[[int], str],
+) -> Counter[str]:
+    """Return how many findings there are of each kind that is tolerated.
+
+    Args:
+        annotations: what was looked at.
+        found: in it, by `find` and others; of several about an annotation, the first counts.
+        entry: the data set's name for the message.
+        name: gives words for an annotation by its index.
+
+    Raises:
+        ConfigError: names the first annotation that is unusable, its value, and how many more there are.
+    """
+    unusable: dict[int, str] = {}
+    tolerated: Counter[str] = Counter()
+    for index, kind, words in found:
+        if kind.stops:
+            unusable.setdefault(index, words)
+        else:
+            tolerated[kind.meaning] += 1
+    if unusable:
+        first = min(unusable)
+        more = f" {len(unusable) - 1} more of {len(annotations)} annotations are unusable." if len(unusable) > 1 else ""
+        raise ConfigError(f"{entry}: {name(first)} {unusable[first]}.{more} Correct or remove them.")
+    return tolerated
+
+
+def find(
+    annotations: Sequence[Annotation],
     sizes: np.ndarray,
     *,
     modes: Sequence[Any] | None = None,
-    entry: str,
-    name: Callable[[int], str],
-    bad: Iterable[tuple[int, str]] = (),
     dropped_polygons: bool = False,
-) -> Counter[str]:
-    """Check the values of annotations; return how many there are of each kind that is tolerated.
+) -> Iterator[Found]:
+    """Yield everything that is wrong or unusual with the values of annotations.
 
     Args:
         annotations: in COCO's form, or Detectron2's, which has the same keys.
         sizes: `(n, 2)`, width and height of each one's image in pixels; infinite where unknown.
         modes: each one's BoxMode; None: x, y, width, height for all.
-        entry: the data set's name for the message.
-        name: gives words for an annotation by its index.
-        bad: what is known to be wrong already.
         dropped_polygons: whether polygons of less than three points are dropped on reading, if others remain.
-
-    Raises:
-        ConfigError: names the first annotation that is unusable, its value, and how many more there are.
     """
-    if not annotations:
-        return Counter()
-    found: dict[int, str] = {}
-    tolerated: Counter[str] = Counter()
-    for index, words in chain(
-        bad,
-        _bad_boxes(annotations, sizes, modes, tolerated),
-        _bad_crowd(annotations),
-        _bad_masks(annotations, sizes, tolerated, dropped_polygons),
-        _bad_keypoints(annotations),
-    ):
-        found.setdefault(index, words)
-    if found:
-        first = min(found)
-        more = f" {len(found) - 1} more of {len(annotations)} annotations are unusable." if len(found) > 1 else ""
-        raise ConfigError(f"{entry}: {name(first)} {found[first]}.{more} Correct or remove them.")
-    return +tolerated
+    if annotations:
+        yield from _find_in_boxes(annotations, sizes, modes)
+        yield from _find_in_crowd_marks(annotations)
+        yield from _find_in_masks(annotations, sizes, dropped_polygons)
+        yield from _find_in_keypoints(annotations)
 
 
-def _bad_boxes(
-    annotations: Sequence[Annotation], sizes: np.ndarray, modes: Sequence[Any] | None, tolerated: Counter[str]
-) -> Bad:
+def _find_in_boxes(
+    annotations: Sequence[Annotation], sizes: np.ndarray, modes: Sequence[Any] | None
+) -> Iterator[Found]:
     boxes = [annotation.get("bbox") for annotation in annotations]
     kept = np.arange(len(boxes))
     xyxy = np.zeros(len(boxes), bool)
@@ -82,7 +123,8 @@ def _bad_boxes(
         xywh = np.isin(modes_of, [key for key, mode in objects.items() if _is_mode(mode, BoxMode.XYWH_ABS)])
         rotated = np.isin(modes_of, [key for key, mode in objects.items() if _is_mode(mode, BoxMode.XYWHA_ABS)])
         for index in np.flatnonzero(~(xyxy | xywh | rotated)).tolist():
-            yield index, f"has the bbox_mode {modes[index]!r}; expected Detectron2's BoxMode.XYXY_ABS or XYWH_ABS"
+            words = f"has the bbox_mode {modes[index]!r}; expected Detectron2's BoxMode.XYXY_ABS or XYWH_ABS"
+            yield Found(index, BOX_MODE, words)
         if not (xyxy | xywh).all():  # rotated boxes are left to those who use them
             kept = np.flatnonzero(xyxy | xywh)
             boxes, sizes, xyxy = [boxes[index] for index in kept.tolist()], sizes[kept], xyxy[kept]
@@ -103,23 +145,29 @@ def _bad_boxes(
         words = f"has the bbox {shortened(boxes[index])}"
         width, height = sizes[index]
         if boxes[index] is None:
-            words = "has no bbox"
+            kind, words = NO_BOX, "has no bbox"
         elif not finite[index]:
+            kind = BOX_NOT_FINITE
             words += f"; expected four finite numbers {_FORMS[BoxMode(0 if xyxy[index] else 1)]}"
         elif negative[index]:
+            kind = BOX_NEGATIVE
             words += ", which ends before it begins"
         elif outside[index]:
+            kind = BOX_OUTSIDE
             words += f", which is outside its image of {width:g}×{height:g} pixels"
         elif too_far[index].any():
-            pixels = beyond[index][too_far[index]].max()
+            kind, pixels = BOX_BEYOND, beyond[index][too_far[index]].max()
             words += f", which reaches {pixels:g} pixels beyond its image of {width:g}×{height:g}"
         else:
+            kind = BOX_EMPTY
             words += f", which has no area, like more than {100 * EMPTY_SHARE:g} % of the boxes"
-        yield int(kept[index]), words
-    tolerated["boxes reach a little beyond their image (clipped in training)"] += int(
-        (usable & (beyond > 1e-6).any(1)).sum()
-    )
-    tolerated["boxes have no area (not trained on)"] += int((usable & empty).sum())
+        yield Found(int(kept[index]), kind, words)
+    for kind, tolerated in (
+        (BOX_CLIPPED, usable & (beyond > 1e-6).any(1)),
+        (BOX_WITHOUT_AREA, usable & empty),
+    ):
+        for index in kept[tolerated].tolist():
+            yield Found(index, kind, f"has the bbox {shortened(annotations[index]['bbox'])}")
 
 
 def _is_mode(value: Any, mode: BoxMode) -> bool:
@@ -151,18 +199,16 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool | np.bool_))
 
 
-def _bad_crowd(annotations: Sequence[Annotation]) -> Bad:
+def _find_in_crowd_marks(annotations: Sequence[Annotation]) -> Iterator[Found]:
     values = [annotation.get("iscrowd", 0) for annotation in annotations]
     if set(map(type, values)) == {int} and set(values) <= {0, 1}:
         return
     for index, value in enumerate(values):
         if not isinstance(value, Real) or value not in (0, 1):
-            yield index, f"has the iscrowd {shortened(value)}; expected 0 or 1"
+            yield Found(index, CROWD_MARK, f"has the iscrowd {shortened(value)}; expected 0 or 1")
 
 
-def _bad_masks(
-    annotations: Sequence[Annotation], sizes: np.ndarray, tolerated: Counter[str], dropped_polygons: bool
-) -> Bad:
+def _find_in_masks(annotations: Sequence[Annotation], sizes: np.ndarray, dropped_polygons: bool) -> Iterator[Found]:
     masks = [annotation.get("segmentation") for annotation in annotations]
     if masks.count(None) == len(masks):
         return
@@ -174,7 +220,7 @@ def _bad_masks(
         if isinstance(mask, list):
             short = sum(isinstance(points, list) and len(points) in (0, 2, 4) for points in mask)
             if dropped_polygons and 0 < short < len(mask):
-                tolerated["polygons have less than three points (dropped; their objects have others)"] += short
+                yield from [Found(index, SHORT_POLYGON, "has a polygon of less than three points")] * short
                 mask = [points for points in mask if not isinstance(points, list) or len(points) > 4]
             words = next(filter(None, (_bad_polygon(points, *bounds[index]) for points in mask)), None)
         elif isinstance(mask, Mapping):
@@ -182,7 +228,7 @@ def _bad_masks(
         else:
             words = f"has the segmentation {shortened(mask)}; expected a list of polygons or a mask in COCO's RLE"
         if words:
-            yield index, words
+            yield Found(index, MASK, words)
 
 
 def _bad_polygon(points: Any, left: float, top: float, right: float, bottom: float) -> str | None:
@@ -234,7 +280,7 @@ def _decoded(counts: str | bytes) -> list[int] | None:
     return None if shift else runs
 
 
-def _bad_keypoints(annotations: Sequence[Annotation]) -> Bad:
+def _find_in_keypoints(annotations: Sequence[Annotation]) -> Iterator[Found]:
     for index, annotation in enumerate(annotations):
         points = annotation.get("keypoints")
         if points is None:
@@ -245,7 +291,8 @@ def _bad_keypoints(annotations: Sequence[Annotation]) -> Bad:
             and all(abs(value) < 1e6 for value in points)  # not for NaN
             and all(visible in (0, 1, 2) for visible in points[2::3])
         ):
-            yield index, f"has the keypoints {shortened(points)}; expected x, y and visibility (0, 1, 2), all finite"
+            words = f"has the keypoints {shortened(points)}; expected x, y and visibility (0, 1, 2), all finite"
+            yield Found(index, KEYPOINTS, words)
 
 
 def shortened(value: Any) -> str:

@@ -3,18 +3,53 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from resnet_backbone.data.report import Kind
 from resnet_backbone.detection.data import annotations
-from resnet_backbone.detection.data.annotations import is_number, shortened
+from resnet_backbone.detection.data.annotations import Found, is_number, shortened
 from resnet_backbone.engine.config import ConfigError
 
 # How much larger than its image's an annotated area may be: rounding, and inclusive pixels.
 AREA_ROUNDING = 1.1
+
+
+IMAGE_ID = Kind("image_id", True, "images whose id is no integer")
+IMAGE_TWICE = Kind("image_id_twice", True, "images with the id of another")
+IMAGE_NAME = Kind("image_name", True, "images without a usable file_name")
+IMAGE_SIZE = Kind("image_size", True, "images without a usable width and height")
+IMAGE_KINDS = (IMAGE_ID, IMAGE_TWICE, IMAGE_NAME, IMAGE_SIZE)
+
+CATEGORY_ID = Kind("category_id", True, "categories whose id is no integer")
+CATEGORY_TWICE = Kind("category_id_twice", True, "categories with the id of another")
+CATEGORY_NAME = Kind("category_name", True, "categories without a name")
+CATEGORY_KINDS = (CATEGORY_ID, CATEGORY_TWICE, CATEGORY_NAME)
+
+ID = Kind("id", True, "annotations whose id is no integer")
+ID_TWICE = Kind("id_twice", True, "annotations with the id of another")
+UNKNOWN_IMAGE = Kind("unknown_image", True, "annotations of images that the file does not list")
+UNKNOWN_CATEGORY = Kind("unknown_category", True, "annotations of categories that the file does not list")
+IGNORE = Kind("ignore", True, "annotations with ignore, which Detectron2 does not know")
+AREA = Kind("area", True, "annotations with an impossible area")
+NUM_KEYPOINTS = Kind("num_keypoints", True, "annotations with an impossible num_keypoints")
+NO_AREA = Kind("no_area", False, "annotations have no area (taken from the mask, else the box)")
+NO_CROWD_MARK = Kind("no_crowd_mark", False, "annotations have no iscrowd (taken as 0)")
+ANNOTATION_KINDS = (
+    *(ID, ID_TWICE, UNKNOWN_IMAGE, UNKNOWN_CATEGORY, *annotations.KINDS[:-3]),
+    *(IGNORE, AREA, NUM_KEYPOINTS, *annotations.KINDS[-3:], NO_AREA, NO_CROWD_MARK),
+)
+
+
+class Content(NamedTuple):
+    """The lists of a COCO file; whatever is in their dicts."""
+
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+    categories: list[dict[str, Any]]
 
 
 def check(entry: str, file: Path) -> Counter[str]:
@@ -25,37 +60,39 @@ def check(entry: str, file: Path) -> Counter[str]:
     Raises:
         ConfigError: the file has another form, or names the first unusable item and how many more there are.
     """
+    content = read(entry, file)
+    if not content.images:
+        return Counter()  # `datasets.check` has a message for it
+    for what, items, found in (
+        ("image", content.images, find_in_images(content.images)),
+        ("category", content.categories, find_in_categories(content.categories)),
+    ):
+        if (first := next(found, None)) is not None:
+            raise ConfigError(
+                f"{entry}: {what} number {first.index + 1} of {len(items)} {first.words}. Correct the file."
+            )
+    found = find_in_annotations(content, repeated=ids_may_repeat(file))
+    return annotations.check(content.annotations, found, entry=entry, name=namer(content))
+
+
+def read(entry: str, file: Path) -> Content:
+    """Read a COCO file.
+
+    Raises:
+        ConfigError: it is JSON of another form.
+        OSError, ValueError, RecursionError: it cannot be read, or is no JSON.
+    """
     content = json.loads(file.read_bytes())
     if not isinstance(content, dict):
         raise _not_coco(entry, f"it is a {type(content).__name__}")
-    images, items, categories = (_listed(entry, content, key) for key in ("images", "annotations", "categories"))
-    if not images:
-        return Counter()  # `datasets.check` has a message for it
-    _check_images(entry, images)
-    _check_categories(entry, categories)
-    by_id = {image["id"]: image for image in images}
+    found = Content(*(_listed(entry, content, key) for key in Content._fields))
+    if found.images and not found.categories:
+        raise _not_coco(entry, "its categories are empty")
+    return found
 
-    def image_of(item: Mapping[str, Any]) -> dict[str, Any] | None:
-        return by_id.get(item.get("image_id")) if _is_id(item.get("image_id")) else None
 
-    def name(index: int) -> str:
-        number, image = items[index].get("id"), image_of(items[index])
-        words = f"annotation {number}" if _is_id(number) else f"annotation number {index + 1} of the file"
-        return f"{words} ({image['file_name']})" if image else words
-
-    places = {key: number for number, key in enumerate(by_id)}
-    sizes = np.array([*((image["width"], image["height"]) for image in by_id.values()), (math.inf,) * 2])
-    owners = (item.get("image_id") for item in items)
-    sizes = sizes[[places.get(key, -1) if _is_id(key) else -1 for key in owners]].astype(np.float64)
-    known = {category["id"] for category in categories}
-    bad = _bad_references(items, by_id, known, repeated="minival" in str(file))  # as Detectron2 excepts these
-    bad = (*bad, *_bad_numbers(items, sizes))
-    tolerated = annotations.check(items, sizes, entry=entry, name=name, bad=bad, dropped_polygons=True)
-    tolerated["annotations have no area (taken from the mask, else the box)"] = sum(
-        item.get("area") is None for item in items
-    )
-    tolerated["annotations have no iscrowd (taken as 0)"] = sum("iscrowd" not in item for item in items)
-    return +tolerated
+def ids_may_repeat(file: Path) -> bool:
+    return "minival" in str(file)  # as Detectron2 excepts these
 
 
 def _listed(entry: str, content: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -68,76 +105,126 @@ def _listed(entry: str, content: dict[str, Any], key: str) -> list[dict[str, Any
     return found
 
 
-def _check_images(entry: str, images: Sequence[dict[str, Any]]) -> None:
+def find_in_images(images: Sequence[dict[str, Any]]) -> Iterator[Found]:
+    """Yield what is wrong with images."""
     seen: set[Hashable] = set()
-    for number, image in enumerate(images, 1):
-        words = None
-        if not _is_id(image.get("id")) or type(image["id"]) is not type(images[0]["id"]):
-            words = f"has the id {shortened(image.get('id'))}; expected an integer"
+    kind_of_id = next((type(image["id"]) for image in images if _is_id(image.get("id"))), int)
+    for index, image in enumerate(images):
+        if type(image.get("id")) is not kind_of_id:
+            yield Found(index, IMAGE_ID, f"has the id {shortened(image.get('id'))}; expected an integer")
         elif image["id"] in seen:
-            words = f"has the id {image['id']}, as another image; expected different ones"
-        elif not isinstance(image.get("file_name"), str) or not image["file_name"] or "\0" in image["file_name"]:
+            yield Found(index, IMAGE_TWICE, f"has the id {image['id']}, as another image; expected different ones")
+        elif not has_name(image):
             words = f"has the file_name {shortened(image.get('file_name'))}; expected a file in the folder of images"
-        elif any(type(image.get(side)) is not int or not 0 < image[side] < 2**31 for side in ("width", "height")):
-            sides = " and ".join(f"{side} {shortened(image.get(side))}" for side in ("width", "height"))
-            words = f"has {sides}; expected its size in pixels"
-        if words:
-            raise ConfigError(f"{entry}: image number {number} of {len(images)} {words}. Correct the file.")
-        seen.add(image["id"])
+            yield Found(index, IMAGE_NAME, words)
+        elif not has_size(image):
+            words = " and ".join(f"{side} {shortened(image.get(side))}" for side in ("width", "height"))
+            yield Found(index, IMAGE_SIZE, f"has {words}; expected its size in pixels")
+        if _is_id(image.get("id")):
+            seen.add(image["id"])
 
 
-def _check_categories(entry: str, categories: Sequence[dict[str, Any]]) -> None:
+def find_in_categories(categories: Sequence[dict[str, Any]]) -> Iterator[Found]:
+    """Yield what is wrong with categories."""
     seen: set[int] = set()
-    for number, category in enumerate(categories, 1):
-        words = None
+    for index, category in enumerate(categories):
         if type(category.get("id")) is not int:
-            words = f"has the id {shortened(category.get('id'))}; expected an integer"
-        elif category["id"] in seen:
+            yield Found(index, CATEGORY_ID, f"has the id {shortened(category.get('id'))}; expected an integer")
+            continue
+        if category["id"] in seen:
             words = f"has the id {category['id']}, as another category; expected different ones"
+            yield Found(index, CATEGORY_TWICE, words)
         elif not isinstance(category.get("name"), str):
             words = f"has the name {shortened(category.get('name'))}; expected a string"
-        if words:
-            raise ConfigError(f"{entry}: category number {number} of {len(categories)} {words}. Correct the file.")
+            yield Found(index, CATEGORY_NAME, words)
         seen.add(category["id"])
-    if not categories:
-        raise _not_coco(entry, "its categories are empty")
 
 
-def _bad_references(
-    items: Sequence[dict[str, Any]], images: Mapping[Hashable, Any], categories: set[int], *, repeated: bool
-) -> Iterator[tuple[int, str]]:
-    """Yield annotations whose id, image or category is wrong.
+def find_in_annotations(content: Content, *, repeated: bool) -> Iterator[Found]:
+    """Yield what is wrong or unusual with annotations, in themselves and as parts of the file.
 
     Args:
         repeated: whether ids may occur more than once.
     """
+    items = content.annotations
+    owners = owner_of_each(content)
+    sizes = np.array([*map(_size, content.images), (math.inf,) * 2], dtype=np.float64)[owners]
+    yield from _find_in_references(content, owners, repeated=repeated)
+    yield from _find_in_numbers(items, sizes)
+    yield from annotations.find(items, sizes, dropped_polygons=True)
+    yield from (Found(index, NO_AREA, "has no area") for index, a in enumerate(items) if a.get("area") is None)
+    yield from (Found(index, NO_CROWD_MARK, "has no iscrowd") for index, a in enumerate(items) if "iscrowd" not in a)
+
+
+def namer(content: Content) -> Callable[[int], str]:
+    """Return a function that gives words for an annotation by its index."""
+    owners = owner_of_each(content)
+
+    def name(index: int) -> str:
+        number, owner = content.annotations[index].get("id"), owners[index]
+        words = f"annotation {number}" if _is_id(number) else f"annotation number {index + 1} of the file"
+        return words if owner < 0 else f"{words} ({content.images[owner].get('file_name')})"
+
+    return name
+
+
+def owner_of_each(content: Content) -> np.ndarray:
+    """Return the place of each annotation's image in the list of images; -1 where there is no such image."""
+    places: dict[Hashable, int] = {}
+    for place, image in enumerate(content.images):
+        if _is_id(image.get("id")):
+            places.setdefault(image["id"], place)
+    ids = (item.get("image_id") for item in content.annotations)
+    return np.array([places.get(key, -1) if _is_id(key) else -1 for key in ids], dtype=np.int64)
+
+
+def has_name(image: Mapping[str, Any]) -> bool:
+    name = image.get("file_name")
+    return isinstance(name, str) and bool(name) and "\0" not in name
+
+
+def has_size(image: Mapping[str, Any]) -> bool:
+    return all(type(image.get(side)) is int and 0 < image[side] < 2**31 for side in ("width", "height"))
+
+
+def _size(image: Mapping[str, Any]) -> tuple[float, float]:
+    return (image["width"], image["height"]) if has_size(image) else (math.inf, math.inf)
+
+
+def _find_in_references(content: Content, owners: np.ndarray, *, repeated: bool) -> Iterator[Found]:
+    """Yield annotations whose id, image or category is wrong."""
+    categories = {category["id"] for category in content.categories if type(category.get("id")) is int}
     seen: set[int] = set()
-    for index, item in enumerate(items):
-        number, image, category = item.get("id"), item.get("image_id"), item.get("category_id")
+    for index, (item, owner) in enumerate(zip(content.annotations, owners.tolist(), strict=True)):
+        number, category = item.get("id"), item.get("category_id")
         if type(number) is not int or abs(number) >= 2**53:  # pycocotools keeps them as float64
-            yield index, f"has the id {shortened(number)}; expected an integer"
+            yield Found(index, ID, f"has the id {shortened(number)}; expected an integer")
         elif number in seen and not repeated:
-            yield index, "has the id of another annotation; expected different ones"
-        elif not _is_id(image) or image not in images:
-            yield index, f"has the image_id {shortened(image)}, which none of the {len(images)} images has"
+            yield Found(index, ID_TWICE, "has the id of another annotation; expected different ones")
+        elif owner < 0:
+            image, images = shortened(item.get("image_id")), len(content.images)
+            yield Found(index, UNKNOWN_IMAGE, f"has the image_id {image}, which none of the {images} images has")
         elif type(category) is not int or category not in categories:
-            yield index, f"has the category_id {shortened(category)}, which is none of the {len(categories)} categories"
+            words = f"has the category_id {shortened(category)}, which is none of the {len(categories)} categories"
+            yield Found(index, UNKNOWN_CATEGORY, words)
         elif item.get("ignore", 0) != 0:  # as Detectron2
-            yield index, f"has ignore {shortened(item['ignore'])}, which Detectron2 does not know; it knows iscrowd"
+            words = f"has ignore {shortened(item['ignore'])}, which Detectron2 does not know; it knows iscrowd"
+            yield Found(index, IGNORE, words)
         else:
             seen.add(number)
 
 
-def _bad_numbers(items: Sequence[dict[str, Any]], sizes: np.ndarray) -> Iterator[tuple[int, str]]:
+def _find_in_numbers(items: Sequence[dict[str, Any]], sizes: np.ndarray) -> Iterator[Found]:
     """Yield annotations with numbers that only the evaluation reads, and cannot be right."""
     largest = (AREA_ROUNDING * sizes.prod(1)).tolist()
     areas = [item.get("area") for item in items]
     for index, (area, most) in enumerate(zip(areas, largest, strict=True)):
         if area is not None and not (is_number(area) and 0 <= area <= most):  # not for NaN
-            yield index, f"has the area {shortened(area)}; expected pixels, at most those of its image"
+            yield Found(index, AREA, f"has the area {shortened(area)}; expected pixels, at most those of its image")
     for index, count in enumerate([item.get("num_keypoints", 0) for item in items]):
         if type(count) is not int or count < 0:
-            yield index, f"has the num_keypoints {shortened(count)}; expected how many are labeled"
+            words = f"has the num_keypoints {shortened(count)}; expected how many are labeled"
+            yield Found(index, NUM_KEYPOINTS, words)
 
 
 def _is_id(value: Any) -> bool:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from detectron2.utils.colormap import colormap
 
 from resnet_backbone.data.decode import looks_whole, read_ends, too_long
 from resnet_backbone.data.errors import nearest_existing
+from resnet_backbone.data.report import Kind
 from resnet_backbone.detection.data import annotations, coco_file, folders
+from resnet_backbone.detection.data.annotations import Found
 from resnet_backbone.detection.data.mapper import read_image
 from resnet_backbone.engine.config import ConfigError
 
@@ -28,6 +30,9 @@ FORMS = (
     "Give a registered name, a COCO file as FILE.json (images in the folder images beside it) or FILE.json:IMAGES, or "
     "a folder in PASCAL VOC's or YOLO's layout as FOLDER or FOLDER:SPLIT."
 )
+
+
+CLASS_NUMBER = Kind("class_number", True, "annotations without a class's number")
 
 
 def register(entry: str, output_dir: str | Path = "./output") -> None:
@@ -166,26 +171,35 @@ def _check_dicts(entry: str, records: list[dict[str, Any]]) -> Counter[str]:
     for record in records:
         if "width" in record and (found := too_long(record["width"], record["height"])):
             raise ConfigError(f"{entry}: the image {record['file_name']} has {found}. Remove or cut it.")
-    items = [annotation for record in records for annotation in record.get("annotations", ())]
-    counts = [len(record.get("annotations", ())) for record in records]
-    sizes = np.array([(r.get("width", np.inf), r.get("height", np.inf)) for r in records], dtype=np.float64)
-    ends = np.cumsum(counts)
-    classes = len(MetadataCatalog.get(entry).get("thing_classes", ()))
+    items, owners = annotations_of(records)
 
     def name(index: int) -> str:
-        number = int(np.searchsorted(ends, index, side="right"))
-        return f"object {index - int(ends[number]) + counts[number] + 1} of {records[number]['file_name']}"
+        owner = int(owners[index])
+        number = index - int(np.searchsorted(owners, owner)) + 1
+        return f"object {number} of {records[owner]['file_name']}"
 
+    return annotations.check(items, find_in_records(entry, records), entry=entry, name=name)
+
+
+def annotations_of(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Return the annotations of all images, and the place of each one's image in `records`."""
+    items = [annotation for record in records for annotation in record.get("annotations", ())]
+    return items, np.repeat(np.arange(len(records)), [len(record.get("annotations", ())) for record in records])
+
+
+def find_in_records(entry: str, records: Sequence[dict[str, Any]]) -> Iterator[Found]:
+    """Yield what is wrong or unusual with the annotations of a registered data set, in Detectron2's form."""
+    items, owners = annotations_of(records)
+    sizes = np.array([(r.get("width", np.inf), r.get("height", np.inf)) for r in records], dtype=np.float64)
+    classes = len(MetadataCatalog.get(entry).get("thing_classes", ()))
     modes = [annotation.get("bbox_mode") for annotation in items]
     categories = [annotation.get("category_id") for annotation in items]
-    bad = ()
     if set(map(type, categories)) != {int} or not 0 <= min(categories) <= max(categories) < (classes or np.inf):
-        bad = [
-            (index, f"has the category_id {annotations.shortened(category)}; expected a class's number, from 0")
-            for index, category in enumerate(categories)
-            if not (isinstance(category, Integral) and 0 <= int(category) < (classes or np.inf))
-        ]
-    return annotations.check(items, np.repeat(sizes, counts, axis=0), modes=modes, entry=entry, name=name, bad=bad)
+        for index, category in enumerate(categories):
+            if not (isinstance(category, Integral) and 0 <= int(category) < (classes or np.inf)):
+                words = f"has the category_id {annotations.shortened(category)}; expected a class's number, from 0"
+                yield Found(index, CLASS_NUMBER, words)
+    yield from annotations.find(items, sizes[owners], modes=modes)
 
 
 def check_images_are_whole(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:

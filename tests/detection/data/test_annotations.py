@@ -22,8 +22,12 @@ POLYGON = [10, 10, 40, 10, 40, 30]
 
 
 def look(*items, modes=None, **options):
-    sizes = np.array([SIZE] * len(items), dtype=np.float64)
-    return annotations.check(items, sizes, modes=modes, entry="set", name=lambda index: f"number {index}", **options)
+    return look_in(np.array([SIZE] * len(items), dtype=np.float64), *items, modes=modes, **options)
+
+
+def look_in(sizes, *items, modes=None, **options):
+    found = annotations.find(items, sizes, modes=modes, **options)
+    return annotations.check(items, found, entry="set", name=lambda index: f"number {index}")
 
 
 def one(**fields):
@@ -73,9 +77,9 @@ def test_a_box_may_reach_a_little_beyond_its_image():
     (kind, count), *none = look(one(bbox=[-2, 0, 104, 82]), one(), one(bbox=[0, 70, 5, 11])).items()
     assert "beyond their image" in kind and count == 2 and not none
     wide = np.array([[1000.0, 80.0]])
-    assert annotations.check([one(bbox=[0, 0, 1010, 80])], wide, entry="set", name=str)
+    assert look_in(wide, one(bbox=[0, 0, 1010, 80]))
     with pytest.raises(ConfigError, match="reaches 3 pixels beyond"):
-        annotations.check([one(bbox=[0, 0, 1010, 83])], wide, entry="set", name=str)
+        look_in(wide, one(bbox=[0, 0, 1010, 83]))
 
 
 def test_one_box_in_a_hundred_may_have_no_area():
