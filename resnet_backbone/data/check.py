@@ -13,8 +13,10 @@ import numpy as np
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.inspection import TINY, Inspection, inspect, inspect_all, selected
 from resnet_backbone.data.interface import ClassificationSource
-from resnet_backbone.data.report import NAMED, ImageReport, Kind, counted
+from resnet_backbone.data.report import NAMED, ImageReport, Kind, counted, outcome
 from resnet_backbone.data.sources import open_source
+
+__all__ = ["KINDS", "Report", "check", "check_entry", "outcome"]
 
 KINDS = (
     Kind("empty", True, "empty: 0 bytes"),

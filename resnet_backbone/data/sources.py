@@ -26,6 +26,10 @@ def register_source(name: str, opener: Callable[[Path], ClassificationSource]) -
     _REGISTRY[name] = opener
 
 
+def registered_names() -> list[str]:
+    return sorted(_REGISTRY)
+
+
 register_source("imagenet_train", lambda root: FolderSource(root / "imagenet" / "train"))
 register_source("imagenet_val", lambda root: FolderSource(root / "imagenet" / "val"))
 register_source("cifar10_train", lambda root: open_cifar(root, train=True))
@@ -64,7 +68,7 @@ def open_source(entry: str | Path, *, root: str | Path | None = None) -> Classif
     if not os.path.exists(entry) and os.path.basename(entry) == entry:
         near = difflib.get_close_matches(entry, _REGISTRY, n=1)
         raise DatasetError(
-            f"there is no data set {entry!r}: it is no registered name ({', '.join(sorted(_REGISTRY))})"
+            f"there is no data set {entry!r}: it is no registered name ({', '.join(registered_names())})"
             + (f", of which {near[0]!r} is the nearest," if near else "")
             + f" and {os.getcwd()} holds no folder of that name; give a name, a folder or a shard pattern"
         )

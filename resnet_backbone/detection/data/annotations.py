@@ -128,7 +128,7 @@ def _find_in_boxes(
         if not (xyxy | xywh).all():  # rotated boxes are left to those who use them
             kept = np.flatnonzero(xyxy | xywh)
             boxes, sizes, xyxy = [boxes[index] for index in kept.tolist()], sizes[kept], xyxy[kept]
-    values = _as_rows(boxes)
+    values = as_rows(boxes)
     with np.errstate(invalid="ignore", over="ignore"):
         first, last = values[:, :2], np.where(xyxy[:, None], values[:, 2:], values[:, :2] + values[:, 2:])
         extent = np.where(xyxy[:, None], values[:, 2:] - values[:, :2], values[:, 2:])
@@ -174,7 +174,7 @@ def _is_mode(value: Any, mode: BoxMode) -> bool:
     return isinstance(value, int) and value == mode
 
 
-def _as_rows(boxes: Sequence[Any]) -> np.ndarray:
+def as_rows(boxes: Sequence[Any]) -> np.ndarray:
     """Return boxes as `(n, 4)` float64; NaN where one is not four numbers."""
     plain = (
         set(map(type, boxes)) <= {list, tuple}
@@ -254,7 +254,8 @@ def bad_encoding(mask: Mapping[str, Any], width: float, height: float) -> str | 
     runs = _decoded(counts) if isinstance(counts, str | bytes) else counts
     if isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs) and sum(runs) == math.prod(size):
         return None
-    return f"has a mask with the counts {shortened(counts)}; expected the runs of {math.prod(size):g} pixels"
+    pixels = f"{math.prod(size):g} pixels" if known else "all its pixels"  # which may be beyond a float's range
+    return f"has a mask with the counts {shortened(counts)}; expected the runs of {pixels}"
 
 
 def _decoded(counts: str | bytes) -> list[int] | None:

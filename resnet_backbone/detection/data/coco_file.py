@@ -1,11 +1,13 @@
 """A COCO file before anything else reads it: its images, categories and annotations, and what refers to what."""
 
+import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -44,12 +46,31 @@ ANNOTATION_KINDS = (
 )
 
 
-class Content(NamedTuple):
+@dataclass(frozen=True)
+class Content:
     """The lists of a COCO file; whatever is in their dicts."""
 
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
     categories: list[dict[str, Any]]
+
+    @functools.cached_property
+    def owners(self) -> np.ndarray:
+        """The place of each annotation's image in the list of images; -1 where there is no such image."""
+        places: dict[Hashable, int] = {}
+        for place, image in enumerate(self.images):
+            if _is_id(image.get("id")):
+                places.setdefault(image["id"], place)
+        ids = [item.get("image_id") for item in self.annotations]
+        if set(map(type, ids)) <= {int, str}:
+            return np.fromiter((places.get(key, -1) for key in ids), np.int64, len(ids))
+        return np.array([places.get(key, -1) if _is_id(key) else -1 for key in ids], dtype=np.int64)
+
+    def name(self, index: int) -> str:
+        """Return words for an annotation by its index."""
+        number, owner = self.annotations[index].get("id"), self.owners[index]
+        words = f"annotation {number}" if _is_id(number) else f"annotation number {index + 1} of the file"
+        return words if owner < 0 else f"{words} ({self.images[owner].get('file_name')})"
 
 
 def check(entry: str, file: Path) -> Counter[str]:
@@ -72,7 +93,7 @@ def check(entry: str, file: Path) -> Counter[str]:
                 f"{entry}: {what} number {first.index + 1} of {len(items)} {first.words}. Correct the file."
             )
     found = find_in_annotations(content, repeated=ids_may_repeat(file))
-    return annotations.check(content.annotations, found, entry=entry, name=namer(content))
+    return annotations.check(content.annotations, found, entry=entry, name=content.name)
 
 
 def read(entry: str, file: Path) -> Content:
@@ -85,7 +106,7 @@ def read(entry: str, file: Path) -> Content:
     content = json.loads(file.read_bytes())
     if not isinstance(content, dict):
         raise _not_coco(entry, f"it is a {type(content).__name__}")
-    found = Content(*(_listed(entry, content, key) for key in Content._fields))
+    found = Content(*(_listed(entry, content, key) for key in ("images", "annotations", "categories")))
     if found.images and not found.categories:
         raise _not_coco(entry, "its categories are empty")
     return found
@@ -147,35 +168,12 @@ def find_in_annotations(content: Content, *, repeated: bool) -> Iterator[Found]:
         repeated: whether ids may occur more than once.
     """
     items = content.annotations
-    owners = owner_of_each(content)
-    sizes = np.array([*map(_size, content.images), (math.inf,) * 2], dtype=np.float64)[owners]
-    yield from _find_in_references(content, owners, repeated=repeated)
+    sizes = np.array([*map(_size, content.images), (math.inf,) * 2], dtype=np.float64)[content.owners]
+    yield from _find_in_references(content, repeated=repeated)
     yield from _find_in_numbers(items, sizes)
     yield from annotations.find(items, sizes, dropped_polygons=True)
     yield from (Found(index, NO_AREA, "has no area") for index, a in enumerate(items) if a.get("area") is None)
     yield from (Found(index, NO_CROWD_MARK, "has no iscrowd") for index, a in enumerate(items) if "iscrowd" not in a)
-
-
-def namer(content: Content) -> Callable[[int], str]:
-    """Return a function that gives words for an annotation by its index."""
-    owners = owner_of_each(content)
-
-    def name(index: int) -> str:
-        number, owner = content.annotations[index].get("id"), owners[index]
-        words = f"annotation {number}" if _is_id(number) else f"annotation number {index + 1} of the file"
-        return words if owner < 0 else f"{words} ({content.images[owner].get('file_name')})"
-
-    return name
-
-
-def owner_of_each(content: Content) -> np.ndarray:
-    """Return the place of each annotation's image in the list of images; -1 where there is no such image."""
-    places: dict[Hashable, int] = {}
-    for place, image in enumerate(content.images):
-        if _is_id(image.get("id")):
-            places.setdefault(image["id"], place)
-    ids = (item.get("image_id") for item in content.annotations)
-    return np.array([places.get(key, -1) if _is_id(key) else -1 for key in ids], dtype=np.int64)
 
 
 def has_name(image: Mapping[str, Any]) -> bool:
@@ -191,11 +189,11 @@ def _size(image: Mapping[str, Any]) -> tuple[float, float]:
     return (image["width"], image["height"]) if has_size(image) else (math.inf, math.inf)
 
 
-def _find_in_references(content: Content, owners: np.ndarray, *, repeated: bool) -> Iterator[Found]:
+def _find_in_references(content: Content, *, repeated: bool) -> Iterator[Found]:
     """Yield annotations whose id, image or category is wrong."""
     categories = {category["id"] for category in content.categories if type(category.get("id")) is int}
     seen: set[int] = set()
-    for index, (item, owner) in enumerate(zip(content.annotations, owners.tolist(), strict=True)):
+    for index, (item, owner) in enumerate(zip(content.annotations, content.owners.tolist(), strict=True)):
         number, category = item.get("id"), item.get("category_id")
         if type(number) is not int or abs(number) >= 2**53:  # pycocotools keeps them as float64
             yield Found(index, ID, f"has the id {shortened(number)}; expected an integer")

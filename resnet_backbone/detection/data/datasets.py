@@ -1,11 +1,12 @@
 """Data sets by Detectron2 name or by path, opened and checked before training."""
 
+import contextlib
 import difflib
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -110,25 +111,25 @@ def _keypoints(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
-    """Open a data set and return its images; log what in its annotations is tolerated, and how often.
-
-    Raises:
-        ConfigError: it is empty, incomplete or not in COCO's form, or has annotations that cannot be used.
-    """
-    register(entry, cfg.OUTPUT_DIR)
-    metadata, tolerated = MetadataCatalog.get(entry), Counter()
+def coco_json(entry: str) -> Path | None:
+    """Return the COCO file of a registered data set that is read as one, if it is there."""
+    metadata = MetadataCatalog.get(entry)
     file = Path(metadata.get("json_file") or "")
+    coco = metadata.get("evaluator_type", "coco") in ("coco", "coco_panoptic_seg")
+    return file if coco and file.is_file() else None
+
+
+@contextlib.contextmanager
+def explained(entry: str) -> Iterator[None]:
+    """Turn what readers of a data set raise into a ConfigError."""
     try:
-        if metadata.get("evaluator_type", "coco") in ("coco", "coco_panoptic_seg") and file.is_file():
-            tolerated = coco_file.check(entry, file)
-        dicts = DatasetCatalog.get(entry)
+        yield
     except OSError as error:
         raise ConfigError(
             f"the data set {entry} does not open ({' '.join(str(error).split())}). Registered data sets are looked "
             "for under the environment variable DETECTRON2_DATASETS, else under ./datasets."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:  # the last: too deep
         raise ConfigError(
             f"the data set {entry} is not a complete JSON file ({error}). Expected a COCO file."
         ) from error
@@ -141,6 +142,20 @@ def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
             f"the data set {entry} is not in COCO form ({type(error).__name__}: {detail}). A COCO file holds images, "
             "annotations and categories, and each annotation one of these categories."
         ) from error
+
+
+def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
+    """Open a data set and return its images; log what in its annotations is tolerated, and how often.
+
+    Raises:
+        ConfigError: it is empty, incomplete or not in COCO's form, or has annotations that cannot be used.
+    """
+    register(entry, cfg.OUTPUT_DIR)
+    tolerated: Counter[str] = Counter()
+    with explained(entry):
+        if (file := coco_json(entry)) is not None:
+            tolerated = coco_file.check(entry, file)
+        dicts = DatasetCatalog.get(entry)
     if not dicts:
         raise ConfigError(f"the data set {entry} has no images.")
     tolerated |= _check_dicts(entry, dicts)
@@ -153,7 +168,7 @@ def check(cfg: CfgNode, entry: str) -> list[dict[str, Any]]:
         )
     files = [record["file_name"] for record in dicts]
     files += [record["sem_seg_file_name"] for record in dicts if "sem_seg_file_name" in record]
-    if missing := _missing(files):
+    if missing := missing_files(files):
         raise ConfigError(
             f"{len(missing)} of {len(files)} images of {entry} do not exist, or are no regular files, for instance "
             f"{missing[0]}. Put them there, remove them from the annotations, or name another folder as "
@@ -171,14 +186,20 @@ def _check_dicts(entry: str, records: list[dict[str, Any]]) -> Counter[str]:
     for record in records:
         if "width" in record and (found := too_long(record["width"], record["height"])):
             raise ConfigError(f"{entry}: the image {record['file_name']} has {found}. Remove or cut it.")
-    items, owners = annotations_of(records)
+    items, _ = annotations_of(records)
+    return annotations.check(items, find_in_records(entry, records), entry=entry, name=namer(records))
+
+
+def namer(records: Sequence[dict[str, Any]]) -> Callable[[int], str]:
+    """Return a function that gives words for an annotation by its index."""
+    _, owners = annotations_of(records)
 
     def name(index: int) -> str:
         owner = int(owners[index])
         number = index - int(np.searchsorted(owners, owner)) + 1
         return f"object {number} of {records[owner]['file_name']}"
 
-    return annotations.check(items, find_in_records(entry, records), entry=entry, name=name)
+    return name
 
 
 def annotations_of(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -236,7 +257,7 @@ def file_name(entry: str) -> str:
     return Path(entry.partition(".json:")[0]).stem
 
 
-def _missing(files: list[str]) -> list[str]:
+def missing_files(files: Sequence[str]) -> list[str]:
     """Return names that are no regular files (opening a FIFO would wait forever), or do not exist.
 
     Listing each folder once is thousands of times faster on a network disk.

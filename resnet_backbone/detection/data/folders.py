@@ -12,9 +12,10 @@ import pycocotools.mask
 from iopath.common.file_io import file_lock
 
 from resnet_backbone.data.errors import content, some
+from resnet_backbone.data.layouts import is_voc, is_yolo
 from resnet_backbone.detection.data.annotated import AnnotatedFolder, Object, files_below
-from resnet_backbone.detection.data.voc import is_voc, read_voc, voc_sources
-from resnet_backbone.detection.data.yolo import is_yolo, read_yolo, yolo_sources
+from resnet_backbone.detection.data.voc import read_voc, voc_sources
+from resnet_backbone.detection.data.yolo import read_yolo, yolo_sources
 from resnet_backbone.engine.config import ConfigError
 from resnet_backbone.weights import atomic_write
 

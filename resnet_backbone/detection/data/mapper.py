@@ -46,7 +46,7 @@ class Mapper(DatasetMapper):
         record = dict(record)
         if "annotations" in record:  # their values are replaced, not changed
             record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
-        data = _read(record["file_name"])
+        data = read_file(record["file_name"])
         both, transforms = self._augmented_photograph(data, record) or self._augmented(data, record)
         size = both.image.shape[:2]
         record["image"] = _planes(both.image)
@@ -62,7 +62,7 @@ class Mapper(DatasetMapper):
 
     def _augmented(self, data: bytes, record: dict[str, Any]) -> tuple[T.AugInput, T.TransformList]:
         """Return the augmented image, with semantic labels if the record has some, and what was done to it."""
-        image = _pixels(data, record["file_name"], self.image_format)
+        image = decode_image(data, record["file_name"], self.image_format)
         _check_size(record, image)
         labels = None
         if "sem_seg_file_name" in record:
@@ -126,10 +126,11 @@ def read_image(file: str, channels: str) -> np.ndarray:
     Raises:
         DatasetError: the file is no image, cut off, or has a shape or pixels that are not supported.
     """
-    return _pixels(_read(file), file, channels)
+    return decode_image(read_file(file), file, channels)
 
 
-def _pixels(data: bytes, file: str, channels: str) -> np.ndarray:
+def decode_image(data: bytes, file: str, channels: str) -> np.ndarray:
+    """Return what `read_image` does from the file's bytes."""
     image, form = _decode(data, file)
     try:
         if found := too_long(*image.size):
@@ -143,7 +144,7 @@ def _pixels(data: bytes, file: str, channels: str) -> np.ndarray:
 
 def _read_labels(file: str, size: tuple[int, int]) -> np.ndarray:
     """Return semantic labels `(H, W)` uint8, which must have the image's size."""
-    image, _ = _decode(_read(file), file)
+    image, _ = _decode(read_file(file), file)
     try:
         labels = utils.convert_PIL_to_numpy(utils._apply_exif_orientation(image), "L").squeeze(2)
         if labels.shape != tuple(size):
@@ -153,7 +154,8 @@ def _read_labels(file: str, size: tuple[int, int]) -> np.ndarray:
         raise _unreadable(file, error) from error
 
 
-def _read(file: str) -> bytes:
+def read_file(file: str) -> bytes:
+    """Return a file's bytes; raise DatasetError if it cannot be read."""
     if os.path.exists(file) and not os.path.isfile(file):  # opening a FIFO would wait forever
         raise _unreadable(file, "it is no regular file")
     try:
@@ -170,8 +172,8 @@ def _decode(data: bytes, file: str) -> tuple[Image.Image, str | None]:
         form = image.format
         image.load()
         return image, form
-    except UnidentifiedImageError as error:
-        raise _unreadable(file, f"{len(data)} bytes that are no image of a known format") from error
+    except UnidentifiedImageError as error:  # whose own words are about an object in memory
+        raise _unreadable(file, f"its {len(data)} bytes are no image of a known format") from error
     except Exception as error:  # also Pillow's DecompressionBombError, for more than 179 million pixels
         raise _unreadable(file, error) from error
 

@@ -30,10 +30,6 @@ class _Annotation(NamedTuple):
     objects: list[tuple[str, int, Object]]
 
 
-def is_voc(folder: Path) -> bool:
-    return (folder / "JPEGImages").is_dir() and (folder / "Annotations").is_dir()
-
-
 def voc_sources(folder: Path, split: str) -> list[Path]:
     """Return the files and folders that `read_voc` reads."""
     splits = [_split_file(folder, split)] if split else []

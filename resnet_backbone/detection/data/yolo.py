@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from resnet_backbone.data.errors import some
+from resnet_backbone.data.layouts import is_yolo_pair, yolo_splits
 from resnet_backbone.detection.data.annotated import (
     AnnotatedFolder,
     AnnotatedImage,
@@ -24,10 +25,6 @@ from resnet_backbone.engine.config import ConfigError
 logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-3  # how far beyond the image a number may be, for being rounded
-
-
-def is_yolo(folder: Path) -> bool:
-    return _is_pair(folder) or bool(_inner_splits(folder))
 
 
 def yolo_sources(folder: Path, split: str) -> list[Path]:
@@ -59,21 +56,12 @@ def read_yolo(folder: Path, split: str) -> AnnotatedFolder:
     return AnnotatedFolder(images, names, order)
 
 
-def _is_pair(folder: Path) -> bool:
-    return (folder / "images").is_dir() and (folder / "labels").is_dir()
-
-
-def _inner_splits(folder: Path) -> list[str]:
-    """The splits of the layout `FOLDER/SPLIT/images`, `FOLDER/SPLIT/labels`."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_pair(path))
-
-
 def _places(folder: Path, split: str) -> tuple[Path, Path]:
     """The folders of images and of labels."""
-    splits = _inner_splits(folder)
+    splits = yolo_splits(folder)
     if split in splits:
         return folder / split / "images", folder / split / "labels"
-    if _is_pair(folder):
+    if is_yolo_pair(folder):
         if (folder / "images" / split).is_dir():
             return folder / "images" / split, folder / "labels" / split
         splits = sorted(path.name for path in (folder / "images").iterdir() if path.is_dir())

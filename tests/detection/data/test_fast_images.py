@@ -198,7 +198,7 @@ def test_a_file_that_is_not_what_it_should_be_is_an_error(detection_config, tmp_
     for name, data, size, words in (
         ("cut", whole[:-500], (200, 300), "image file is truncated"),
         ("other", whole, (200, 301), "Mismatched image shape"),
-        ("none", b"", (200, 300), "cannot identify image file"),
+        ("none", b"", (200, 300), "no image of a known format"),
     ):
         (tmp_path / f"{name}.jpg").write_bytes(data)
         record = {"file_name": str(tmp_path / f"{name}.jpg"), "height": size[0], "width": size[1], "annotations": []}

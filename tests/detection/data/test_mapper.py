@@ -131,8 +131,8 @@ def _long_text() -> bytes:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "cannot identify"),
-        (b"<html>", "cannot identify"),
+        (b"", "no image of a known format"),
+        (b"<html>", "no image of a known format"),
         (saved(Image.linear_gradient("L"), "PNG")[:300], "truncated|broken"),
         (saved(Image.linear_gradient("L"), "JPEG")[:900], "truncated"),
         (_long_text(), "too large"),
