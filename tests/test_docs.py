@@ -42,12 +42,14 @@ COCO += ("coco_2017_train", "coco_2017_val")
 SMALL = {
     "tools/pretrain.py": PRETRAIN_SMALL.split(),
     "tools/train_net.py": DETECTION_SMALL.replace("MODEL.ROI_HEADS.NUM_CLASSES 8", "").split(),
+    "tools/visualize_data.py": DETECTION_SMALL.replace("MODEL.ROI_HEADS.NUM_CLASSES 8", "").split(),
 }
 # The scripts that the documents call, each with its functions that take long: they are not run, only called correctly.
 SCRIPTS = {
     "tools/pretrain.py": (),
     "tools/train_net.py": (),
     "tools/check_dataset.py": (),
+    "tools/visualize_data.py": (),
     "tools/convert_weights.py": (),
     "tools/predict.py": (),
     "tools/analyze_model.py": ("analyze_catalogue",),

@@ -81,3 +81,48 @@ def test_a_loop_of_links(main, folder, tmp_path, capsys):
 def test_some_of_it(main, folder, capsys):
     assert main([str(folder), "--limit", "2", "--workers", "0"]) == 0
     assert "2 of them were looked at" in capsys.readouterr().out
+
+
+def test_detection_data(main, scenes, tmp_path, capsys):
+    file, figure = tmp_path / "found.json", tmp_path / "figure.png"
+    assert main([scenes, scenes, "--workers", "0", "--json", str(file), "--figure", str(figure)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{scenes}\n  6 images, ") and captured.err == ""
+    found = json.loads(file.read_text())
+    assert len(found["data_sets"]) == 2 and len(found["in_both"]) == 6 and found["classes_agree"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_faulty_detection_data(main, scenes, tmp_path, capsys):
+    content = json.loads(Path(scenes).read_text())
+    content["annotations"][0]["bbox"][2] = -1
+    content["images"].append({"id": 999, "file_name": "\ud800.png", "width": 5, "height": 5})  # no text in UTF-8
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (tmp_path / "images").symlink_to(Path(scenes).parent / "images")
+    assert main([str(tmp_path / "a.json"), "--workers", "0", "--json", str(tmp_path / "found.json")]) == 1
+    assert "1  boxes of negative size" in capsys.readouterr().out
+    assert json.loads((tmp_path / "found.json").read_text())["data_sets"][0]["would_stop_a_run"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not a complete JSON file"),
+        ("[]", "is not in COCO form"),
+        ("[" * 10**5, "is not a complete JSON file"),
+        ('{"images": [], "annotations": [], "categories": []}', "has no images"),
+    ],
+)
+def test_detection_data_that_cannot_be_opened(main, tmp_path, capsys, text, words):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "a.json").write_text(text)
+    assert main([str(tmp_path / "a.json")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_figure_is_of_detection_data_and_two_kinds_do_not_go_together(main, folder, scenes, tmp_path, capsys):
+    assert main([str(folder), "--figure", str(tmp_path / "a.png")]) == 2
+    assert "--figure draws objects" in capsys.readouterr().err
+    assert main([str(folder), scenes]) == 2
+    assert "one has images to classify" in capsys.readouterr().err

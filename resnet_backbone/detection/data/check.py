@@ -126,17 +126,16 @@ class _Images(NamedTuple):
     """A data set's images, to be inspected.
 
     Attributes:
+        files: their paths; "" for what is known to be missing.
         sizes: `(n, 2)` the width and height that each is said to have; 0 where unknown.
-        left_out: `(n,)` bool, what is known to be missing or unusable.
     """
 
     files: PackedStrings
     sizes: np.ndarray
-    left_out: np.ndarray
 
     def inspect(self, index: int) -> Inspection:
         file, data = self.files[index], b""
-        if self.left_out[index]:
+        if not file:
             return Inspection(frozenset(), 0, 0, 0, "", "")
         try:
             data = read_file(file)
@@ -168,8 +167,9 @@ def check_entry(entry: str, *, workers: int, limit: int | None, progress: TextIO
         found = contents.read(entry)
     report = Report(entry, found, selected(len(found.files), limit))
     bad = {*found.findings.get(contents.MISSING, ()), ""}
-    left_out = np.array([file in bad for file in found.files])
-    images = _Images(PackedStrings(found.files), found.sizes, left_out)
+    # A name that no file can have is among those that are missing.
+    files = PackedStrings("" if file in bad else file for file in found.files)
+    images = _Images(files, found.sizes)
     report.add_all(inspect_all(images, report.checked, workers=workers, progress=progress))
     return report
 
