@@ -19,10 +19,12 @@ COMMANDS = (
     "benchmark",
     "check_dataset",
     "convert_weights",
+    "evaluate",
     "install_detectron2",
     "predict",
     "pretrain",
     "train_net",
+    "visualize_data",
 )
 
 

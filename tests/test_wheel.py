@@ -22,10 +22,12 @@ COMMANDS = (
     "benchmark",
     "check-dataset",
     "convert-weights",
+    "evaluate",
     "install-detectron2",
     "predict",
     "pretrain",
     "train-net",
+    "visualize-data",
 )
 
 

@@ -79,5 +79,5 @@ class CorruptCounter:
                 f"{self.replaced} of the {self.images} images loaded so far could not be read and were replaced "
                 f"({100 * self.replaced / self.images:.3g} %, {len(self._known)} different ones); the limit is "
                 f"{100 * self.limit:.3g} %. The last one: {sentence.rstrip('.')}. Repair or remove them "
-                "(tools/check_dataset.py finds those of a pretraining data set), or raise DATALOADER.MAX_CORRUPT"
+                "(tools/check_dataset.py finds them), or raise DATALOADER.MAX_CORRUPT"
             )
