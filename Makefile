@@ -38,7 +38,7 @@ lint: $(STAMP)  ## ruff
 
 bench: $(STAMP)  ## speed beside plain torch and torchvision, of what the machine can run; reports in output/bench
 	@mkdir -p output/bench
-	for what in pretrain data detect; do \
+	for what in pretrain data detect evaluate; do \
 		$(BIN)/python tools/benchmark.py $$what --json output/bench/$$what.json $(ARGS) > output/bench/$$what.md || exit; \
 		cat output/bench/$$what.md; \
 	done

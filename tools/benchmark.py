@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time training, loading and detection against the usual alternatives, in turns, in one process."""
+"""Time training, loading, detection and evaluation against the usual alternatives, in turns, in one process."""
 
 import signal
 
@@ -16,9 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "projects" / "benchmarks"))
 
-from benchmarks import data, detect, pretrain
+from benchmarks import data, detect, evaluate, pretrain
 from benchmarks.detectors import DETECTORS
-from benchmarks.plans import DEVICES, NETWORKS, PRECISIONS, run_data, run_detect, run_pretrain
+from benchmarks.plans import DEVICES, NETWORKS, PRECISIONS, run_data, run_detect, run_evaluate, run_pretrain
 from benchmarks.report import format_page, write
 from resnet_backbone.errors import exit_code, new_file
 
@@ -31,6 +31,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     steps = _command(commands, "pretrain", "images a second of a training step", pretrain.MEANING, run_pretrain)
+    steps.set_defaults(configs=CONFIGS)
     steps.add_argument("--networks", nargs="+", metavar="NAME", help=f"default: {' '.join(NETWORKS)}")
     steps.add_argument("--batch", type=int, help="images; default: 256 on a GPU, else 32 (CIFAR's networks: 128)")
     steps.add_argument("--size", type=int, help="pixels; default: 224 (CIFAR's networks: 32)")
@@ -39,6 +40,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     )
     steps.add_argument("--precision", choices=PRECISIONS, help="of all sides but the plain loop; default: the recipe's")
     loading = _command(commands, "data", "images a second of loading and augmenting JPEGs", data.MEANING, run_data)
+    loading.set_defaults(configs=CONFIGS)
     loading.add_argument("--images", type=Path, metavar="FOLDER", help="with JPEGs below it; default: generated ones")
     loading.add_argument("--workers", type=int, default=0, help="loading processes; default: 0, this process")
     detectors = _command(
@@ -66,13 +68,29 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="of all sides' ResNets; default: in the first 1×1 convolution, as Detectron2 has it",
     )
+    evaluation = _command(
+        commands,
+        "evaluate",
+        "images a second of COCO's evaluation of boxes",
+        evaluate.MEANING,
+        run_evaluate,
+        on_device=False,
+    )
+    evaluation.add_argument("--images", type=int, help="default: 5000")
+    evaluation.add_argument("--detections", type=int, help="in an image; default: 100")
     return parser.parse_args(words)
 
 
 def _command(
-    commands: Any, name: str, what: str, meaning: Mapping[str, str], run: Callable[..., dict[str, Any]]
+    commands: Any,
+    name: str,
+    what: str,
+    meaning: Mapping[str, str],
+    run: Callable[..., dict[str, Any]],
+    *,
+    on_device: bool = True,
 ) -> argparse.ArgumentParser:
-    """Add a subcommand with the shared options."""
+    """Add a subcommand with the shared options, --device only where a GPU can do the work."""
     sides = "\n".join(f"  {side}: {text}" for side, text in meaning.items())
     parser = commands.add_parser(
         name,
@@ -82,7 +100,8 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--device", choices=DEVICES, help="default: the GPU, where there is one")
+    if on_device:
+        parser.add_argument("--device", choices=DEVICES, help="default: the GPU, where there is one")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side; default: 5")
     parser.add_argument(
         "--cpu-time",
@@ -108,7 +127,7 @@ def measure(*, run: Callable[..., dict[str, Any]], json: Path | None, **options:
 def main(words: Sequence[str] | None = None) -> int:
     options = vars(parse(words))
     options.pop("command")
-    return exit_code(functools.partial(measure, **{"configs": CONFIGS, **options}))
+    return exit_code(functools.partial(measure, **options))
 
 
 if __name__ == "__main__":

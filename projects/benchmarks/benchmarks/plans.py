@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import data, detect, pretrain
+from benchmarks import data, detect, evaluate, pretrain
 from benchmarks.detectors import DetectionWork, check_names
 from benchmarks.report import describe_setup, to_dict
 from benchmarks.timing import Comparison
@@ -209,6 +209,37 @@ def run_detect(
     setup = describe_setup(cpu_time=cpu_time)
     skipped = [] if device == "cuda" else [NO_GPU_FOR_DETECTORS]
     return _collect(setup, detect.compare_detectors(names, work, conduct, configs, report), skipped, keep)
+
+
+def run_evaluate(
+    *,
+    images: int | None = None,
+    detections: int | None = None,
+    rounds: int = 5,
+    cpu_time: bool = False,
+    tiny: bool = False,
+    report: Callable[[str], object],
+    keep: Keep = lambda results: None,
+) -> dict[str, Any]:
+    """Time COCO's evaluation of boxes (`evaluate.MEANING`); return the results as plain values.
+
+    Args:
+        images, detections: the number of images, and of detections in each.
+        tiny: a smoke run of a few seconds.
+        keep: receives the results so far after each comparison.
+
+    Raises:
+        InputError: an argument is not usable.
+    """
+    _check(images=images, detections=detections, rounds=rounds)
+    work = evaluate.EvaluationWork(
+        images=images or (20 if tiny else 5000),
+        detections=detections or (10 if tiny else 100),
+        categories=80,
+        rounds=2 if tiny else rounds,
+        cpu_time=cpu_time,
+    )
+    return _collect(describe_setup(cpu_time=cpu_time), evaluate.compare_evaluation(work, report), [], keep)
 
 
 def _collect(
