@@ -73,7 +73,7 @@ setup(
         "yacs>=0.1.8",
         "pycocotools>=2.0.8",
         "shapely>=2.0.6",
-        "faster-coco-eval>=1.6.5",
+        "faster-coco-eval>=1.8",
         "matplotlib>=3.9",
         "tensorboard>=2.17",
         "tabulate>=0.10",
