@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,24 +87,16 @@ class FastCOCOEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions: Sequence[dict[str, Any]], img_ids: Iterable[Any] | None = None) -> None:
         results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
         self._name_categories(results)
-        with ThreadPoolExecutor(1) as beside:  # most of the counting leaves Python's lock to others
-            written = beside.submit(self._write, results)
-            self._evaluate_tasks(results, img_ids)
-            written.result()
-
-    def _write(self, results: Sequence[dict[str, Any]]) -> None:
         if self._output_dir:
             with atomic_write(Path(self._output_dir) / "coco_instances_results.json") as file:
                 file.write(json.dumps(results).encode())
-
-    def _evaluate_tasks(self, results: Sequence[dict[str, Any]], images: Iterable[Any] | None) -> None:
         if not self._do_evaluation:
             logger.info("the test set has no annotations to evaluate with")
             return
         for task in self._tasks_from_predictions(results):
             counted = None
             if results:
-                self.evaluations[task] = self._evaluate(results, task, images)
+                self.evaluations[task] = self._evaluate(results, task, img_ids)
                 counted = self.evaluations[task].counted
             names = self._metadata.get("thing_classes")
             self._results[task] = self._derive_coco_results(counted, task, class_names=names)
