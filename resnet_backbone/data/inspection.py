@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol, TextIO
 import cv2
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from resnet_backbone.data.decode import decode
 from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.progress import image_bar
 from resnet_backbone.data.workers import prepare_worker
 from resnet_backbone.errors import InputError
 
@@ -141,18 +141,8 @@ def inspect_all(images: Images, indices: np.ndarray, *, workers: int, progress: 
     """
     if workers < 0:
         raise InputError(f"workers is {workers}; expected at least 0")
-    on_terminal = progress is not None and progress.isatty()
-    yield from tqdm(
-        itertools.chain.from_iterable(_in_chunks(images, indices, workers)),
-        total=len(indices),
-        unit="image",
-        file=progress,
-        disable=progress is None,
-        leave=False,
-        # In a log, show nothing for jobs done within ten seconds.
-        delay=0 if on_terminal else 10,
-        mininterval=0.2 if on_terminal else 10,
-    )
+    inspections = itertools.chain.from_iterable(_in_chunks(images, indices, workers))
+    yield from image_bar(inspections, total=len(indices), file=progress)
 
 
 def _in_chunks(images: Images, indices: np.ndarray, workers: int) -> Iterator[list[Inspection]]:

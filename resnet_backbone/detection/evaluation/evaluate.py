@@ -3,7 +3,7 @@
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def evaluate(
         if report and evaluations:
             several = len(cfg.DATASETS.TEST) > 1
             place = _folder(cfg, name, folder / "evaluation") if several else folder / "evaluation"
-            logger.info("%s: report in %s", name, write_report(evaluations, place, f"Detections on {name}"))
+            _report(evaluations, place, name)
         if augmented:
             found, _ = _test(
                 cfg, GeneralizedRCNNWithTTA(cfg, model), name, _folder(cfg, name, folder / "inference_TTA")
@@ -67,6 +67,16 @@ def evaluate(
             results[name] |= {f"{task}_TTA": metrics for task, metrics in found.items()}
         logger.info("%s: %s", name, _summary(results[name]))
     return results if len(results) != 1 else next(iter(results.values()))
+
+
+def _report(evaluations: Mapping[str, Evaluation], folder: Path, name: str) -> None:
+    """Write a report; a fault in it costs the report alone, and not the run whose weights are still to be written."""
+    try:
+        logger.info("%s: report in %s", name, write_report(evaluations, folder, f"Detections on {name}"))
+    except OSError:  # a full disk is an error of the run
+        raise
+    except Exception:
+        logger.exception("%s: the report failed; the metrics are complete", name)
 
 
 def check_expected(cfg: CfgNode, results: dict[str, Any]) -> None:

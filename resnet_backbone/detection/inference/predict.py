@@ -11,9 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from resnet_backbone.data.errors import DatasetError
+from resnet_backbone.data.progress import image_bar
 from resnet_backbone.detection.inference.detector import Detector, load_detector
 from resnet_backbone.detection.inference.output import Pictures, Results
 from resnet_backbone.detection.inference.sources import Frame, Read, Source, Video, find_sources, image_frame
@@ -104,7 +103,7 @@ def detect_on(sources: Sequence[Source], detector: Detector, output: Path, *, th
     unread = _Unread()
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
-        bar = stack.enter_context(_progress(sources))
+        bar = stack.enter_context(image_bar(total=_count(sources), file=sys.stderr))
         results = stack.enter_context(Results(output, detector.class_names))
         pictures = stack.enter_context(Pictures(output, detector.class_names, pool))
         waiting = _read_ahead(_frames(sources, unread), detector, pool, unread)
@@ -165,18 +164,10 @@ def _read_ahead(
                 unread.sentences.append(str(error))
 
 
-def _progress(sources: Sequence[Source]) -> tqdm:
-    """Return a bar with progress and remaining time over all images, and over the frames that videos state."""
+def _count(sources: Sequence[Source]) -> int:
+    """Return the number of images, and of frames that videos state."""
     total = 0
     for source in sources:
         with contextlib.suppress(DatasetError):  # it is skipped later
             total += Video(source).count if source.is_video else 1
-    on_terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        unit="image",
-        leave=False,
-        # In a log, show nothing for jobs done within ten seconds.
-        delay=0 if on_terminal else 10,
-        mininterval=0.2 if on_terminal else 10,
-    )
+    return total

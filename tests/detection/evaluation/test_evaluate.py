@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from resnet_backbone.detection.data import datasets
+from resnet_backbone.detection.evaluation import evaluate as module
 from resnet_backbone.detection.evaluation.coco import FastCOCOEvaluator
 from resnet_backbone.detection.evaluation.evaluate import evaluate, try_two_images
 from resnet_backbone.detection.evaluation.registry import build_evaluator
@@ -64,6 +65,20 @@ def test_a_report_is_written_where_it_is_asked_for(cfg, scenes, tmp_path):
     assert text.startswith(f"# Detections on {scenes}\n") and f"AP is {results['bbox']['AP']:.1f}" in text
     assert "Most is lost to objects that are overlooked" in text
     assert (tmp_path / "evaluation" / "bbox_errors.png").is_file()
+
+
+def test_a_report_that_fails_costs_no_metrics_and_a_full_disk_ends_the_run(cfg, scenes, tmp_path, monkeypatch, caplog):
+    def fail(error):
+        def write(*_):
+            raise error
+
+        monkeypatch.setattr(module, "write_report", write)
+        return evaluate(cfg, Oracle(scenes), tmp_path, report=True)
+
+    assert fail(ZeroDivisionError("nothing to divide by"))["bbox"]["AP"] == pytest.approx(100)
+    assert "the report failed; the metrics are complete" in caplog.text and "nothing to divide by" in caplog.text
+    with pytest.raises(OSError, match="full"):
+        fail(OSError(28, "full"))
 
 
 def test_with_workers_it_is_the_same(cfg, scenes, tmp_path):
