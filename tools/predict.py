@@ -36,6 +36,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", required=True, metavar="FILE", help="a detector that tools/train_net.py wrote")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the folder to write to")
     parser.add_argument("--threshold", type=share, default=0.5, metavar="X", help="lowest score to draw (default: 0.5)")
+    parser.add_argument(
+        "--ids", type=Path, metavar="FILE", help="a COCO file: take the images' and categories' ids of it"
+    )
     parser.add_argument("--config-file", metavar="FILE", help="for a detector of Detectron2's trainer")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="such as MODEL.DEVICE cpu")
     return parser.parse_args(words)

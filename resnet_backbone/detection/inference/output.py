@@ -17,6 +17,7 @@ from detectron2.structures import Instances
 from PIL import Image
 
 from resnet_backbone.detection.drawing import draw
+from resnet_backbone.detection.inference.ids import Ids
 from resnet_backbone.detection.inference.sources import Frame, Read
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights.files import atomic_write
@@ -28,9 +29,10 @@ _WAITING = 32  # pictures that may be drawn while the next ones are detected on
 class Results:
     """DETECTIONS and IMAGES, written object by object and renamed at the end, also after an interruption."""
 
-    def __init__(self, output: Path, class_names: Sequence[str]):
+    def __init__(self, output: Path, class_names: Sequence[str], ids: Ids):
         self._output = output
         self._class_names = class_names
+        self._ids = ids
         self._images: list[dict[str, Any]] = []
         self._objects = 0
 
@@ -41,14 +43,14 @@ class Results:
         return self
 
     def add(self, read: Read, found: Instances) -> None:
-        number = len(self._images) + 1
+        number = len(self._images) + 1 if self._ids.images is None else self._ids.images[read.frame.source.file]
         height, width = read.pixels.shape[:2]
         name = {"file_name": str(read.frame.source.file)}
         if read.frame.number is not None:
             name["frame"] = read.frame.number
         self._images.append({"id": number, **name, "height": height, "width": width})
         for each in instances_to_coco_json(found, number):
-            each["category_id"] += 1
+            each["category_id"] = self._ids.categories[each["category_id"]]
             self._file.write((",\n" if self._objects else "\n").encode() + json.dumps(each).encode())
             self._objects += 1
 
@@ -57,7 +59,7 @@ class Results:
             return self._open.__exit__(kind, error, trace)
         self._file.write(b"\n]\n")
         self._open.close()
-        categories = [{"id": number, "name": name} for number, name in enumerate(self._class_names, 1)]
+        categories = [{"id": i, "name": name} for i, name in zip(self._ids.categories, self._class_names, strict=True)]
         content = {"images": self._images, "annotations": [], "categories": categories}
         with atomic_write(self._output / IMAGES) as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.progress import image_bar
 from resnet_backbone.detection.inference.detector import Detector, load_detector
+from resnet_backbone.detection.inference.ids import Ids, consecutive, ids_of
 from resnet_backbone.detection.inference.output import Pictures, Results
 from resnet_backbone.detection.inference.sources import Frame, Read, Source, Video, find_sources, image_frame
 from resnet_backbone.errors import InputError
@@ -64,6 +65,7 @@ def predict(
     config_file: str | None = None,
     opts: Sequence[str] = (),
     threshold: float = 0.5,
+    ids: Path | None = None,
 ) -> Summary:
     """Detect objects on images and videos; write what `detect_on` writes.
 
@@ -72,10 +74,11 @@ def predict(
         weights, config_file, opts: as for `load_detector`.
         output: folder to write to.
         threshold: draw objects of at least this score.
+        ids: a COCO file, whose ids the results get.
 
     Raises:
-        InputError: an input does not exist or has no images, the output folder is among them, or the detector cannot
-            be loaded; nothing is written.
+        InputError: an input does not exist or has no images, the output folder is among them, the detector cannot be
+            loaded, or `ids` lacks an image or a class; nothing is written.
     """
     if output.exists() and not output.is_dir():
         raise InputError(f"the output {output} is a file, expected a folder.")
@@ -89,22 +92,29 @@ def predict(
     for source in sources:
         if (output / source.picture).resolve() == source.file.resolve():
             raise InputError(f"{source.file} would be overwritten by its picture. Name another output folder.")
-    return detect_on(sources, load_detector(weights, config_file=config_file, opts=opts), output, threshold=threshold)
+    detector = load_detector(weights, config_file=config_file, opts=opts)
+    given = None if ids is None else ids_of(ids, sources, detector.class_names)
+    return detect_on(sources, detector, output, threshold=threshold, ids=given)
 
 
-def detect_on(sources: Sequence[Source], detector: Detector, output: Path, *, threshold: float) -> Summary:
+def detect_on(
+    sources: Sequence[Source], detector: Detector, output: Path, *, threshold: float, ids: Ids | None = None
+) -> Summary:
     """Write DETECTIONS, in COCO's result form; IMAGES, a COCO file without objects; and a picture for each source.
 
     Both together are what `COCO(IMAGES).loadRes(DETECTIONS)` takes. DETECTIONS has all that the detector returns;
     pictures show objects of at least `threshold`. An input that cannot be read is skipped. After an interruption, what
     was finished is there.
+
+    Args:
+        ids: None for consecutive ones.
     """
     began, images, objects = time.perf_counter(), 0, 0
     unread = _Unread()
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
         bar = stack.enter_context(image_bar(total=_count(sources), file=sys.stderr))
-        results = stack.enter_context(Results(output, detector.class_names))
+        results = stack.enter_context(Results(output, detector.class_names, ids or consecutive(detector.class_names)))
         pictures = stack.enter_context(Pictures(output, detector.class_names, pool))
         waiting = _read_ahead(_frames(sources, unread), detector, pool, unread)
         while batch := list(islice(waiting, 2 * detector.batch_size)):

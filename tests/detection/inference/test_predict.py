@@ -156,6 +156,42 @@ def test_after_an_interruption_what_was_finished_is_there(detector, pictures, tm
     assert not list(tmp_path.glob(".*"))
 
 
+def test_results_with_the_ids_of_a_coco_file_can_be_evaluated_against_it(detector, scenes, tool, tmp_path, capsys):
+    content = json.loads(Path(scenes).read_text())
+    for image in content["images"]:
+        image["id"] *= 100
+    for category in content["categories"]:
+        category["id"] *= 7
+    for each in content["annotations"]:
+        each["image_id"], each["category_id"] = each["image_id"] * 100, each["category_id"] * 7
+    content["categories"].reverse()
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps(content))
+    images = Path(scenes).parent / "images"
+    assert tool("--output", tmp_path / "out", images, "--ids", truth) == 0
+    results = read(tmp_path / "out")
+    assert sorted(results.imgs) == [image["id"] for image in content["images"]]
+    for image in content["images"]:
+        found = results.loadAnns(results.getAnnIds(image["id"]))
+        expected = detector(images / image["file_name"]).pred_classes
+        assert [each["category_id"] for each in found] == [7 * (number + 1) for number in expected.tolist()]
+
+    capsys.readouterr()
+    shutil.copy(next(images.iterdir()), tmp_path / "other.jpg")
+    truth_without_a_class = tmp_path / "less.json"
+    truth_without_a_class.write_text(json.dumps({**content, "categories": content["categories"][1:]}))
+    (tmp_path / "list.json").write_text("[]")
+    for words, message in (
+        ((tmp_path / "other.jpg", "--ids", truth), "other.jpg is not among the 6 images of"),
+        ((images, "--ids", truth_without_a_class), "has no category"),
+        ((images, "--ids", tmp_path / "list.json"), "is not a COCO file"),
+        ((images, "--ids", tmp_path / "none.json"), "cannot be read"),
+    ):
+        assert tool("--output", tmp_path / "no", *words) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_patterns_and_files_of_one_name(pictures, tmp_path):
     for day in ("day1", "day2"):
         (tmp_path / day).mkdir()
