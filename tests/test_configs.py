@@ -28,13 +28,15 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 ALL = sorted(str(p.relative_to(ROOT)) for top in ("configs", "projects") for p in (ROOT / top).rglob("*.yaml"))
 DETECTORS = sorted(p.name for p in CONFIGS.glob("*.yaml") if not p.name.startswith("base_"))
+BASES = sorted(p.name for p in CONFIGS.glob("base_*.yaml"))
 CLASSIFIERS = sorted(p.name for p in (CONFIGS / "pretrain").glob("*.yaml"))
 SMALLER = ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
 
 
 def test_no_shipped_configuration_is_left_out():
-    names = [f"faster_rcnn_{name}.yaml" for name in ("R101", "R50", "R50_FPN", "VGG16", "VGG16_FPN")]
-    assert names == DETECTORS
+    networks = ("R101", "R101_VOC2007", "R101_VOC2012", "R50", "R50_FPN", "R50_FPN_modern")
+    networks += ("VGG16", "VGG16_FPN", "VGG16_VOC2007", "VGG16_VOC2012")
+    assert [f"faster_rcnn_{name}.yaml" for name in networks] == DETECTORS
     cifar = [f"cifar10{name}.yaml" for name in ("", "_110", "_walkthrough")]
     assert [*cifar, *(f"imagenet{name}.yaml" for name in ("", "_modern", "_plateau", "_vgg"))] == CLASSIFIERS
 
@@ -62,7 +64,7 @@ def test_a_detector_takes_a_step_that_reaches_every_trainable_parameter(detectio
     torch.manual_seed(0)
     model = build_model(cfg).train()
     # fc6 and fc7 come with their dropout; a pyramid's box head is Detectron2's.
-    assert any("Dropout" in type(m).__name__ for m in model.modules()) == (file == "faster_rcnn_VGG16.yaml")
+    assert any("Dropout" in type(m).__name__ for m in model.modules()) == (cfg.MODEL.ROI_BOX_HEAD.NAME == "VGGBoxHead")
     with EventStorage():
         losses = model(next(TrainBatches(cfg)(0)))
     assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg"}
@@ -90,7 +92,7 @@ def test_a_classifier_trains(pretrain_config, tmp_path, file):
     assert read_checkpoint(tmp_path / "model_final.pth").metadata.architecture == name
 
 
-@pytest.mark.parametrize("file", [*DETECTORS, "base_faster_rcnn.yaml", "pretrain/imagenet.yaml"])
+@pytest.mark.parametrize("file", [*DETECTORS, *BASES, "pretrain/imagenet.yaml"])
 def test_stride_placement_is_stated(file):
     assert yaml.safe_load((CONFIGS / file).read_text())["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is False
 
