@@ -16,13 +16,14 @@ from resnet_backbone.data.transforms import EvalTransform, TrainTransform
 from resnet_backbone.detection.data import datasets
 from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.detection.task import Detection
-from resnet_backbone.engine.config import load_config, origin
+from resnet_backbone.engine.config import flatten, get_key, load_config, origin
 from resnet_backbone.engine.describe import flat_config
 from resnet_backbone.engine.network_config import fill_from_metadata
 from resnet_backbone.engine.output import write_config
 from resnet_backbone.engine.schedule import build_multiplier
 from resnet_backbone.pretraining.task import Classification
 from resnet_backbone.weights import read_checkpoint
+from tests.reads import recorded
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -30,7 +31,13 @@ ALL = sorted(str(p.relative_to(ROOT)) for top in ("configs", "projects") for p i
 DETECTORS = sorted(p.name for p in CONFIGS.glob("*.yaml") if not p.name.startswith("base_"))
 BASES = sorted(p.name for p in CONFIGS.glob("base_*.yaml"))
 CLASSIFIERS = sorted(p.name for p in (CONFIGS / "pretrain").glob("*.yaml"))
-SMALLER = ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
+SMALLER = ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32, "INPUT.SCALE_JITTER.SIZE", 96)
+MODERN = "faster_rcnn_R50_FPN_modern.yaml"
+# The paper's own operators: keys that a command adds to a file.
+VARIANTS = {
+    "faster_rcnn_R50.yaml": ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool", "MODEL.RESNETS.STRIDE_IN_1X1", True),
+    "faster_rcnn_VGG16.yaml": ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool"),
+}
 
 
 def test_no_shipped_configuration_is_left_out():
@@ -54,11 +61,13 @@ def test_detectron2s_own_loader_reads_the_same(file, caplog):
     assert flat_config(theirs) == flat_config(load_config(ours, ROOT / file, ["MODEL.DEVICE", "cpu"]))
 
 
-@pytest.mark.parametrize("file", DETECTORS)
-def test_a_detector_takes_a_step_that_reaches_every_trainable_parameter(detection_config, classifier, tmp_path, file):
+@pytest.mark.parametrize(("file", "keys"), [*((file, ()) for file in DETECTORS), *VARIANTS.items()], ids=str)
+def test_a_detector_takes_a_step_that_reaches_every_trainable_parameter(
+    detection_config, classifier, tmp_path, file, keys
+):
     name = load_config(detection.get_config(), CONFIGS / file).MODEL.NETWORK.NAME
-    path = str(classifier(name))
-    cfg = detection_config(file, tmp_path, "MODEL.WEIGHTS", path, *SMALLER)
+    path = str(classifier(name, *keys[2:]))
+    cfg = detection_config(file, tmp_path, "MODEL.WEIGHTS", path, *SMALLER, *keys)
     fill_from_metadata(cfg, read_checkpoint(path).metadata, path)
     datasets.check(cfg, cfg.DATASETS.TRAIN[0])
     torch.manual_seed(0)
@@ -135,6 +144,43 @@ def test_the_papers_detector():
     vgg = load_config(detection.get_config(), CONFIGS / "faster_rcnn_VGG16.yaml")
     assert vgg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION == 7 and vgg.MODEL.ROI_HEADS.IN_FEATURES == ["conv5"]
     assert vgg.SOLVER == cfg.SOLVER and vgg.INPUT == cfg.INPUT and vgg.DATASETS == cfg.DATASETS
+
+
+@pytest.mark.parametrize("network", ["R101", "VGG16"])
+def test_the_papers_detectors_on_voc(network):
+    """Those on COCO, with the training of Faster R-CNN (arXiv 1506.01497, section 3) on the sets of Table 7."""
+    coco, voc07, voc12 = (
+        load_config(detection.get_config(), CONFIGS / f"faster_rcnn_{network}{data}.yaml")
+        for data in ("", "_VOC2007", "_VOC2012")
+    )
+    differs = {key for key, value in flatten(voc07) if get_key(coco, key) != value}
+    solver = {"REFERENCE_IMS_PER_BATCH", "IMS_PER_BATCH", "WEIGHT_DECAY", "STEPS", "MAX_ITER"}
+    expected = {"MODEL.ANCHOR_GENERATOR.SIZES", "DATASETS.TRAIN", "DATASETS.TEST", "TEST.EVAL_PERIOD", "OUTPUT_DIR"}
+    assert differs == expected | {f"SOLVER.{key}" for key in solver}
+    again = {key for key, value in flatten(voc12) if get_key(voc07, key) != value}
+    assert again == {"DATASETS.TRAIN", "DATASETS.TEST", "OUTPUT_DIR"}
+    assert voc07.MODEL.ANCHOR_GENERATOR.SIZES == [[128, 256, 512]] and voc07.SOLVER.WEIGHT_DECAY == 0.0005
+    multiplier = build_multiplier(voc07)
+    for iteration, rate in ((1000, 1e-3), (59_999, 1e-3), (60_000, 1e-4), (79_999, 1e-4)):
+        assert voc07.SOLVER.BASE_LR * multiplier(iteration / voc07.SOLVER.MAX_ITER) == pytest.approx(rate)
+    assert voc07.SOLVER.MAX_ITER == 80_000 and voc07.DATASETS.TEST == ("voc_2007_test",) and voc12.DATASETS.TEST == ()
+
+
+def test_the_modern_detector(detection_config, classifier, tmp_path):
+    """100 epochs of COCO 2017's 118,287 images; a run in bf16, whose result is the moving average."""
+    cfg = load_config(detection.get_config(), CONFIGS / MODERN)
+    epochs = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH / 118_287
+    assert epochs == pytest.approx(100, abs=0.3)
+    simple = load_config(detection.get_config(), CONFIGS / "faster_rcnn_R50_FPN.yaml").SOLVER
+    assert cfg.SOLVER.BASE_LR / cfg.SOLVER.IMS_PER_BATCH == simple.BASE_LR / simple.IMS_PER_BATCH
+    keys = ("MODEL.NETWORK.NAME", "resnet18", "MODEL.WEIGHTS", classifier("resnet18"), "SOLVER.MAX_ITER", 2, *SMALLER)
+    cfg = detection_config(MODERN, tmp_path, *keys, "DATASETS.TEST", "()")
+    with recorded(cfg) as read:
+        detection.run(cfg)
+    assert {"SOLVER.AMP.PRECISION", "INPUT.SCALE_JITTER.RANGE"} <= read and cfg.SOLVER.AMP.PRECISION == "bf16"
+    last, final = (read_checkpoint(tmp_path / f"model_{name}.pth").model for name in ("0000001", "final"))
+    different = {key for key, tensor in last.items() if not torch.equal(tensor, final[key])}
+    assert "roi_heads.box_predictor.cls_score.weight" in different  # the checkpoint's are the last weights
 
 
 def test_the_papers_classifier():
