@@ -14,7 +14,7 @@ from torch import nn
 
 from resnet_backbone import detection
 from resnet_backbone.detection.evaluation.evaluate import evaluate
-from resnet_backbone.engine.config import load_config
+from resnet_backbone.engine.config import ConfigError, load_config
 from resnet_backbone.weights import read_checkpoint
 from tests.conftest import CONFIGS, DETECTION_SMALL
 
@@ -87,6 +87,23 @@ def test_without_a_test_set_and_with_its_stand_in(voc, load):
     keys = ("DATASETS.TRAIN", train, "DATASETS.TEST", "voc_2012_val", "OUTPUT_DIR", "stand_in")
     results = detection.run(load("faster_rcnn_R101_VOC2012.yaml", *keys))
     assert all(0 <= value <= 100 for value in results["bbox"].values())
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("<annotation><object>", "ParseError: no element found"),
+        ("<annotation></annotation>", "IndexError: list index out of range"),
+        ("zebra", r"ValueError: tuple\.index"),
+    ],
+)
+def test_what_detectron2s_reader_does_not_take_is_said_with_the_way_out(voc, load, tmp_path, text, error):
+    file = voc / "VOC2007" / "Annotations" / f"{tmp_path.name}_trainval_1.xml"
+    file.write_text(file.read_text().replace("cat", text) if text == "zebra" else text)
+    with pytest.raises(
+        ConfigError, match=rf"voc_2007_trainval is not in PASCAL VOC's form \({error}.*:trainval names a fault"
+    ):
+        detection.run(load("faster_rcnn_R101_VOC2007.yaml", "OUTPUT_DIR", "run"))
 
 
 # Detections of cats by falling score: the number of the image, and whether it is in its object's place. The third

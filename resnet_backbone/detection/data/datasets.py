@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -135,9 +136,21 @@ def explained(entry: str) -> Iterator[None]:
         ) from error
     except ConfigError:
         raise
-    except (KeyError, IndexError, AssertionError, TypeError, AttributeError, ValueError) as error:
+    except (
+        *(KeyError, IndexError, AssertionError, TypeError, AttributeError, ValueError),
+        ElementTree.ParseError,
+    ) as error:
         # Detectron2's and pycocotools' readers raise these when a list, key or category is missing.
         detail = " ".join(str(error.args[0] if error.args else "").split())
+        metadata = MetadataCatalog.get(entry)
+        if metadata.get("evaluator_type") == "pascal_voc" and "dirname" in metadata.as_dict():
+            folder = f"{metadata.dirname}:{metadata.split}"
+            raise ConfigError(
+                f"the data set {entry} is not in PASCAL VOC's form ({type(error).__name__}: {detail}). Each annotation "
+                f"in {metadata.dirname} has a size, and objects of the registered classes alone; a split has more than "
+                f"one image. tools/check_dataset.py {folder} names a fault by file and line. {folder} can also take "
+                "the data set's place, and may have other classes."
+            ) from error
         raise ConfigError(
             f"the data set {entry} is not in COCO form ({type(error).__name__}: {detail}). A COCO file holds images, "
             "annotations and categories, and each annotation one of these categories."
