@@ -34,6 +34,8 @@ FORMS = (
 )
 
 
+# Detectron2's and pycocotools' readers raise these when a list, key, category or element is missing.
+_FROM_READERS = (KeyError, IndexError, AssertionError, TypeError, AttributeError, ValueError, ElementTree.ParseError)
 CLASS_NUMBER = Kind("class_number", True, "annotations without a class's number")
 
 
@@ -136,11 +138,7 @@ def explained(entry: str) -> Iterator[None]:
         ) from error
     except ConfigError:
         raise
-    except (
-        *(KeyError, IndexError, AssertionError, TypeError, AttributeError, ValueError),
-        ElementTree.ParseError,
-    ) as error:
-        # Detectron2's and pycocotools' readers raise these when a list, key or category is missing.
+    except _FROM_READERS as error:
         detail = " ".join(str(error.args[0] if error.args else "").split())
         metadata = MetadataCatalog.get(entry)
         if metadata.get("evaluator_type") == "pascal_voc" and "dirname" in metadata.as_dict():
