@@ -69,9 +69,10 @@ def test_the_commands_outside_of_tables_are_checked_too():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_can_be_given(command):
-    """Its flags parse, its keys exist, and their values are allowed, alone and together."""
+    """Its flags parse, its keys exist, and their values are allowed, alone and together; it trains on no test set."""
     cfg, arguments, task = load(command)
     task(cfg).check(eval_only=arguments.eval_only)
+    assert not set(cfg.DATASETS.TRAIN) & set(cfg.DATASETS.TEST)
 
 
 def layout(cfg) -> str:
@@ -102,10 +103,8 @@ def test_a_row_says_what_its_command_does(row):
         ("coco_2017_train",): "COCO 2017",
         ("voc_2007_trainval", "voc_2012_trainval"): "VOC 07+12",
         ("voc_2007_trainval", "voc_2007_test", "voc_2012_trainval"): "VOC 07++12",
-        ("voc_2007_trainval", "voc_2007_test", "voc_2012_train"): "VOC 07++12 without 2012 val",
     }
     assert row.cells["data"] == data[cfg.DATASETS.TRAIN]
-    assert not set(cfg.DATASETS.TRAIN) & set(cfg.DATASETS.TEST)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if str(row).startswith("configs/faster_rcnn_")], ids=str)
