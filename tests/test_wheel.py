@@ -110,4 +110,4 @@ def test_a_run_of_each_kind_from_another_folder(commands, shapes, scenes, tmp_pa
 
 def test_the_installer_and_the_benchmarks_start(commands, tmp_path):
     assert "sdist" in run(commands / "resnet-backbone-install-detectron2", "--help", cwd=tmp_path)
-    assert "{pretrain,data,detect}" in run(commands / "resnet-backbone-benchmark", "--help", cwd=tmp_path)
+    assert "{pretrain,data,detect,evaluate}" in run(commands / "resnet-backbone-benchmark", "--help", cwd=tmp_path)
