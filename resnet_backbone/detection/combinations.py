@@ -6,7 +6,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.modeling import ROI_HEADS_REGISTRY
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.modeling.roi_heads.rotated_fast_rcnn import RROIHeads
 
 from resnet_backbone.detection.weights import is_own
@@ -37,6 +37,7 @@ def check_combinations(cfg: CfgNode) -> None:
         _check_heads,
     ):
         check(cfg, values)
+    check_refinement(cfg)
 
 
 def _check_sizes(cfg: CfgNode, values: dict[str, Any]) -> None:
@@ -194,6 +195,32 @@ def _check_heads(cfg: CfgNode, values: dict[str, Any]) -> None:
         )
     if issubclass(heads, CascadeROIHeads):
         _check_cascade(cfg, values)
+
+
+def check_refinement(cfg: CfgNode) -> None:
+    """Raise ConfigError if box refinement or voting is on for a detector that cannot have it."""
+    values = dict(flatten(cfg))
+    for key in ("TEST.BOX_REFINEMENT", "TEST.BOX_VOTING"):
+        if not values[key]:
+            continue
+        if values["MODEL.META_ARCHITECTURE"] != "GeneralizedRCNN":
+            reason = f"{said(cfg, 'MODEL.META_ARCHITECTURE')}; it needs GeneralizedRCNN, as Faster R-CNN has it"
+        elif not _is_refinable(values["MODEL.ROI_HEADS.NAME"]):
+            reason = f"{said(cfg, 'MODEL.ROI_HEADS.NAME')}; it needs heads of one stage and boxes that are not rotated"
+        elif values["TEST.AUG.ENABLED"]:
+            reason = f"{said(cfg, 'TEST.AUG.ENABLED')}, and Detectron2's test-time augmentation merges boxes itself"
+        else:
+            continue
+        raise ConfigError(f"{said(cfg, key)}, but {reason}. Set {key} to False.")
+
+
+def _is_refinable(heads: str) -> bool:
+    kind = ROI_HEADS_REGISTRY.get(heads) if heads in ROI_HEADS_REGISTRY else None
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, (Res5ROIHeads, StandardROIHeads))
+        and not issubclass(kind, (CascadeROIHeads, RROIHeads))
+    )
 
 
 def _check_cascade(cfg: CfgNode, values: dict[str, Any]) -> None:

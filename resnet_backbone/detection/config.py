@@ -34,6 +34,11 @@ def add_network_config(cfg: CfgNode) -> None:
     cfg.INPUT.SCALE_JITTER.SIZE = 1024
     # Probability that objects of a second image are pasted onto a training image; needs masks and SCALE_JITTER.
     cfg.INPUT.COPY_PASTE = 0.0
+    # Test-time options of two-stage detectors (ResNet paper, appendix B), which evaluations and `load_detector` use.
+    # BOX_REFINEMENT: the heads run again on the regressed boxes, and NMS on both results. BOX_VOTING: each detection's
+    # box becomes the average of those around it, weighted by their scores.
+    cfg.TEST.BOX_REFINEMENT = False
+    cfg.TEST.BOX_VOTING = False
 
 
 def get_config() -> CfgNode:

@@ -26,6 +26,7 @@ IMAGES = 8  # to compare on
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.02, 1e-4  # pixels; reordered sums differ by about 1e-4 and 1e-6
 MASK_TOLERANCE = 1e-3  # of a probability
 OUTPUTS = ("boxes", "scores", "classes", "masks")
+WRAPPED = ("TEST.BOX_REFINEMENT", "TEST.BOX_VOTING")  # what is done around the model, and not in the graph
 
 
 class Export(NamedTuple):
@@ -37,6 +38,7 @@ class Export(NamedTuple):
         objects: number of detections on them.
         box_error: largest difference of a box's side, in pixels.
         score_error: largest difference of a score.
+        left_out: the keys of test-time options that the checkpoint has and the graph lacks.
     """
 
     size: tuple[int, int] | None
@@ -44,6 +46,7 @@ class Export(NamedTuple):
     objects: int
     box_error: float
     score_error: float
+    left_out: tuple[str, ...]
 
     def text(self) -> str:
         """Return a sentence for the terminal."""
@@ -51,7 +54,7 @@ class Export(NamedTuple):
         return (
             f"it takes RGB images in 0…255 of {size}, resized as for the detector; onnxruntime finds what torch finds: "
             f"{self.objects} objects on {self.images} images, boxes to {self.box_error:.0e} pixels, scores to "
-            f"{self.score_error:.0e}"
+            f"{self.score_error:.0e}" + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
         )
 
 
@@ -61,7 +64,7 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
     Input `image`: RGB, float32, 0…255, `(3, H, W)`, resized as for the detector. Outputs `boxes` `(N, 4)` in the
     input's pixels, `scores` `(N,)`, `classes` `(N,)`, and with a mask head `masks` `(N, 1, 28, 28)`, each over its box.
     Channel order, mean, standard deviation and thresholds are in the graph; the metadata is in the file's properties
-    under `resnet_backbone`.
+    under `resnet_backbone`. The graph is that of the model alone, without box refinement and voting.
 
     Args:
         images: a file, folder or pattern: images on which the detector finds something. None: generated ones.
@@ -78,7 +81,8 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
             f"writing {target} needs {error.name}, which is not installed. Run: pip install onnx onnxruntime"
         ) from error
     # The faster modules have operators of their own, which ONNX lacks.
-    detector = load_detector(weights, opts=("MODEL.ACCELERATE", "False", "MODEL.DEVICE", "cpu"))
+    opts = ("MODEL.ACCELERATE", "False", "MODEL.DEVICE", "cpu", *(word for key in WRAPPED for word in (key, "False")))
+    detector = load_detector(weights, opts=opts)
     _check_kind(detector.cfg)
     pictures = _pictures(detector, images)
     adapter = TracingAdapter(detector.model, [{"image": pictures[0]}], functools.partial(_infer, detector.cfg))
@@ -106,12 +110,14 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
             "versions of torch and onnxruntime."
         )
     proto = onnx.load_from_string(content)
-    onnx.helper.set_model_props(proto, {"resnet_backbone": json.dumps(read_checkpoint(weights).metadata.to_dict())})
+    metadata = read_checkpoint(weights).metadata
+    onnx.helper.set_model_props(proto, {"resnet_backbone": json.dumps(metadata.to_dict())})
     with atomic_write(target) as file:
         file.write(proto.SerializeToString())
     size = tuple(pictures[traced].shape[1:])
     objects = sum(counts[i] for i in places)
-    return Export(None if any_size else size, len(places), objects, *map(max, zip(*errors, strict=True)))
+    left_out = tuple(key for key in WRAPPED if metadata.config.get(key))
+    return Export(None if any_size else size, len(places), objects, *map(max, zip(*errors, strict=True)), left_out)
 
 
 def _check_kind(cfg: CfgNode) -> None:

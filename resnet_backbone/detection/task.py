@@ -27,6 +27,7 @@ from resnet_backbone.detection.config import RANGES, UNREAD, get_config
 from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.detection.evaluation.evaluate import check_expected, evaluate, try_two_images
 from resnet_backbone.detection.evaluation.metrics import best_metric, headline
+from resnet_backbone.detection.inference.refinement import as_tested
 from resnet_backbone.detection.modeling.backbone import NetworkBackbone
 from resnet_backbone.detection.weights import is_frozen_norm, is_own, read, stock_arguments
 from resnet_backbone.engine import run as engine_run
@@ -93,7 +94,7 @@ class Detection:
         return model
 
     def try_evaluation(self, model: nn.Module) -> None:
-        found = try_two_images(self._cfg, model)
+        found = try_two_images(self._cfg, as_tested(self._cfg, model))
         if comm.is_main_process() and found and not self.best_metric.endswith("panoptic_seg/PQ"):
             check_metric(self.best_metric, flatten_results_dict(found))
 
@@ -110,6 +111,7 @@ class Detection:
         return self._batches.names(iteration)
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        model = as_tested(self._cfg, model)
         if self._last_evaluation:
             augmented = self._cfg.TEST.AUG.ENABLED
             return evaluate(self._cfg, model, self._folder, augmented=augmented, report=True)
@@ -211,4 +213,11 @@ def _describes(key: str) -> bool:
     """Whether a key says what a detector is or how it is tested, wherever and from whatever it was trained."""
     if key.startswith("MODEL."):
         return key not in ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.ACCELERATE")
-    return key in ("INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "TEST.DETECTIONS_PER_IMAGE")
+    return key in (
+        "INPUT.FORMAT",
+        "INPUT.MIN_SIZE_TEST",
+        "INPUT.MAX_SIZE_TEST",
+        "TEST.DETECTIONS_PER_IMAGE",
+        "TEST.BOX_REFINEMENT",
+        "TEST.BOX_VOTING",
+    )

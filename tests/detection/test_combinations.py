@@ -97,6 +97,31 @@ def test_jitter_and_copy_paste(words, named):
         check_combinations(load(FPN, *words.split()))
 
 
+@pytest.mark.parametrize("key", ["TEST.BOX_REFINEMENT", "TEST.BOX_VOTING"])
+@pytest.mark.parametrize(
+    ("file", "words", "named"),
+    [
+        (RETINANET, "", r"MODEL.META_ARCHITECTURE is RetinaNet .*GeneralizedRCNN"),
+        (PANOPTIC, "", r"MODEL.META_ARCHITECTURE is PanopticFPN"),
+        (PANOPTIC, "MODEL.META_ARCHITECTURE SemanticSegmentor", r"MODEL.META_ARCHITECTURE is SemanticSegmentor"),
+        ("COCO-Detection/rpn_R_50_FPN_1x.yaml", "", r"MODEL.META_ARCHITECTURE is ProposalNetwork"),
+        (CASCADE, "", r"MODEL.ROI_HEADS.NAME is CascadeROIHeads .*one stage"),
+        (
+            FPN,
+            "MODEL.ROI_HEADS.NAME RROIHeads MODEL.MASK_ON False MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIAlignRotated",
+            r"MODEL.ROI_HEADS.NAME is RROIHeads",
+        ),
+        (C4, "TEST.AUG.ENABLED True", r"TEST.AUG.ENABLED is True"),
+    ],
+)
+def test_box_refinement_and_voting(file, words, named, key):
+    check_combinations(load(file, *words.split()))
+    with pytest.raises(ConfigError, match=rf"{key} is True \(command line\), but {named}.*Set {key} to False\."):
+        check_combinations(load(file, *words.split(), key, "True"))
+    check_combinations(load(C4, key, "True"))
+    check_combinations(load(FPN, key, "True"))
+
+
 def test_a_size_of_0_resizes_nothing():
     """Detectron2's own meaning, which no longer side contradicts."""
     check_combinations(load(FPN, "INPUT.MIN_SIZE_TEST", "0", "INPUT.MAX_SIZE_TEST", "100"))

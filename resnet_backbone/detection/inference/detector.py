@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from resnet_backbone.data.decode import too_long
 from resnet_backbone.detection.build import build_detector
+from resnet_backbone.detection.combinations import check_refinement
 from resnet_backbone.detection.config import get_config
 from resnet_backbone.detection.data.datasets import class_names
 from resnet_backbone.detection.data.mapper import read_image
 from resnet_backbone.detection.evaluation.batches import IMAGES_ON_A_GPU
+from resnet_backbone.detection.inference.refinement import as_tested
 from resnet_backbone.detection.weights import adopt, read
 from resnet_backbone.engine.config import load_config, said, set_key
 from resnet_backbone.engine.paths import expand
@@ -41,7 +43,7 @@ class Detector:
     `pred_classes` are indices into `class_names`.
 
     Attributes:
-        model: Detectron2's model, in evaluation mode.
+        model: Detectron2's model, in evaluation mode, with box refinement and voting around it where TEST says so.
         cfg: its configuration.
         class_names: in the order of the model's outputs; their numbers where nothing says the names.
     """
@@ -117,13 +119,14 @@ def load_detector(weights: str | Path, *, config_file: str | Path | None = None,
         load_config(cfg, config_file or _config_beside(weights), opts)
     set_key(cfg, "MODEL.WEIGHTS", str(weights), "the checkpoint")
     _check_kind(cfg)
+    check_refinement(cfg)
     if checkpoint is None:
         checkpoint, _ = read(cfg, None, weights.parent)
         _check_detector(checkpoint, weights)
     else:
         adopt(cfg, checkpoint, str(weights))
     names = _class_names(cfg, checkpoint)
-    return Detector(build_detector(cfg, checkpoint, str(weights)), cfg, names)
+    return Detector(as_tested(cfg, build_detector(cfg, checkpoint, str(weights))), cfg, names)
 
 
 def _checkpoint(file: Path) -> Checkpoint | None:
