@@ -100,6 +100,13 @@ def test_the_graph_takes_rgb_whatever_the_network_takes(trained, convert, scenes
     np.testing.assert_allclose(scores, detector(image).scores, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_options_around_the_model_are_left_out_and_named(trained, convert, scenes, tmp_path, capsys):
+    weights = trained("C4", "TEST.BOX_REFINEMENT", True, "TEST.BOX_VOTING", True)
+    assert convert(weights, tmp_path / "d.onnx", "--images", Path(scenes).parent / "images") == 0
+    assert "left out: TEST.BOX_REFINEMENT, TEST.BOX_VOTING" in capsys.readouterr().out
+
+
 def test_what_cannot_be_exported_is_said_and_nothing_is_written(trained, convert, classifier, tmp_path, capsys):
     weights = trained("C4", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0)
     blank = tmp_path / "blank.png"
