@@ -204,7 +204,7 @@ def check_refinement(cfg: CfgNode) -> None:
         if not values[key]:
             continue
         if values["MODEL.META_ARCHITECTURE"] != "GeneralizedRCNN":
-            reason = f"{said(cfg, 'MODEL.META_ARCHITECTURE')}; it needs GeneralizedRCNN, as Faster R-CNN has it"
+            reason = f"{said(cfg, 'MODEL.META_ARCHITECTURE')}; it needs GeneralizedRCNN, which Faster R-CNN is"
         elif not _is_refinable(values["MODEL.ROI_HEADS.NAME"]):
             reason = f"{said(cfg, 'MODEL.ROI_HEADS.NAME')}; it needs heads of one stage and boxes that are not rotated"
         elif values["TEST.AUG.ENABLED"]:

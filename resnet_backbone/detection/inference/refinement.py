@@ -32,9 +32,9 @@ class RefinedRCNN(nn.Module):
     keeps becomes the average of the united boxes around it (`voting.vote`); its score and class stay. Masks and
     keypoints are predicted in the final boxes. With neither, detections are the model's own.
 
-    Thresholds are the model's: predictions with a score up to SCORE_THRESH_TEST neither become detections nor vote,
-    NMS_THRESH_TEST (0.3 in the paper) suppresses, and DETECTIONS_PER_IMAGE cuts off what is left. Which proposals are
-    refined, none of them decides: as in the paper, all are.
+    Thresholds are the model's: predictions with a score of at most SCORE_THRESH_TEST neither become detections nor
+    vote, NMS_THRESH_TEST (0.3 in the paper) suppresses, and DETECTIONS_PER_IMAGE cuts off what is left. As in the
+    paper, all proposals are refined, even those that score highest as background.
     """
 
     def __init__(self, model: GeneralizedRCNN, *, refinement: bool, voting: bool):
