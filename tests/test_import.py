@@ -38,6 +38,13 @@ def test_import_is_light():
     assert min(seconds for seconds, _ in runs) < 0.05
 
 
+def test_detection_brings_no_matplotlib():
+    """Each script and each spawned process imports it, and few of them draw."""
+    code = "import sys, resnet_backbone.detection; print('matplotlib' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "False"
+
+
 def test_the_package_has_its_networks_and_nothing_else():
     import resnet_backbone
     from resnet_backbone import build_network, list_networks

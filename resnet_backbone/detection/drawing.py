@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 
 import cv2
-import matplotlib.font_manager
 import numpy as np
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, RotatedBoxes
 from detectron2.utils.colormap import colormap
@@ -80,4 +79,6 @@ def _label(pen: ImageDraw.ImageDraw, outline: Sequence[tuple[float, float]], tex
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """Return a font of any script with letters of about this many pixels."""
-    return ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans"), size)  # comes with matplotlib
+    from matplotlib import font_manager  # only here, since it takes long to import
+
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)  # comes with matplotlib

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from resnet_backbone.detection.evaluation.confusion import Confusion
 from resnet_backbone.detection.evaluation.curves import RECALLS, Curves
 from resnet_backbone.detection.evaluation.errors import TYPES, Errors
 from resnet_backbone.weights.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SHOWN_CURVES = 12
 SHOWN_CATEGORIES = 30  # in the confusion matrix
@@ -24,7 +27,7 @@ def draw_curves(curves: Curves, file: Path, *, measure: str) -> None:
     Args:
         measure: what says that a detection is right: IoU or OKS.
     """
-    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+    figure = _figure((5.6, 4.2))
     axes = figure.subplots()
     there = curves.worst_first
     for key, label, color in _LINES:
@@ -43,7 +46,7 @@ def draw_categories(curves: Curves, names: Sequence[str], file: Path, *, measure
         order = np.concatenate([order[: SHOWN_CURVES // 2], order[-(SHOWN_CURVES // 2) :]])
     columns = min(4, len(order))
     rows = -(-len(order) // columns)
-    figure = Figure(figsize=(max(2.5 * columns, 4.5), 2.3 * rows + 0.5), layout="constrained")
+    figure = _figure((max(2.5 * columns, 4.5), 2.3 * rows + 0.5))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, k in zip(panels.flat, order):
         for key, label, color in _LINES:
@@ -62,7 +65,7 @@ def draw_categories(curves: Curves, names: Sequence[str], file: Path, *, measure
 
 def draw_errors(errors: Errors, file: Path) -> None:
     """Draw what each type of error costs."""
-    figure = Figure(figsize=(7.4, 3.2), layout="constrained")
+    figure = _figure((7.4, 3.2))
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.3))
     _bars(left, TYPES, [errors.cost[name] for name in TYPES])
     _bars(right, ("false\npositives", "false\nnegatives"), [errors.false_positives, errors.false_negatives])
@@ -70,7 +73,7 @@ def draw_errors(errors: Errors, file: Path) -> None:
     _save(figure, file)
 
 
-def _bars(axes: Axes, names: Sequence[str], values: Sequence[float]) -> None:
+def _bars(axes: "Axes", names: Sequence[str], values: Sequence[float]) -> None:
     bars = axes.barh(names, values, color=[f"C{n}" for n in range(len(names))])
     axes.bar_label(bars, fmt="%.1f", padding=3)
     axes.invert_yaxis()
@@ -91,7 +94,7 @@ def draw_confusion(confusion: Confusion, names: Sequence[str], file: Path) -> No
     labels = [_short(names[k]) for k in shown]
     columns = [*labels, *(["other"] if others.any() else []), "missed"]
     side = max(3.6, 0.3 * len(columns) + 1.6)
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = _figure((side, side))
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(columns)), columns, rotation=90)
@@ -113,7 +116,14 @@ def shown_categories(confusion: Confusion) -> np.ndarray:
     return np.sort(occurs[np.argsort(-confused[occurs], kind="stable")[:SHOWN_CATEGORIES]])
 
 
-def _style(axes: Axes) -> None:
+def _figure(size: tuple[float, float]) -> "Figure":
+    """Return an empty figure of a width and height in inches."""
+    from matplotlib.figure import Figure  # only here, since it takes long to import
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def _style(axes: "Axes") -> None:
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
 
@@ -127,6 +137,6 @@ def _number(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def _save(figure: Figure, file: Path) -> None:
+def _save(figure: "Figure", file: Path) -> None:
     with atomic_write(file) as target:
         figure.savefig(target, format="png", dpi=110)
