@@ -23,7 +23,7 @@ from resnet_backbone.engine.output import read_last_checkpoint
 from resnet_backbone.engine.train import train
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.errors import InputError
-from resnet_backbone.weights import Metadata
+from resnet_backbone.weights import Metadata, read_checkpoint
 
 IMAGES = torch.randn(37, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 TIMES = ("images_per_second", "data_share")
@@ -206,6 +206,21 @@ class Run:
 
     def momenta(self) -> list[torch.Tensor]:
         return [self.optimizer.state[p]["momentum_buffer"] for p in self.model.parameters()]
+
+
+def assert_same_files(one, other) -> None:
+    """Everything in two folders of finished runs but times, the log and TensorBoard's files."""
+    names = [{p.name for p in folder.iterdir() if not p.name.startswith("events.")} for folder in (one, other)]
+    assert names[0] == names[1]
+    assert metrics(one, times=False) == metrics(other, times=False)
+    for name in names[0]:
+        if name.endswith(".pth"):
+            ours, theirs = read_checkpoint(one / name), read_checkpoint(other / name)
+            assert_equal(ours.model, theirs.model, name)
+            assert ours.metadata == theirs.metadata
+            assert_equal(ours.trainer, theirs.trainer, name)
+        elif name != "metrics.json":
+            assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def assert_same(one: Run, other: Run) -> None:
