@@ -11,26 +11,31 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from resnet_backbone.data.errors import DatasetError
-from resnet_backbone.data.inspection import TINY, Inspection, inspect, inspect_all, selected
+from resnet_backbone.data.inspection import Inspection, inspect, inspect_all, selected
 from resnet_backbone.data.interface import ClassificationSource
-from resnet_backbone.data.report import NAMED, ImageReport, Kind, counted, outcome
+from resnet_backbone.data.report import (
+    ANIMATED,
+    CONVERTED,
+    EMPTY,
+    NAMED,
+    TINY_IMAGE,
+    ImageReport,
+    Kind,
+    counted,
+    outcome,
+)
 from resnet_backbone.data.sources import open_source
 
 __all__ = ["KINDS", "Report", "check", "check_entry", "outcome"]
 
 KINDS = (
-    Kind("empty", True, "empty: 0 bytes"),
+    EMPTY,
     Kind("unreadable", True, "unreadable"),
     Kind("damaged", False, "damaged or truncated, but decoded: a part may be missing"),
-    Kind("wrong_extension", False, "named as another format than they are: decoded by their content"),
-    Kind("grayscale", False, "grayscale: become RGB"),
-    Kind("palette", False, "with a palette: become RGB"),
-    Kind("transparent", False, "with transparency: it is dropped"),
-    Kind("sixteen_bit", False, "with 16 bits a channel: reduced to 8"),
-    Kind("cmyk", False, "CMYK: converted to RGB"),
+    *CONVERTED,
     Kind("turned", False, "with an EXIF orientation: it is ignored, so they are seen turned"),
-    Kind("animated", False, "animated: the first picture is taken"),
-    Kind("tiny", False, f"tiny: a side of less than {TINY} pixels"),
+    ANIMATED,
+    TINY_IMAGE,
     Kind("huge", False, "huge: slow to decode, and too large to be checked for missing data"),
 )
 

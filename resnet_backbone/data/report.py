@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from resnet_backbone.data.inspection import Inspection
+from resnet_backbone.data.inspection import TINY, Inspection
 
 _MESSAGES = 1000  # error messages kept
 NAMED = 3  # images named per summary line
@@ -20,6 +20,20 @@ class Kind(NamedTuple):
     name: str
     stops: bool
     meaning: str
+
+
+# Of what is decoded all the same, and how; pretraining and detection alike.
+CONVERTED = (
+    Kind("wrong_extension", False, "named as another format than they are: decoded by their content"),
+    Kind("grayscale", False, "grayscale: become RGB"),
+    Kind("palette", False, "with a palette: become RGB"),
+    Kind("transparent", False, "with transparency: it is dropped"),
+    Kind("sixteen_bit", False, "with 16 bits a channel: reduced to 8"),
+    Kind("cmyk", False, "CMYK: converted to RGB"),
+)
+EMPTY = Kind("empty", True, "empty: 0 bytes")
+ANIMATED = Kind("animated", False, "animated: the first picture is taken")
+TINY_IMAGE = Kind("tiny", False, f"tiny: a side of less than {TINY} pixels")
 
 
 class Outcome(NamedTuple):

@@ -20,7 +20,7 @@ from resnet_backbone.detection.inference.detector import Detector, load_detector
 from resnet_backbone.detection.inference.sources import find_sources
 from resnet_backbone.engine.config import said
 from resnet_backbone.errors import InputError
-from resnet_backbone.weights import CheckpointError, atomic_write, read_checkpoint
+from resnet_backbone.weights import CheckpointError, atomic_write
 
 IMAGES = 8  # to compare on
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.02, 1e-4  # pixels; reordered sums differ by about 1e-4 and 1e-6
@@ -71,7 +71,8 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
 
     Raises:
         InputError: the model is of a kind that cannot be traced, or finds nothing on the images.
-        CheckpointError: onnx or onnxruntime is not installed, or finds other objects; nothing is written.
+        CheckpointError: onnx or onnxruntime is not installed, the file is of Detectron2's trainer, or onnxruntime finds
+            other objects; nothing is written.
     """
     try:
         import onnx
@@ -83,6 +84,8 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
     # The faster modules have operators of their own, which ONNX lacks.
     opts = ("MODEL.ACCELERATE", "False", "MODEL.DEVICE", "cpu", *(word for key in WRAPPED for word in (key, "False")))
     detector = load_detector(weights, opts=opts)
+    if detector.metadata is None:
+        raise CheckpointError(f"{weights} is not a checkpoint of tools/train_net.py, whose metadata the graph carries.")
     _check_kind(detector.cfg)
     pictures = _pictures(detector, images)
     adapter = TracingAdapter(detector.model, [{"image": pictures[0]}], functools.partial(_infer, detector.cfg))
@@ -110,13 +113,12 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
             "versions of torch and onnxruntime."
         )
     proto = onnx.load_from_string(content)
-    metadata = read_checkpoint(weights).metadata
-    onnx.helper.set_model_props(proto, {"resnet_backbone": json.dumps(metadata.to_dict())})
+    onnx.helper.set_model_props(proto, {"resnet_backbone": json.dumps(detector.metadata.to_dict())})
     with atomic_write(target) as file:
         file.write(proto.SerializeToString())
     size = tuple(pictures[traced].shape[1:])
     objects = sum(counts[i] for i in places)
-    left_out = tuple(key for key in WRAPPED if metadata.config.get(key))
+    left_out = tuple(key for key in WRAPPED if detector.metadata.config.get(key))
     return Export(None if any_size else size, len(places), objects, *map(max, zip(*errors, strict=True)), left_out)
 
 

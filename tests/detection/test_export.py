@@ -14,8 +14,8 @@ import torch
 
 from resnet_backbone import detection
 from resnet_backbone.detection import load_detector
-from resnet_backbone.detection.export import difference
-from resnet_backbone.weights import read_checkpoint
+from resnet_backbone.detection.export import difference, export_detector
+from resnet_backbone.weights import CheckpointError, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FPN = ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
@@ -123,6 +123,15 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(trained, convert
         assert convert(*words) == 2
         assert re.search(message, capsys.readouterr().err)
     assert not target.exists()
+
+
+def test_a_file_without_metadata_is_refused_before_it_is_traced(trained, tmp_path, monkeypatch):
+    weights = trained("C4")
+    torch.save({"model": dict(read_checkpoint(weights).model)}, weights)  # as Detectron2's trainer writes it
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("traced"))
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint of tools/train_net\.py"):
+        export_detector(weights, tmp_path / "d.onnx")
+    assert not (tmp_path / "d.onnx").exists()
 
 
 def test_objects_count_as_the_same_within_the_tolerances_only():

@@ -15,7 +15,6 @@ import numpy as np
 from resnet_backbone.data import report
 from resnet_backbone.data.errors import DatasetError, some
 from resnet_backbone.data.inspection import (
-    TINY,
     Inspection,
     digest_of,
     inspect_all,
@@ -24,26 +23,31 @@ from resnet_backbone.data.inspection import (
     unreadable,
 )
 from resnet_backbone.data.interface import PackedStrings
-from resnet_backbone.data.report import NAMED, ImageReport, Kind, Outcome, counted
+from resnet_backbone.data.report import (
+    ANIMATED,
+    CONVERTED,
+    EMPTY,
+    NAMED,
+    TINY_IMAGE,
+    ImageReport,
+    Kind,
+    Outcome,
+    counted,
+)
 from resnet_backbone.detection.data import contents, datasets
 from resnet_backbone.detection.data.contents import Contents
 from resnet_backbone.detection.data.mapper import decode_image, read_file
 from resnet_backbone.detection.data.statistics import class_counts, described, quantiles
 
 KINDS = (
-    Kind("empty", True, "empty: 0 bytes"),
+    EMPTY,
     Kind("unreadable", True, "unreadable, or cut off"),
     Kind("size", True, "of another size than the annotations say"),
-    Kind("wrong_extension", False, "named as another format than they are: decoded by their content"),
-    Kind("grayscale", False, "grayscale: become RGB"),
-    Kind("palette", False, "with a palette: become RGB"),
-    Kind("transparent", False, "with transparency: it is dropped"),
-    Kind("sixteen_bit", False, "with 16 bits a channel: reduced to 8"),
-    Kind("cmyk", False, "CMYK: converted to RGB"),
+    *CONVERTED,
     Kind("turned", False, "with an EXIF orientation: it is applied, so the annotations are of the turned image"),
-    Kind("animated", False, "animated: the first picture is taken"),
+    ANIMATED,
     Kind("damaged", False, "whose header Pillow complains about"),
-    Kind("tiny", False, f"tiny: a side of less than {TINY} pixels"),
+    TINY_IMAGE,
     Kind("huge", False, "huge: slow to decode"),
 )
 # Of these the names are names of images or classes; others have sentences.

@@ -139,10 +139,10 @@ def _of_file(entry: str, file: Path, content: Content) -> Contents:
 
 def _of_records(entry: str, records: Sequence[dict[str, Any]]) -> Contents:
     """Return what is in a registered data set of another form."""
-    findings, name = {}, datasets.namer(records)
-    found = datasets.find_in_records(entry, records)
+    findings, (items, owners) = {}, datasets.annotations_of(records)
+    name = datasets.namer(records, owners)
+    found = datasets.find_in_records(entry, records, items, owners)
     _add(findings, ((kind, f"{name(index)} {words}") for index, kind, words in found))
-    items, owners = datasets.annotations_of(records)
     boxes = as_rows([item.get("bbox") for item in items])
     corners = np.array([item.get("bbox_mode") == BoxMode.XYXY_ABS for item in items], bool).reshape(-1, 1)
     extent = np.where(corners, boxes[:, 2:] - boxes[:, :2], boxes[:, 2:])

@@ -197,13 +197,13 @@ def _check_dicts(entry: str, records: list[dict[str, Any]]) -> Counter[str]:
     for record in records:
         if "width" in record and (found := too_long(record["width"], record["height"])):
             raise ConfigError(f"{entry}: the image {record['file_name']} has {found}. Remove or cut it.")
-    items, _ = annotations_of(records)
-    return annotations.check(items, find_in_records(entry, records), entry=entry, name=namer(records))
+    items, owners = annotations_of(records)
+    found = find_in_records(entry, records, items, owners)
+    return annotations.check(items, found, entry=entry, name=namer(records, owners))
 
 
-def namer(records: Sequence[dict[str, Any]]) -> Callable[[int], str]:
-    """Return a function that gives words for an annotation by its index."""
-    _, owners = annotations_of(records)
+def namer(records: Sequence[dict[str, Any]], owners: np.ndarray) -> Callable[[int], str]:
+    """Return a function that gives words for an annotation by its index; `owners` as `annotations_of` gives them."""
 
     def name(index: int) -> str:
         owner = int(owners[index])
@@ -219,9 +219,14 @@ def annotations_of(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, An
     return items, np.repeat(np.arange(len(records)), [len(record.get("annotations", ())) for record in records])
 
 
-def find_in_records(entry: str, records: Sequence[dict[str, Any]]) -> Iterator[Found]:
-    """Yield what is wrong or unusual with the annotations of a registered data set, in Detectron2's form."""
-    items, owners = annotations_of(records)
+def find_in_records(
+    entry: str, records: Sequence[dict[str, Any]], items: Sequence[dict[str, Any]], owners: np.ndarray
+) -> Iterator[Found]:
+    """Yield what is wrong or unusual with the annotations of a registered data set, in Detectron2's form.
+
+    Args:
+        items, owners: what `annotations_of(records)` gives.
+    """
     sizes = np.array([(r.get("width", np.inf), r.get("height", np.inf)) for r in records], dtype=np.float64)
     classes = len(MetadataCatalog.get(entry).get("thing_classes", ()))
     modes = [annotation.get("bbox_mode") for annotation in items]

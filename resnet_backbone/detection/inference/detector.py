@@ -27,7 +27,7 @@ from resnet_backbone.detection.weights import adopt, read
 from resnet_backbone.engine.config import load_config, said, set_key
 from resnet_backbone.engine.paths import expand
 from resnet_backbone.errors import InputError
-from resnet_backbone.weights import Checkpoint
+from resnet_backbone.weights import Checkpoint, Metadata
 from resnet_backbone.weights.checkpoint import ForeignFile, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -46,12 +46,14 @@ class Detector:
         model: Detectron2's model, in evaluation mode, with box refinement and voting around it where TEST says so.
         cfg: its configuration.
         class_names: in the order of the model's outputs; their numbers where nothing says the names.
+        metadata: of the checkpoint; None for a file of Detectron2's trainer.
     """
 
-    def __init__(self, model: nn.Module, cfg: CfgNode, class_names: Sequence[str]):
+    def __init__(self, model: nn.Module, cfg: CfgNode, class_names: Sequence[str], metadata: Metadata | None):
         self.model = model.eval()
         self.cfg = cfg
         self.class_names = tuple(class_names)
+        self.metadata = metadata
         self.batch_size = IMAGES_ON_A_GPU if cfg.MODEL.DEVICE.startswith("cuda") else 1
         size = cfg.INPUT.MIN_SIZE_TEST
         self._resize = T.ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST) if size else None
@@ -125,8 +127,8 @@ def load_detector(weights: str | Path, *, config_file: str | Path | None = None,
         _check_detector(checkpoint, weights)
     else:
         adopt(cfg, checkpoint, str(weights))
-    names = _class_names(cfg, checkpoint)
-    return Detector(as_tested(cfg, build_detector(cfg, checkpoint, str(weights))), cfg, names)
+    names, metadata = _class_names(cfg, checkpoint), None if checkpoint is None else checkpoint.metadata
+    return Detector(as_tested(cfg, build_detector(cfg, checkpoint, str(weights))), cfg, names, metadata)
 
 
 def _checkpoint(file: Path) -> Checkpoint | None:
