@@ -14,7 +14,7 @@ from resnet_backbone.engine.output import FINAL
 from resnet_backbone.errors import InputError
 from resnet_backbone.networks import VGG, ResNet, build_network
 
-SCALES = ("demo", "subset", "paper")
+SCALES = ("demo", "quarter", "subset", "paper")
 STAGES = {"pretrain": "pretraining", "detection": "detection"}  # display name by folder name
 
 HERE = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ class Plan:
     """The command line of `run.py`.
 
     Attributes:
-        scale: "demo", "subset" or "paper".
+        scale: one of SCALES.
         output: folder for everything.
         nets: catalogue names.
         seed: for data (demo), initial weights, order and augmentation.
@@ -76,8 +76,8 @@ class Plan:
         )
         for net in (*self.nets, *named):
             _family(net)
-        if self.scale == "subset" and not (self.pretrain_data and self.detection_data):
-            raise InputError("--scale subset needs --pretrain-data TRAIN TEST and --detection-data TRAIN TEST.")
+        if self.scale in ("quarter", "subset") and not (self.pretrain_data and self.detection_data):
+            raise InputError(f"--scale {self.scale} needs --pretrain-data TRAIN TEST and --detection-data TRAIN TEST.")
         if self.scale == "demo" and (self.pretrain_data or self.detection_data):
             raise InputError(
                 "--scale demo makes its own data; use --scale subset with --pretrain-data and --detection-data."
@@ -95,6 +95,7 @@ class Plan:
         """Return this plan with training data: the given, the scale's own or, for the demo, newly generated."""
         own = {
             "demo": self._generated,
+            "quarter": lambda: ((), ()),
             "subset": lambda: ((), ()),
             "paper": lambda: (("imagenet_train", "imagenet_val"), ("coco_2014_train", "coco_2014_val")),
         }[self.scale]()
@@ -136,7 +137,7 @@ class Plan:
     def _load(self, cfg: CfgNode, net: str, stage: str, keys: tuple[str, ...]) -> CfgNode:
         shipped_pretrain, shipped_detection, suffix = FAMILIES[_family(net)]
         load_config(cfg, SHIPPED / (shipped_pretrain if stage == "pretrain" else shipped_detection))
-        for name in (f"{stage}.yaml", f"{stage}_{suffix}.yaml"):
+        for name in (f"{stage}.yaml", f"{stage}_{suffix}.yaml", f"{stage}_{net}.yaml"):
             if (HERE / "configs" / self.scale / name).is_file():
                 load_config(cfg, HERE / "configs" / self.scale / name)
         _set(cfg, "MODEL.NETWORK.NAME", net)

@@ -22,6 +22,8 @@ WHAT_IT_IS = {
     "demo": "Generated shapes at a quarter of the width and small images: it shows that every stage works and that "
     "what was learned in pretraining is carried into the detector. The order of the networks need not be the paper's "
     "at this size.",
+    "quarter": "The paper's method at a quarter of the width, on small photographs, with a short schedule. The order of "
+    "the networks need not be the paper's at this size.",
     "subset": "The paper's method on other data than the paper's, with a short schedule. The order of the networks "
     "need not be the paper's at this size.",
     "paper": "ImageNet and COCO 2014 with the paper's schedule. Different from the paper: RPN and Fast R-CNN are "
@@ -104,7 +106,7 @@ def _what_it_is(results: dict[str, Any]) -> str:
     """Describe the scale and how the networks differ from the paper's."""
     text = WHAT_IT_IS[results["scale"]]
     widths = {f"{row['width']:g}" for row in results["networks"].values()} - {"1"}
-    if widths and results["scale"] != "demo":  # the demo's description already says so
+    if widths and results["scale"] not in ("demo", "quarter"):  # their descriptions already say so
         text += f" The networks have {' and '.join(sorted(widths))} of their channels."
     return text
 
