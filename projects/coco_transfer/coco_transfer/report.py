@@ -22,8 +22,8 @@ WHAT_IT_IS = {
     "demo": "Generated shapes at a quarter of the width and small images: it shows that every stage works and that "
     "what was learned in pretraining is carried into the detector. The order of the networks need not be the paper's "
     "at this size.",
-    "quarter": "The paper's method at a quarter of the width, on small photographs, with a short schedule. The order of "
-    "the networks need not be the paper's at this size.",
+    "quarter": "The paper's method at a quarter of the width, on small photographs, with a short schedule. The order "
+    "of the networks need not be the paper's at this size.",
     "subset": "The paper's method on other data than the paper's, with a short schedule. The order of the networks "
     "need not be the paper's at this size.",
     "paper": "ImageNet and COCO 2014 with the paper's schedule. Different from the paper: RPN and Fast R-CNN are "
