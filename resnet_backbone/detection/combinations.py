@@ -35,6 +35,7 @@ def check_combinations(cfg: CfgNode) -> None:
         _check_pyramid,
         _check_anchors,
         _check_heads,
+        _check_context,
     ):
         check(cfg, values)
     check_refinement(cfg)
@@ -195,6 +196,19 @@ def _check_heads(cfg: CfgNode, values: dict[str, Any]) -> None:
         )
     if issubclass(heads, CascadeROIHeads):
         _check_cascade(cfg, values)
+
+
+def _check_context(cfg: CfgNode, values: dict[str, Any]) -> None:
+    key, heads = "MODEL.ROI_HEADS.GLOBAL_CONTEXT", "MODEL.ROI_HEADS.NAME"
+    if not values[key]:
+        return
+    if values["MODEL.META_ARCHITECTURE"] not in _RCNN:
+        reason = f"{said(cfg, 'MODEL.META_ARCHITECTURE')}, which has no RoI heads"
+    elif values[heads] != "NetworkRes5ROIHeads":
+        reason = f"{said(cfg, heads)}; the whole image goes through conv5_x, which NetworkRes5ROIHeads has"
+    else:
+        return
+    raise ConfigError(f"{said(cfg, key)}, but {reason}. Set {key} to False.")
 
 
 def check_refinement(cfg: CfgNode) -> None:

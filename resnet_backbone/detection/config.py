@@ -34,6 +34,8 @@ def add_network_config(cfg: CfgNode) -> None:
     cfg.INPUT.SCALE_JITTER.SIZE = 1024
     # Probability that objects of a second image are pasted onto a training image; needs masks and SCALE_JITTER.
     cfg.INPUT.COPY_PASTE = 0.0
+    # Predict classes and boxes from a region's feature and the whole image's (ResNet paper, appendix B). It is trained.
+    cfg.MODEL.ROI_HEADS.GLOBAL_CONTEXT = False
     # Test-time options of two-stage detectors (ResNet paper, appendix B), which evaluations and `load_detector` use.
     # BOX_REFINEMENT: the heads run again on the regressed boxes, and NMS on both results. BOX_VOTING: each detection's
     # box becomes the average of those around it, weighted by their scores.

@@ -122,6 +122,24 @@ def test_box_refinement_and_voting(file, words, named, key):
     check_combinations(load(FPN, key, "True"))
 
 
+@pytest.mark.parametrize(
+    ("file", "words", "named"),
+    [
+        (FPN, "", "MODEL.ROI_HEADS.NAME is StandardROIHeads .*conv5_x, which NetworkRes5ROIHeads has"),
+        (CASCADE, "", "MODEL.ROI_HEADS.NAME is CascadeROIHeads"),
+        (C4, "MODEL.ROI_HEADS.NAME Res5ROIHeads", "MODEL.ROI_HEADS.NAME is Res5ROIHeads"),
+        (RETINANET, "", "MODEL.META_ARCHITECTURE is RetinaNet .*no RoI heads"),
+        (PANOPTIC, "MODEL.META_ARCHITECTURE SemanticSegmentor", "MODEL.META_ARCHITECTURE is SemanticSegmentor"),
+    ],
+)
+def test_global_context_needs_our_conv5_x(file, words, named):
+    key = "MODEL.ROI_HEADS.GLOBAL_CONTEXT"
+    check_combinations(load(file, *words.split()))
+    with pytest.raises(ConfigError, match=rf"{key} is True \(command line\), but {named}.*Set {key} to False\."):
+        check_combinations(load(file, *words.split(), key, "True"))
+    check_combinations(load(C4, "MODEL.ROI_HEADS.NAME", "NetworkRes5ROIHeads", key, "True"))
+
+
 def test_a_size_of_0_resizes_nothing():
     """Detectron2's own meaning, which no longer side contradicts."""
     check_combinations(load(FPN, "INPUT.MIN_SIZE_TEST", "0", "INPUT.MAX_SIZE_TEST", "100"))

@@ -23,6 +23,7 @@ MASKS = ("MODEL.BACKBONE.NAME", "build_network_fpn_backbone", "MODEL.ROI_MASK_HE
 RETINANET = ("MODEL.BACKBONE.NAME", "build_network_retinanet_fpn_backbone", *FPN, "MODEL.RETINANET.PRIOR_PROB", 0.3)
 KINDS = {
     "C4": ("faster_rcnn_R50.yaml", "resnet18", ()),
+    "C4, context": ("faster_rcnn_R50.yaml", "resnet18", ("MODEL.ROI_HEADS.GLOBAL_CONTEXT", True)),
     "VGG": ("faster_rcnn_VGG16.yaml", "vgg16", ()),
     "FPN": ("faster_rcnn_R50_FPN.yaml", "resnet18", FPN),
     "masks": ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "resnet18", MASKS),
