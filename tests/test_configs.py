@@ -41,7 +41,7 @@ VARIANTS = {
 
 
 def test_no_shipped_configuration_is_left_out():
-    networks = ("R101", "R101_VOC2007", "R101_VOC2012", "R50", "R50_FPN", "R50_FPN_modern")
+    networks = ("R101", "R101_VOC2007", "R101_VOC2012", "R101_options", "R50", "R50_FPN", "R50_FPN_modern")
     networks += ("VGG16", "VGG16_FPN", "VGG16_VOC2007", "VGG16_VOC2012")
     assert [f"faster_rcnn_{name}.yaml" for name in networks] == DETECTORS
     cifar = [f"cifar10{name}.yaml" for name in ("", "_110", "_walkthrough")]

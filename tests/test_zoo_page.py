@@ -85,6 +85,8 @@ def layout(cfg) -> str:
         words.append("RoIPool")
     if origin(cfg, "MODEL.RESNETS.STRIDE_IN_1X1") == COMMAND_LINE:
         words.append("stride in the 1×1")
+    if cfg.MODEL.ROI_HEADS.GLOBAL_CONTEXT and cfg.TEST.BOX_REFINEMENT and cfg.TEST.MULTI_SCALE.MIN_SIZES:
+        words.append("[Table 9's options](detection.md#the-papers-options-table-9)")
     return ", ".join(words)
 
 

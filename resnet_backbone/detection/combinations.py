@@ -14,6 +14,14 @@ from resnet_backbone.engine.config import ConfigError, flatten, said
 from resnet_backbone.engine.ranges import SIDE, check_ranges, each, number, one_of, whole
 from resnet_backbone.networks.norms import NORMS
 
+# What `inference.options` puts around a two-stage detector.
+TEST_OPTIONS = (
+    "TEST.BOX_REFINEMENT",
+    "TEST.BOX_VOTING",
+    "TEST.MULTI_SCALE.MIN_SIZES",
+    "TEST.FLIP",
+    "TEST.ENSEMBLE",
+)
 _RCNN = ("GeneralizedRCNN", "PanopticFPN")
 _PYRAMIDS = (
     "build_network_fpn_backbone",
@@ -38,7 +46,7 @@ def check_combinations(cfg: CfgNode) -> None:
         _check_context,
     ):
         check(cfg, values)
-    check_refinement(cfg)
+    check_test_options(cfg)
 
 
 def _check_sizes(cfg: CfgNode, values: dict[str, Any]) -> None:
@@ -211,30 +219,40 @@ def _check_context(cfg: CfgNode, values: dict[str, Any]) -> None:
     raise ConfigError(f"{said(cfg, key)}, but {reason}. Set {key} to False.")
 
 
-def check_refinement(cfg: CfgNode) -> None:
-    """Raise ConfigError if box refinement or voting is on for a detector that cannot have it."""
+def check_test_options(cfg: CfgNode) -> None:
+    """Raise ConfigError if a test-time option of the ResNet paper is on for a detector that cannot have it."""
     values = dict(flatten(cfg))
-    for key in ("TEST.BOX_REFINEMENT", "TEST.BOX_VOTING"):
+    for key in TEST_OPTIONS:
         if not values[key]:
             continue
-        if values["MODEL.META_ARCHITECTURE"] != "GeneralizedRCNN":
-            reason = f"{said(cfg, 'MODEL.META_ARCHITECTURE')}; it needs GeneralizedRCNN, which Faster R-CNN is"
-        elif not _is_refinable(values["MODEL.ROI_HEADS.NAME"]):
-            reason = f"{said(cfg, 'MODEL.ROI_HEADS.NAME')}; it needs heads of one stage and boxes that are not rotated"
-        elif values["TEST.AUG.ENABLED"]:
-            reason = f"{said(cfg, 'TEST.AUG.ENABLED')}, and Detectron2's test-time augmentation merges boxes itself"
-        else:
-            continue
-        raise ConfigError(f"{said(cfg, key)}, but {reason}. Set {key} to False.")
+        off = f"Set {key} to {'False' if values[key] is True else '()'}."
+        if reason := why_no_options(cfg):
+            raise ConfigError(f"{said(cfg, key)}, but {reason}. {off}")
+        if values["TEST.AUG.ENABLED"]:
+            raise ConfigError(
+                f"{said(cfg, key)}, but {said(cfg, 'TEST.AUG.ENABLED')}, and Detectron2's test-time augmentation "
+                f"merges boxes itself. {off}"
+            )
+        if key == "TEST.MULTI_SCALE.MIN_SIZES" and values["INPUT.MIN_SIZE_TEST"] == 0:
+            raise ConfigError(
+                f"{said(cfg, key)}, but {said(cfg, 'INPUT.MIN_SIZE_TEST')}, so that images keep their own sizes. {off}"
+            )
 
 
-def _is_refinable(heads: str) -> bool:
-    kind = ROI_HEADS_REGISTRY.get(heads) if heads in ROI_HEADS_REGISTRY else None
-    return (
-        isinstance(kind, type)
-        and issubclass(kind, (Res5ROIHeads, StandardROIHeads))
-        and not issubclass(kind, (CascadeROIHeads, RROIHeads))
-    )
+def why_no_options(cfg: CfgNode) -> str | None:
+    """Return why a detector can have none of TEST_OPTIONS; None if it can."""
+    key = "MODEL.META_ARCHITECTURE"
+    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        return f"{said(cfg, key)}; it needs GeneralizedRCNN, which Faster R-CNN is"
+    name = cfg.MODEL.ROI_HEADS.NAME
+    heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
+    if (
+        isinstance(heads, type)
+        and issubclass(heads, (Res5ROIHeads, StandardROIHeads))
+        and not issubclass(heads, (CascadeROIHeads, RROIHeads))
+    ):
+        return None
+    return f"{said(cfg, 'MODEL.ROI_HEADS.NAME')}; it needs heads of one stage and boxes that are not rotated"
 
 
 def _check_cascade(cfg: CfgNode, values: dict[str, Any]) -> None:

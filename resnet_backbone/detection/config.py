@@ -41,6 +41,14 @@ def add_network_config(cfg: CfgNode) -> None:
     # box becomes the average of those around it, weighted by their scores.
     cfg.TEST.BOX_REFINEMENT = False
     cfg.TEST.BOX_VOTING = False
+    # MULTI_SCALE: regions take their features from two adjacent ones of these shorter sides, those at which a region's
+    # side, the root of its area, is around REGION_SIZE pixels. The paper's: (200, 400, 600, 800, 1000). Empty: off.
+    cfg.TEST.MULTI_SCALE = CfgNode()
+    cfg.TEST.MULTI_SCALE.MIN_SIZES = ()
+    cfg.TEST.MULTI_SCALE.REGION_SIZE = 224
+    # FLIP: average with what is found on the mirror image. ENSEMBLE: with what these checkpoints' detectors find.
+    cfg.TEST.FLIP = False
+    cfg.TEST.ENSEMBLE = ()
 
 
 def get_config() -> CfgNode:
@@ -191,6 +199,12 @@ RANGES: dict[str, Range] = {
     ),
     "TEST.KEYPOINT_OKS_SIGMAS": each(number(above=0), empty=True),
     "TEST.DETECTIONS_PER_IMAGE": _COUNT,
+    "TEST.MULTI_SCALE.MIN_SIZES": Range(
+        "no or at least two whole numbers from 1 to 16384, in ascending order",
+        lambda value: each(SIDE, empty=True).allows(value) and len(value) != 1 and sorted(set(value)) == list(value),
+    ),
+    "TEST.MULTI_SCALE.REGION_SIZE": number(above=0, at_most=16384),
+    "TEST.ENSEMBLE": TEXTS,
     "TEST.AUG.MIN_SIZES": each(SIDE),
     "TEST.AUG.MAX_SIZE": SIDE,
     "VIS_PERIOD": whole(0),

@@ -15,8 +15,9 @@ from detectron2.export import TracingAdapter
 from torch import Tensor, nn
 
 from resnet_backbone.data.generated import write_detection
+from resnet_backbone.detection.combinations import TEST_OPTIONS
 from resnet_backbone.detection.data.mapper import read_image
-from resnet_backbone.detection.inference.detector import Detector, load_detector
+from resnet_backbone.detection.inference.detector import NO_OPTIONS, Detector, load_detector
 from resnet_backbone.detection.inference.sources import find_sources
 from resnet_backbone.engine.config import said
 from resnet_backbone.errors import InputError
@@ -26,7 +27,6 @@ IMAGES = 8  # to compare on
 BOX_TOLERANCE, SCORE_TOLERANCE = 0.02, 1e-4  # pixels; reordered sums differ by about 1e-4 and 1e-6
 MASK_TOLERANCE = 1e-3  # of a probability
 OUTPUTS = ("boxes", "scores", "classes", "masks")
-WRAPPED = ("TEST.BOX_REFINEMENT", "TEST.BOX_VOTING")  # what is done around the model, and not in the graph
 
 
 class Export(NamedTuple):
@@ -64,7 +64,7 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
     Input `image`: RGB, float32, 0…255, `(3, H, W)`, resized as for the detector. Outputs `boxes` `(N, 4)` in the
     input's pixels, `scores` `(N,)`, `classes` `(N,)`, and with a mask head `masks` `(N, 1, 28, 28)`, each over its box.
     Channel order, mean, standard deviation and thresholds are in the graph; the metadata is in the file's properties
-    under `resnet_backbone`. The graph is that of the model alone, without box refinement and voting.
+    under `resnet_backbone`. The graph is that of the model alone, without test-time options.
 
     Args:
         images: a file, folder or pattern: images on which the detector finds something. None: generated ones.
@@ -82,8 +82,7 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
             f"writing {target} needs {error.name}, which is not installed. Run: pip install onnx onnxruntime"
         ) from error
     # The faster modules have operators of their own, which ONNX lacks.
-    opts = ("MODEL.ACCELERATE", "False", "MODEL.DEVICE", "cpu", *(word for key in WRAPPED for word in (key, "False")))
-    detector = load_detector(weights, opts=opts)
+    detector = load_detector(weights, opts=("MODEL.ACCELERATE", "False", "MODEL.DEVICE", "cpu", *NO_OPTIONS))
     if detector.metadata is None:
         raise CheckpointError(f"{weights} is not a checkpoint of tools/train_net.py, whose metadata the graph carries.")
     _check_kind(detector.cfg)
@@ -118,7 +117,7 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
         file.write(proto.SerializeToString())
     size = tuple(pictures[traced].shape[1:])
     objects = sum(counts[i] for i in places)
-    left_out = tuple(key for key in WRAPPED if detector.metadata.config.get(key))
+    left_out = tuple(key for key in TEST_OPTIONS if detector.metadata.config.get(key))
     return Export(None if any_size else size, len(places), objects, *map(max, zip(*errors, strict=True)), left_out)
 
 

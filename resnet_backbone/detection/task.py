@@ -27,7 +27,8 @@ from resnet_backbone.detection.config import RANGES, UNREAD, get_config
 from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.detection.evaluation.evaluate import check_expected, evaluate, try_two_images
 from resnet_backbone.detection.evaluation.metrics import best_metric, headline
-from resnet_backbone.detection.inference.refinement import as_tested
+from resnet_backbone.detection.inference.detector import load_members
+from resnet_backbone.detection.inference.options import as_tested
 from resnet_backbone.detection.modeling.backbone import NetworkBackbone
 from resnet_backbone.detection.weights import is_frozen_norm, is_own, read, stock_arguments
 from resnet_backbone.engine import run as engine_run
@@ -83,6 +84,8 @@ class Detection:
             self._batches = TrainBatches(cfg)
             self.num_images = self._batches.num_images
         model = build_detector(cfg, weights, file)
+        names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes", ()) if cfg.DATASETS.TEST else ()
+        self._members = load_members(cfg, names)
         logger.info(describe_frozen(model))
         if len(cfg.DATASETS.TEST) > 1 and not eval_only:
             logger.info("%s selects the best checkpoint (TEST.BEST_METRIC)", self.best_metric)
@@ -94,7 +97,7 @@ class Detection:
         return model
 
     def try_evaluation(self, model: nn.Module) -> None:
-        found = try_two_images(self._cfg, as_tested(self._cfg, model))
+        found = try_two_images(self._cfg, as_tested(self._cfg, model, self._members))
         if comm.is_main_process() and found and not self.best_metric.endswith("panoptic_seg/PQ"):
             check_metric(self.best_metric, flatten_results_dict(found))
 
@@ -111,7 +114,7 @@ class Detection:
         return self._batches.names(iteration)
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        model = as_tested(self._cfg, model)
+        model = as_tested(self._cfg, model, self._members)
         if self._last_evaluation:
             augmented = self._cfg.TEST.AUG.ENABLED
             return evaluate(self._cfg, model, self._folder, augmented=augmented, report=True)
@@ -220,4 +223,7 @@ def _describes(key: str) -> bool:
         "TEST.DETECTIONS_PER_IMAGE",
         "TEST.BOX_REFINEMENT",
         "TEST.BOX_VOTING",
+        "TEST.MULTI_SCALE.MIN_SIZES",
+        "TEST.MULTI_SCALE.REGION_SIZE",
+        "TEST.FLIP",
     )

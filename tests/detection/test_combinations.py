@@ -1,5 +1,7 @@
 """Keys that do not go together: Detectron2 fails on them too, but late, and without naming a key."""
 
+import re
+
 import pytest
 import torch
 from detectron2 import model_zoo
@@ -97,7 +99,16 @@ def test_jitter_and_copy_paste(words, named):
         check_combinations(load(FPN, *words.split()))
 
 
-@pytest.mark.parametrize("key", ["TEST.BOX_REFINEMENT", "TEST.BOX_VOTING"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("TEST.BOX_REFINEMENT", True),
+        ("TEST.BOX_VOTING", True),
+        ("TEST.FLIP", True),
+        ("TEST.MULTI_SCALE.MIN_SIZES", (200, 400)),
+        ("TEST.ENSEMBLE", ("other.pth",)),
+    ],
+)
 @pytest.mark.parametrize(
     ("file", "words", "named"),
     [
@@ -114,12 +125,21 @@ def test_jitter_and_copy_paste(words, named):
         (C4, "TEST.AUG.ENABLED True", r"TEST.AUG.ENABLED is True"),
     ],
 )
-def test_box_refinement_and_voting(file, words, named, key):
+def test_options_of_the_test(file, words, named, key, value):
     check_combinations(load(file, *words.split()))
-    with pytest.raises(ConfigError, match=rf"{key} is True \(command line\), but {named}.*Set {key} to False\."):
-        check_combinations(load(file, *words.split(), key, "True"))
-    check_combinations(load(C4, key, "True"))
-    check_combinations(load(FPN, key, "True"))
+    off = "False" if value is True else r"\(\)"
+    with pytest.raises(
+        ConfigError, match=rf"{key} is {re.escape(str(value))} \(command line\), but {named}.*Set {key} to {off}\."
+    ):
+        check_combinations(load(file, *words.split(), key, str(value)))
+    check_combinations(load(C4, key, str(value)))
+    check_combinations(load(FPN, key, str(value)))
+
+
+def test_several_scales_need_one_that_they_are_compared_with():
+    words = ("TEST.MULTI_SCALE.MIN_SIZES", "(200, 400)", "INPUT.MIN_SIZE_TEST", "0", "INPUT.MAX_SIZE_TEST", "100")
+    with pytest.raises(ConfigError, match=r"MULTI_SCALE.MIN_SIZES is \(200, 400\) .*INPUT.MIN_SIZE_TEST is 0"):
+        check_combinations(load(C4, *words))
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from resnet_backbone.data.decode import too_long
 from resnet_backbone.detection.build import build_detector
-from resnet_backbone.detection.combinations import check_refinement
+from resnet_backbone.detection.combinations import check_test_options, why_no_options
 from resnet_backbone.detection.config import get_config
 from resnet_backbone.detection.data.datasets import class_names
 from resnet_backbone.detection.data.mapper import read_image
 from resnet_backbone.detection.evaluation.batches import IMAGES_ON_A_GPU
-from resnet_backbone.detection.inference.refinement import as_tested
+from resnet_backbone.detection.inference.ensemble import Member
+from resnet_backbone.detection.inference.options import as_tested
 from resnet_backbone.detection.weights import adopt, read
 from resnet_backbone.engine.config import load_config, said, set_key
 from resnet_backbone.engine.paths import expand
@@ -34,6 +35,12 @@ logger = logging.getLogger(__name__)
 
 Image = str | Path | np.ndarray | Tensor
 
+# Words after `opts` for a detector without the test-time options that its checkpoint may have.
+NO_OPTIONS = (
+    *("TEST.BOX_REFINEMENT", "False", "TEST.BOX_VOTING", "False", "TEST.FLIP", "False"),
+    *("TEST.MULTI_SCALE.MIN_SIZES", "()", "TEST.ENSEMBLE", "()"),
+)
+
 
 class Detector:
     """A trained detector: `detector(image)` returns the image's `Instances`, `detector(images)` a list of them.
@@ -43,7 +50,7 @@ class Detector:
     `pred_classes` are indices into `class_names`.
 
     Attributes:
-        model: Detectron2's model, in evaluation mode, with box refinement and voting around it where TEST says so.
+        model: Detectron2's model, in evaluation mode, with the test-time options of TEST around it.
         cfg: its configuration.
         class_names: in the order of the model's outputs; their numbers where nothing says the names.
         metadata: of the checkpoint; None for a file of Detectron2's trainer.
@@ -121,14 +128,49 @@ def load_detector(weights: str | Path, *, config_file: str | Path | None = None,
         load_config(cfg, config_file or _config_beside(weights), opts)
     set_key(cfg, "MODEL.WEIGHTS", str(weights), "the checkpoint")
     _check_kind(cfg)
-    check_refinement(cfg)
+    check_test_options(cfg)
     if checkpoint is None:
         checkpoint, _ = read(cfg, None, weights.parent)
         _check_detector(checkpoint, weights)
     else:
         adopt(cfg, checkpoint, str(weights))
     names, metadata = _class_names(cfg, checkpoint), None if checkpoint is None else checkpoint.metadata
-    return Detector(as_tested(cfg, build_detector(cfg, checkpoint, str(weights))), cfg, names, metadata)
+    model = build_detector(cfg, checkpoint, str(weights))
+    return Detector(as_tested(cfg, model, load_members(cfg, names)), cfg, names, metadata)
+
+
+def load_members(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
+    """Return the detectors of TEST.ENSEMBLE, each configured as its own checkpoint says, without test-time options.
+
+    Args:
+        class_names: which theirs must be; empty if nothing says them.
+
+    Raises:
+        InputError: a file is no detector, or none that can be in an ensemble with this one.
+    """
+    members = []
+    for file in cfg.TEST.ENSEMBLE:
+        other = load_detector(file, opts=("MODEL.DEVICE", cfg.MODEL.DEVICE, *NO_OPTIONS))
+        named = f"{said(cfg, 'TEST.ENSEMBLE')}, but of {file}, "
+        if reason := why_no_options(other.cfg):
+            raise InputError(f"{named}{reason}. Leave it out.")
+        count, theirs = other.cfg.MODEL.ROI_HEADS.NUM_CLASSES, other.class_names
+        if count != cfg.MODEL.ROI_HEADS.NUM_CLASSES or not _are_same(theirs, class_names):
+            raise InputError(
+                f"{named}the {count} classes ({', '.join(theirs[:3])} …) are not this detector's "
+                f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES} ({', '.join(class_names[:3])} …). An ensemble averages scores, so "
+                "its detectors need the same classes in the same order. Leave it out."
+            )
+        sizes = other.cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST
+        scale = sizes[0] / sizes[1] if all(sizes) else 1.0
+        members.append(Member(other.model, scale, swapped=other.cfg.INPUT.FORMAT != cfg.INPUT.FORMAT))
+    return members
+
+
+def _are_same(theirs: Sequence[str], ours: Sequence[str]) -> bool:
+    """Return whether class names agree; where nothing says them, they are missing or numbers."""
+    numbers = list(map(str, range(len(theirs))))
+    return not ours or list(theirs) == list(ours) or numbers in (list(theirs), list(ours))
 
 
 def _checkpoint(file: Path) -> Checkpoint | None:

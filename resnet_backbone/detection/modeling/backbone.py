@@ -10,7 +10,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 from resnet_backbone.detection.weights import fill
-from resnet_backbone.engine.config import ConfigError, as_config_error
+from resnet_backbone.engine.config import ConfigError, as_config_error, shown
 from resnet_backbone.engine.network_config import configured_network
 from resnet_backbone.networks import build_network
 
@@ -80,7 +80,7 @@ def build_part(
     if stages is None:
         if unknown := [feature for feature in out_features if feature not in whole.feature_info]:
             raise ConfigError(
-                f"MODEL.RESNETS.OUT_FEATURES has {', '.join(unknown)}, but {name} has the features "
+                f"MODEL.RESNETS.OUT_FEATURES has {shown(', '.join(unknown))}, but {name} has the features "
                 f"{', '.join(whole.feature_info)}."
             )
         stages = whole.stages_up_to(out_features)
