@@ -182,6 +182,8 @@ class ResNet(StagedNetwork):
         classifier, which no ReLU follows; later work by its authors uses a standard deviation of 0.01 and zero bias for
         this network (arXiv 1706.02677, section 5.1). Batch norms start with scale 1 and shift 0.
         """
+        if next(self.parameters()).is_meta:  # no values, and drawing none takes most of the building
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
