@@ -38,6 +38,13 @@ def parse(arguments: list[str] | None = None) -> Plan:
     parser.add_argument(
         "--parallel", type=int, default=1, metavar="K", help="networks side by side on the same GPU, each a process"
     )
+    parser.add_argument(
+        "--repeat",
+        nargs="+",
+        default=[],
+        metavar="[NAME:]N",
+        help="number of seeds, SEED, SEED+1, …, for every network or, as NAME:N, for one (default: 1)",
+    )
     parser.add_argument("--no-control", action="store_true", help="leave out the detectors with random backbones")
     data = parser.add_argument_group("data (subset: required; paper: ImageNet and COCO 2014; demo: generated)")
     entry = ("TRAIN", "TEST")
@@ -55,6 +62,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
         processes=given.num_gpus,
         control=not given.no_control,
         parallel=given.parallel,
+        repeat=tuple(given.repeat),
         pretrain_data=tuple(given.pretrain_data or ()),
         detection_data=tuple(given.detection_data or ()),
         pretrain_keys=tuple(given.pretrain),

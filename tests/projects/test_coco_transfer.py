@@ -122,6 +122,29 @@ def test_finished_stages_are_kept(run, finished, shapes, scenes):
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
+def test_a_finished_run_is_extended_by_a_seed(run, finished, shapes, scenes, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    files = sorted(copy.glob("*/*/model_final.pth"))
+    before = [file.stat().st_mtime_ns for file in files]
+    assert run.main(_arguments(copy, shapes, scenes, "--repeat", "resnet18:2")) == 0
+    assert [file.stat().st_mtime_ns for file in files] == before
+    new = {str(file.parent.relative_to(copy)) for file in copy.glob("*/*/model_final.pth") if file not in files}
+    assert new == {"resnet18/pretrain_seed2", "resnet18/detection_seed2"}
+    assert (copy / "plan.json").read_text() == (finished / "plan.json").read_text()
+    row = json.loads((copy / "results.json").read_text())["networks"]["resnet18"]
+    (repeat,) = row["repeats"]
+    losses = []
+    for folder in ("detection", "detection_seed2"):
+        lines = (copy / "resnet18" / folder / "metrics.json").read_text().splitlines()
+        losses.append(json.loads(lines[0])["total_loss"])
+        assert json.loads((copy / "resnet18" / folder / "stage.json").read_text())["seconds"] > 0
+    assert losses[0] != losses[1], "another seed"
+    second = json.loads((copy / "resnet18" / "pretrain_seed2" / "results.json").read_text())
+    assert (repeat["seed"], repeat["top1"]) == (2, second["top1"])
+    assert "| resnet18 (2 seeds) |" in (copy / "report.md").read_text()
+
+
 def test_a_stage_that_was_stopped_goes_on_and_ends_with_the_same_numbers(run, finished, shapes, scenes, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
@@ -193,29 +216,32 @@ def test_the_status_is_read_from_the_stages_folders(project, finished, tmp_path)
     fixed = json.loads((finished / "plan.json").read_text())
     plan = project["plan"].Plan(**{**fixed, "output": tmp_path, "nets": ("vgg16",)})
     describe = project["stages"].describe_progress
-    assert describe(plan, "vgg16") == "pretraining, preparing"
+    assert describe(plan, "vgg16", 1) == "pretraining, preparing"
     shutil.copytree(finished / "vgg16", tmp_path / "vgg16")
-    assert describe(plan, "vgg16") == "all stages are finished"
+    assert describe(plan, "vgg16", 1) == "all stages are finished"
     folder = tmp_path / "vgg16" / "control_detection"
     (folder / "stage.json").unlink()
-    assert describe(plan, "vgg16") == "control, detection, evaluating"
+    assert describe(plan, "vgg16", 1) == "control, detection, evaluating"
     entry = {"iteration": 0, "images_per_second": 0.25}
     (folder / "metrics.json").write_text(json.dumps(entry) + "\n" + json.dumps(entry)[:9])
-    assert describe(plan, "vgg16") == "control, detection, 1 of 3, 0.25 images/s, eta 0:00:16"
+    assert describe(plan, "vgg16", 1) == "control, detection, 1 of 3, 0.25 images/s, eta 0:00:16"
 
 
 def test_a_key_with_a_networks_name_is_for_that_network_and_outweighs_the_shared_one(run, tmp_path):
     keys = ["--pretrain", "resnet50:SOLVER.BASE_LR", "0.3", "SOLVER.BASE_LR", "0.2", "SOLVER.MAX_ITER", "7"]
     plan = run.parse(["--scale", "demo", "--output", str(tmp_path), *keys])
     plan.check()
-    assert plan.pretrain_config("vgg16").SOLVER.MAX_ITER == 7
-    rates = {net: plan.pretrain_config(net).SOLVER.BASE_LR for net in ("resnet50", "vgg16")}
+    step = plan.steps("vgg16", 1)[0]
+    assert plan.config("vgg16", step).SOLVER.MAX_ITER == 7
+    rates = {net: plan.config(net, step).SOLVER.BASE_LR for net in ("resnet50", "vgg16")}
     assert rates == {"resnet50": 0.3, "vgg16": 0.2}
 
 
 def test_a_detector_that_finds_nothing_has_an_ap_of_zero(run, finished, tmp_path):
+    from coco_transfer.factors import compare
     from coco_transfer.plan import Plan
-    from coco_transfer.report import collect_results, write_report
+    from coco_transfer.report import write_report
+    from coco_transfer.results import collect_results
 
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
@@ -227,9 +253,8 @@ def test_a_detector_that_finds_nothing_has_an_ap_of_zero(run, finished, tmp_path
     results = collect_results(plan)
     assert results["networks"]["resnet18"]["control"]["AP50"] == 0
     gain = results["networks"]["resnet18"]["AP50"]
-    assert f"resnet18: pretraining is worth {gain:+.1f} points" in write_report(
-        {**results, "plan": plan.fixed()}, tmp_path / "report.md"
-    )
+    results |= {**compare(plan, results["networks"]), "plan": plan.fixed()}
+    assert f"resnet18: pretraining is worth {gain:+.1f} points" in write_report(results, tmp_path / "report.md")
 
 
 def test_other_arguments_in_the_same_folder_are_refused(run, finished, shapes, scenes, capsys):
@@ -263,11 +288,12 @@ def test_paper_scale_is_the_papers_schedule(run):
     from coco_transfer.plan import Plan
 
     plan = Plan(scale="paper", output=Path("unused")).with_data()
-    cfg = plan.pretrain_config("resnet101")
+    pretrain, detection = plan.steps("resnet101", 1)[:2]
+    cfg = plan.config("resnet101", pretrain)
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (256, 0.1)
     assert tuple(cfg.DATASETS.TRAIN) == ("imagenet_train",)
     for net in ("vgg16", "resnet101"):
-        cfg = plan.detection_config(net)
+        cfg = plan.config(net, detection)
         assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (16, 320_000, (240_000,))
         assert math.isclose(cfg.SOLVER.BASE_LR, 0.001)
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80

@@ -1,4 +1,4 @@
-"""Figures for a finished plan: training curves, and detections next to ground truth."""
+"""Figures for a finished plan: training curves, detections next to ground truth, and AP over depth."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import matplotlib
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from coco_transfer.plan import Plan
+from coco_transfer.results import detection_files, summarize
 from resnet_backbone.detection.data import datasets
 from resnet_backbone.weights import atomic_write
 
@@ -20,22 +21,32 @@ from matplotlib import pyplot as plt
 SHOWN_IMAGES = 5
 LOWEST_SCORE = 0.5
 TRUTH = "#ffffff"
+ARROW = "#777777"
+# Color, marker and label by whether a network has norms and shortcuts.
+TRAITS = {
+    (False, False): ("#555555", "o", "no batch norm, no shortcuts"),
+    (True, False): ("C1", "s", "{norm}, no shortcuts"),
+    (False, True): ("C2", "v", "no batch norm, shortcuts"),
+    (True, True): ("C0", "D", "{norm}, shortcuts"),
+}
 
 
 def draw_curves(plan: Plan, path: Path) -> None:
     """Plot pretraining error and detection loss over iterations, one color per network, controls dashed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
     for number, net in enumerate(plan.nets):
-        _curve(left, plan.folder(net, "pretrain"), "top1_error", label=net, color=f"C{number}")
-        for control in (False, True) if plan.control else (False,):
-            folder = plan.folder(net, "detection", control=control)
-            label, style = (f"{net}, random backbone", "--") if control else (net, "-")
-            _curve(right, folder, "total_loss", label=label, color=f"C{number}", linestyle=style)
+        for step in plan.steps(net, plan.seed):
+            folder = plan.folder(net, step)
+            if step.stage == "detection":
+                _curve(right, folder, "total_loss", color=f"C{number}", linestyle="--" if step.control else "-")
+            elif not step.control:
+                _curve(left, folder, "top1_error", label=net, color=f"C{number}")
     left.set(title="pretraining", xlabel="iteration", ylabel="top-1 training error (%)", ylim=(0, 100))
-    right.set(title="detection", xlabel="iteration", ylabel="training loss (all four terms)", ylim=(0, None))
+    title = "detection" + (" (dashed: random backbone)" if plan.control else "")
+    right.set(title=title, xlabel="iteration", ylabel="training loss (all four terms)", ylim=(0, None))
+    left.legend(frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
     _save(figure, path)
 
 
@@ -53,8 +64,8 @@ def draw_detections(plan: Plan, path: Path) -> None:
         )
     ]
     for net in plan.nets:
-        if (found := _detections(plan.folder(net, "detection"), ids)) is not None:
-            rows.append((net, found))
+        if (file := next(detection_files(plan, net))) is not None:
+            rows.append((net, _detections(file, ids)))
     figure, axes = plt.subplots(
         len(rows), len(records), figsize=(2.6 * len(records), 2.7 * len(rows)), constrained_layout=True, squeeze=False
     )
@@ -68,6 +79,65 @@ def draw_detections(plan: Plan, path: Path) -> None:
     _save(figure, path)
 
 
+def draw_factors(results: dict[str, Any], path: Path) -> None:
+    """Plot AP50 and AP over depth, in a style for each set of traits; controls are hollow.
+
+    A line connects networks of a family that differ in depth alone; an arrow shows what is added at the same depth.
+    """
+    networks, traits = results["networks"], results["traits"]
+    alike = defaultdict(list)
+    for net in sorted(networks, key=lambda net: traits[net]["layers"]):
+        alike[tuple(traits[net][key] for key in ("family", "norm", "shortcuts"))].append(net)
+    repeated = any("repeats" in row for row in networks.values())
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
+    legend = {}
+    for axes, key in zip(panels, ("AP50", "AP"), strict=True):
+        for (_, norm, shortcuts), nets in alike.items():
+            color, marker, label = TRAITS[norm is not None, shortcuts]
+            label = label.format(norm=norm)
+            style = {"color": color, "marker": marker, "markersize": 7}
+            depths = [traits[net]["layers"] for net in nets]
+            found = [summarize(networks[net], key) for net in nets]
+            deviations = [one.deviation or 0 for one in found]
+            legend[label] = axes.errorbar(depths, [one.mean for one in found], deviations, capsize=3, **style)
+            for net, depth, one, following in zip(nets, depths, found, [*found[1:], None], strict=True):
+                # On the side of the line that leads on where it does not cross the name.
+                height = -13 if following is not None and following.mean > one.mean else 4
+                axes.annotate(net, (depth, one.mean), xytext=(7, height), textcoords="offset points", color=color)
+            if all("control" in networks[net] for net in nets):
+                values = [networks[net]["control"][key] for net in nets]
+                axes.plot(depths, values, "--", markerfacecolor="white", **style)
+        for one in results["comparisons"]:
+            _draw_arrow(axes, results, one, key)
+        title = f"{key}, mean ± standard deviation over seeds" if repeated else key
+        axes.set(title=title, xlabel="depth (convolutions and fully connected layers)", ylabel=f"{key} (%)")
+        ticks = sorted({one["layers"] for one in traits.values()})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, ticks)
+        axes.set_xticks([], minor=True)
+        axes.margins(y=0.1)
+        axes.set(xlim=(ticks[0] / 1.4, ticks[-1] * 1.6), ylim=(0, None))
+        axes.grid(alpha=0.3)
+    if any("control" in row for row in networks.values()):
+        legend["random backbone"] = plt.Line2D([], [], color=ARROW, linestyle="--", marker="o", markerfacecolor="white")
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
+    _save(figure, path)
+
+
+def _draw_arrow(axes: plt.Axes, results: dict[str, Any], comparison: dict[str, Any], key: str) -> None:
+    """Draw an arrow between two networks of the same depth, with what the second has more."""
+    nets = comparison["first"], comparison["second"]
+    (depth, start), (other_depth, end) = (
+        (results["traits"][net]["layers"], summarize(results["networks"][net], key).mean) for net in nets
+    )
+    if depth != other_depth:
+        return
+    arrow = {"arrowstyle": "->", "color": ARROW, "shrinkA": 6, "shrinkB": 6}
+    axes.annotate("", (depth, end), (depth, start), arrowprops=arrow)
+    place = {"xytext": (-5, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
+    axes.annotate(comparison["factor"], (depth, (start + end) / 2), fontsize=8, color=ARROW, rotation=90, **place)
+
+
 def _curve(axes: plt.Axes, folder: Path, key: str, **style: Any) -> None:
     """Plot a metric over iterations, as logged; after a resume, an iteration's later reading wins."""
     points = {}
@@ -78,13 +148,10 @@ def _curve(axes: plt.Axes, folder: Path, key: str, **style: Any) -> None:
     axes.plot(sorted(points), [points[i] for i in sorted(points)], linewidth=1.4, **style)
 
 
-def _detections(folder: Path, ids: dict[int, int]) -> dict[Any, list] | None:
-    """Read boxes `[x, y, width, height]`, classes and scores by image id; None if there is no COCO-format output."""
-    files = sorted((folder / "inference").glob("*/coco_instances_results.json"))
-    if not files:
-        return None
+def _detections(file: Path, ids: dict[int, int]) -> dict[Any, list]:
+    """Read boxes `[x, y, width, height]`, classes and scores by image id."""
     found = defaultdict(list)
-    for item in json.loads(files[0].read_text()):
+    for item in json.loads(file.read_text()):
         if item["score"] >= LOWEST_SCORE:
             category = ids.get(item["category_id"], item["category_id"])
             found[item["image_id"]].append((item["bbox"], category, item["score"]))

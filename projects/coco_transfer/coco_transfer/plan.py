@@ -1,10 +1,9 @@
-"""What to run: the configuration for each network and stage."""
+"""What to run: the steps of each network, and their configurations and folders."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 
 from resnet_backbone import detection, pretraining
@@ -12,7 +11,8 @@ from resnet_backbone.data.generated import write_classification, write_detection
 from resnet_backbone.engine.config import load_config, set_key
 from resnet_backbone.engine.output import FINAL
 from resnet_backbone.errors import InputError
-from resnet_backbone.networks import VGG, ResNet, build_network
+from resnet_backbone.networks import VGG, ResNet
+from resnet_backbone.networks.catalogue import find_row
 
 SCALES = ("demo", "quarter", "subset", "paper")
 STAGES = {"pretrain": "pretraining", "detection": "detection"}  # display name by folder name
@@ -31,6 +31,24 @@ DEMO_DETECTION = {"train": 1500, "test": 200}
 
 
 @dataclass(frozen=True, kw_only=True)
+class Step:
+    """A part of a network's work that has a folder of its own.
+
+    Attributes:
+        stage: a key of STAGES.
+        seed: for initial weights, order and augmentation.
+        control: whether it is the control's.
+    """
+
+    stage: str
+    seed: int
+    control: bool = False
+
+    def __str__(self) -> str:
+        return f"control, {STAGES[self.stage]}" if self.control else STAGES[self.stage]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The command line of `run.py`.
 
@@ -38,10 +56,11 @@ class Plan:
         scale: one of SCALES.
         output: folder for everything.
         nets: catalogue names.
-        seed: for data (demo), initial weights, order and augmentation.
+        seed: the first, for data (demo), initial weights, order and augmentation.
         processes: number of GPUs, or of CPU processes.
         control: also train each detector from a random backbone.
         parallel: number of networks run concurrently.
+        repeat: number of seeds, N for every network or NETWORK:N for one; without any, 1.
         pretrain_data, detection_data: entries of DATASETS.TRAIN and DATASETS.TEST; empty: the scale's own.
         pretrain_keys, detection_keys: configuration overrides on top of the scale's own, KEY VALUE for every network or
             NETWORK:KEY VALUE for one.
@@ -54,13 +73,14 @@ class Plan:
     processes: int = 1
     control: bool = True
     parallel: int = 1
+    repeat: tuple[str, ...] = ()
     pretrain_data: tuple[str, ...] = ()
     detection_data: tuple[str, ...] = ()
     pretrain_keys: tuple[str, ...] = ()
     detection_keys: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise InputError for an unknown network or key, or for data the scale does not accept or is missing."""
+        """Raise InputError for an unknown network or key, a bad number, or data the scale does not accept or needs."""
         if self.parallel < 1:
             raise InputError(f"--parallel is {self.parallel}; expected at least 1, the networks to train side by side.")
         if self.parallel > 1 and self.processes > 1:
@@ -69,13 +89,14 @@ class Plan:
                 "side would take all GPUs. Leave out one of the two."
             )
         named = (
-            key.partition(":")[0]
-            for keys in (self.pretrain_keys, self.detection_keys)
-            for key in keys[::2]
-            if ":" in key
+            word.partition(":")[0]
+            for words in (self.pretrain_keys[::2], self.detection_keys[::2], self.repeat)
+            for word in words
+            if ":" in word
         )
         for net in (*self.nets, *named):
-            _family(net)
+            find_row(net)
+        self._check_repeat()
         if self.scale in ("quarter", "subset") and not (self.pretrain_data and self.detection_data):
             raise InputError(f"--scale {self.scale} needs --pretrain-data TRAIN TEST and --detection-data TRAIN TEST.")
         if self.scale == "demo" and (self.pretrain_data or self.detection_data):
@@ -83,12 +104,13 @@ class Plan:
                 "--scale demo makes its own data; use --scale subset with --pretrain-data and --detection-data."
             )
         for net in self.nets:
-            self._load(pretraining.get_config(), net, "pretrain", self.pretrain_keys)
-            self._load(detection.get_config(), net, "detection", self.detection_keys)
+            self._load(pretraining.get_config(), net, "pretrain", self.pretrain_keys, seed=self.seed)
+            self._load(detection.get_config(), net, "detection", self.detection_keys, seed=self.seed)
 
     def fixed(self) -> dict[str, Any]:
-        """Values that must not change between starts: all but the folder, the networks and how many run at once."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("output", "nets", "parallel")}
+        """Values that must not change between starts: not the folder, nor what is run and how much at once."""
+        free = ("output", "nets", "parallel", "repeat")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def with_data(self) -> "Plan":
@@ -101,47 +123,71 @@ class Plan:
         }[self.scale]()
         return replace(self, pretrain_data=self.pretrain_data or own[0], detection_data=self.detection_data or own[1])
 
-    def stages(self) -> list[tuple[str, bool]]:
-        """Each network's stages in order: a key of STAGES, and whether the stage is the control's."""
-        return [(stage, control) for control in ((False, True) if self.control else (False,)) for stage in STAGES]
+    def seeds(self, net: str) -> range:
+        """A network's seeds; --repeat says how many."""
+        counts = {owner: int(count) for owner, _, count in (word.rpartition(":") for word in self.repeat)}
+        return range(self.seed, self.seed + counts.get(net, counts.get("", 1)))
 
-    def config(self, net: str, stage: str, *, control: bool = False) -> CfgNode:
-        """A stage's configuration."""
-        return {"pretrain": self.pretrain_config, "detection": self.detection_config}[stage](net, control=control)
+    def steps(self, net: str, seed: int) -> list[Step]:
+        """A network's steps with a seed, in order. Only the first seed has a control."""
+        controls = (False, True) if self.control and seed == self.seed else (False,)
+        return [Step(stage=stage, seed=seed, control=control) for control in controls for stage in STAGES]
 
-    def pretrain_config(self, net: str, *, control: bool = False) -> CfgNode:
+    def title(self, net: str, seed: int) -> str:
+        """How a network with a seed is called."""
+        return net if seed == self.seed else f"{net} seed {seed}"
+
+    def folder(self, net: str, step: Step) -> Path:
+        """A step's output folder; the first seed's have no number."""
+        name = f"control_{step.stage}" if step.control else step.stage
+        return self.output / net / (name if step.seed == self.seed else f"{name}_seed{step.seed}")
+
+    def config(self, net: str, step: Step) -> CfgNode:
+        """A step's configuration."""
+        cfg = {"pretrain": self._pretrain_config, "detection": self._detection_config}[step.stage](net, step)
+        _set(cfg, "OUTPUT_DIR", str(self.folder(net, step)))
+        return cfg
+
+    def _pretrain_config(self, net: str, step: Step) -> CfgNode:
         """Pretraining of `net`; the control runs no iterations: initial weights with estimated BN statistics."""
-        cfg = self._load(pretraining.get_config(), net, "pretrain", self.pretrain_keys)
+        cfg = self._load(pretraining.get_config(), net, "pretrain", self.pretrain_keys, seed=step.seed)
         _set(cfg, "DATASETS.TRAIN", self.pretrain_data[:1])
         _set(cfg, "DATASETS.TEST", self.pretrain_data[1:])
-        if control:
+        if step.control:
             _set(cfg, "SOLVER.MAX_ITER", 0)
-        _set(cfg, "OUTPUT_DIR", str(self.folder(net, "pretrain", control=control)))
         return cfg
 
-    def detection_config(self, net: str, *, control: bool = False) -> CfgNode:
+    def _detection_config(self, net: str, step: Step) -> CfgNode:
         """Fine-tuning of `net`'s Faster R-CNN; the control freezes only the BN statistics."""
-        cfg = self._load(detection.get_config(), net, "detection", self.detection_keys)
+        cfg = self._load(detection.get_config(), net, "detection", self.detection_keys, seed=step.seed)
         _set(cfg, "DATASETS.TRAIN", self.detection_data[:1])
         _set(cfg, "DATASETS.TEST", self.detection_data[1:])
-        if control:
+        if step.control:
             _set(cfg, "MODEL.BACKBONE.FREEZE_AT", 0)
-        _set(cfg, "MODEL.WEIGHTS", str(self.folder(net, "pretrain", control=control) / FINAL))
-        _set(cfg, "OUTPUT_DIR", str(self.folder(net, "detection", control=control)))
+        _set(cfg, "MODEL.WEIGHTS", str(self.folder(net, replace(step, stage="pretrain")) / FINAL))
         return cfg
 
-    def folder(self, net: str, stage: str, *, control: bool = False) -> Path:
-        """A stage's output folder."""
-        return self.output / net / (f"control_{stage}" if control else stage)
+    def _check_repeat(self) -> None:
+        for word in self.repeat:
+            owner, colon, count = word.rpartition(":")
+            if not count.isdecimal() or int(count) < 1:
+                raise InputError(
+                    f"--repeat has {word!r}; expected a number of seeds from 1 on, as N or, for one network, NAME:N."
+                )
+            if colon and owner not in self.nets:
+                raise InputError(f"--repeat has {word!r}, but --nets has only {', '.join(self.nets)}. Add it there.")
+        keys = (*self.pretrain_keys[::2], *self.detection_keys[::2])
+        if self.repeat and "SEED" in (key.rpartition(":")[2] for key in keys):
+            raise InputError("--repeat changes the seed, and so does the key SEED. Leave out the key, and use --seed.")
 
-    def _load(self, cfg: CfgNode, net: str, stage: str, keys: tuple[str, ...]) -> CfgNode:
-        shipped_pretrain, shipped_detection, suffix = FAMILIES[_family(net)]
+    def _load(self, cfg: CfgNode, net: str, stage: str, keys: tuple[str, ...], *, seed: int) -> CfgNode:
+        shipped_pretrain, shipped_detection, suffix = FAMILIES[find_row(net).network_class]
         load_config(cfg, SHIPPED / (shipped_pretrain if stage == "pretrain" else shipped_detection))
         for name in (f"{stage}.yaml", f"{stage}_{suffix}.yaml", f"{stage}_{net}.yaml"):
             if (HERE / "configs" / self.scale / name).is_file():
                 load_config(cfg, HERE / "configs" / self.scale / name)
         _set(cfg, "MODEL.NETWORK.NAME", net)
-        _set(cfg, "SEED", self.seed)
+        _set(cfg, "SEED", seed)
         return load_config(cfg, None, _keys_of(net, keys))
 
     def _generated(self) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -155,12 +201,6 @@ class Plan:
             for offset, (part, count) in zip((2000, 3000), DEMO_DETECTION.items(), strict=True)
         ]
         return tuple(pretrain), tuple(detect)
-
-
-def _family(net: str) -> type:
-    """Look up a network's class by name; raise InputError if unknown."""
-    with torch.device("meta"):
-        return type(build_network(net))
 
 
 def _keys_of(net: str, keys: tuple[str, ...]) -> tuple[str, ...]:

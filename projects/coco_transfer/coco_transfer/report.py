@@ -1,19 +1,15 @@
-"""A finished plan's numbers and the table that shows them."""
+"""The comparison as Markdown: a table, what it says, and how it was run."""
 
-import json
-import os
-import platform
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import torch
 from tabulate import tabulate
 
-from coco_transfer.plan import Plan
-from resnet_backbone.engine.output import versions
+from coco_transfer.factor_section import factor_section
+from coco_transfer.plan import STAGES
+from coco_transfer.results import METRICS, seeds_of, signed, summarize
 from resnet_backbone.weights import atomic_write
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 # He et al. 2015, Table 8, COCO val: mAP@.5 and mAP@[.5, .95] in percent.
 PAPER = {"vgg16": {"AP50": 41.5, "AP": 21.2}, "resnet101": {"AP50": 48.4, "AP": 27.2}}
@@ -30,23 +26,10 @@ WHAT_IT_IS = {
     "trained jointly, not in turns.",
 }
 
-
-def collect_results(plan: Plan) -> dict[str, Any]:
-    """Collect all measurements and what it takes to reproduce them."""
-    networks = {}
-    for net in plan.nets:
-        networks[net] = _network(plan, net, control=False)
-        if plan.control:
-            networks[net]["control"] = _network(plan, net, control=True)
-    return {
-        "scale": plan.scale,
-        "seed": plan.seed,
-        "versions": versions(),
-        "machine": f"{os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}, {platform.machine()}, "
-        f"{platform.system()} {platform.release()}",
-        "parallel": plan.parallel,
-        "networks": networks,
-    }
+OVER_SEEDS = (
+    " Over several seeds: mean ± sample standard deviation; seconds are means. A control has the first seed alone, and "
+    "so have the figures of training and detections."
+)
 
 
 def write_report(results: dict[str, Any], path: Path) -> str:
@@ -54,22 +37,26 @@ def write_report(results: dict[str, Any], path: Path) -> str:
     networks = results["networks"]
     rows = []
     for net, row in networks.items():
-        rows.append(_row(net, net, row))
+        seeds = len(seeds_of(row))
+        rows.append(_row(net if seeds == 1 else f"{net} ({seeds} seeds)", net, row))
         if "control" in row:
             rows.append(_row("↳ control", None, row["control"]))
+    factors = factor_section(results)
+    repeated = any("repeats" in row for row in networks.values())
     headers = ["network", "top-1 %", *METRICS, "paper AP50 / AP", "seconds"]
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 9)
     parts = [
-        f"# VGG-16 and ResNet-101 in Faster R-CNN: {results['scale']}",
+        f"# Backbones in Faster R-CNN: {results['scale']}",
         _what_it_is(results),
         table,
         "Top-1 accuracy of the pretrained classifier, box AP of the detector, all in per cent. A control is the same "
         "detector and schedule on the network's initial weights (He initialization, batch norm statistics estimated on "
         "training images and fixed, no stage frozen). Seconds: pretraining + detection, evaluation included. The "
-        "paper's column is COCO val (Table 8) and comparable only at full scale.",
-        *_sentences(networks),
+        "paper's column is COCO val (Table 8) and comparable only at full scale." + (OVER_SEEDS if repeated else ""),
+        _sentences(results, intervals=not factors),
         "![training curves](curves.png)",
         "![detections](detections.png)",
+        *factors,
         "## How it was run",
         _setup(results),
     ]
@@ -77,29 +64,6 @@ def write_report(results: dict[str, Any], path: Path) -> str:
     with atomic_write(path) as file:
         file.write(text.encode())
     return text
-
-
-def _network(plan: Plan, net: str, *, control: bool) -> dict[str, Any]:
-    pretrain, detect = (
-        json.loads((plan.folder(net, stage, control=control) / "stage.json").read_text())
-        for stage in ("pretrain", "detection")
-    )
-    cfgs = plan.pretrain_config(net, control=control), plan.detection_config(net, control=control)
-    return {
-        "top1": pretrain["top1"],
-        **_average_precision(detect["bbox"]),
-        "seconds": {"pretrain": pretrain["seconds"], "detection": detect["seconds"]},
-        "resumed": pretrain["resumed"] or detect["resumed"],
-        "schedule": {
-            stage: {"iterations": cfg.SOLVER.MAX_ITER, "batch": cfg.SOLVER.IMS_PER_BATCH, "lr": cfg.SOLVER.BASE_LR}
-            for stage, cfg in zip(("pretrain", "detection"), cfgs, strict=True)
-        },
-        "width": cfgs[0].MODEL.NETWORK.WIDTH,
-        "crop": list(cfgs[0].INPUT.CROP.SIZE),
-        "shorter_side": cfgs[1].INPUT.MIN_SIZE_TEST,
-        "pooler": cfgs[1].MODEL.ROI_BOX_HEAD.POOLER_TYPE,
-        "roi_size": cfgs[1].MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION,
-    }
 
 
 def _what_it_is(results: dict[str, Any]) -> str:
@@ -111,39 +75,49 @@ def _what_it_is(results: dict[str, Any]) -> str:
     return text
 
 
-def _average_precision(bbox: dict[str, float | None]) -> dict[str, float | None]:
-    """A detector's metrics; with no detections, AP is 0 instead of Detectron2's NaN (null in JSON)."""
-    found = {key: bbox[key] for key in METRICS if key in bbox}
-    return {key: 0.0 if value is None and bbox["AP"] is None else value for key, value in found.items()}
-
-
 def _row(title: str, net: str | None, row: dict[str, Any]) -> list[str]:
     paper = PAPER.get(net)
-    metrics = [f"{row[key]:.1f}" if row.get(key) is not None else "–" for key in METRICS]
-    seconds = row["seconds"]
+    pretrain, detect = (fmean(one["seconds"][stage] for one in seeds_of(row)) for stage in STAGES)
+    resumed = any(one["resumed"] for one in seeds_of(row))
     return [
         title,
-        f"{row['top1']:.1f}" if net else "",
-        *metrics,
+        str(summarize(row, "top1")) if net else "",
+        *(str(summarize(row, key) or "–") for key in METRICS),
         f"{paper['AP50']} / {paper['AP']}" if paper else "",
-        f"{seconds['pretrain']:.0f} + {seconds['detection']:.0f}" + (" (resumed)" if row["resumed"] else ""),
+        f"{pretrain:.0f} + {detect:.0f}" + (" (resumed)" if resumed else ""),
     ]
 
 
-def _sentences(networks: dict[str, Any]) -> list[str]:
-    """Summarize the table in words."""
+def _sentences(results: dict[str, Any], *, intervals: bool) -> str:
+    """Summarize the table in words, with `intervals` where no section does it."""
     lines = []
+    networks = results["networks"]
     for net, row in networks.items():
         if "control" in row:
-            gain = row["AP50"] - row["control"]["AP50"]
-            lines.append(f"- {net}: pretraining is worth {gain:+.1f} points of AP50 over the random backbone.")
+            gain = summarize(row, "AP50").mean - row["control"]["AP50"]
+            lines.append(f"- {net}: pretraining is worth {signed(gain)} points of AP50 over the random backbone.")
     if {"vgg16", "resnet101"} <= set(networks):
-        vgg, resnet = networks["vgg16"], networks["resnet101"]
-        lines.append(
-            f"- ResNet-101 against VGG-16: {resnet['AP50'] - vgg['AP50']:+.1f} points of AP50 and "
-            f"{resnet['AP'] - vgg['AP']:+.1f} of AP here; in the paper +6.9 and +6.0."
+        ap50, ap = (
+            summarize(networks["resnet101"], key).mean - summarize(networks["vgg16"], key).mean
+            for key in ("AP50", "AP")
         )
-    return ["\n".join(lines)]
+        lines.append(
+            f"- ResNet-101 against VGG-16: {signed(ap50)} points of AP50 and {signed(ap)} of AP here; in the paper "
+            f"+6.9 and +6.0.{_interval_words(results) if intervals else ''}"
+        )
+    return "\n".join(lines)
+
+
+def _interval_words(results: dict[str, Any]) -> str:
+    """Tell the intervals of the one pair of networks, if there are any."""
+    (comparison,) = results["comparisons"]
+    if "intervals" not in comparison:
+        return ""
+    (low, high), (low_ap, high_ap) = (comparison["intervals"][key] for key in ("AP50", "AP"))
+    return (
+        f" Of {results['resamples']:,} resamples of the {results['test_images']:,} test images, 95 % give differences "
+        f"from {signed(low)} to {signed(high)} and from {signed(low_ap)} to {signed(high_ap)}."
+    )
 
 
 def _setup(results: dict[str, Any]) -> str:
@@ -156,7 +130,7 @@ def _setup(results: dict[str, Any]) -> str:
             f"{pretrain['batch']} images at crops of {row['crop'][0]} pixels, learning rate {pretrain['lr']:g}; "
             f"detection {detect['iterations']:,} iterations of {detect['batch']} images with a shorter side of "
             f"{row['shorter_side']}, learning rate {detect['lr']:g}, {row['pooler']} of "
-            f"{row['roi_size']}×{row['roi_size']}."
+            f"{row['roi_size']}×{row['roi_size']}{_further_seeds(row)}."
         )
     plan = results["plan"]
     for key in ("pretrain_data", "detection_data"):
@@ -166,3 +140,8 @@ def _setup(results: dict[str, Any]) -> str:
         if plan[key]:
             lines.append(f"- {key.replace('_', ' ')} set over the scale's own: `{' '.join(plan[key])}`")
     return "\n".join(lines)
+
+
+def _further_seeds(row: dict[str, Any]) -> str:
+    seeds = [str(one["seed"]) for one in row.get("repeats", ())]
+    return f"; also with seed {' and '.join(seeds)}" if seeds else ""

@@ -13,9 +13,12 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from coco_transfer.figures import draw_curves, draw_detections
-from coco_transfer.plan import STAGES, Plan
-from coco_transfer.report import collect_results, write_report
+from coco_transfer.factor_section import FIGURE, FIGURE_FROM
+from coco_transfer.factors import compare
+from coco_transfer.figures import draw_curves, draw_detections, draw_factors
+from coco_transfer.plan import Plan, Step
+from coco_transfer.report import write_report
+from coco_transfer.results import collect_results
 from resnet_backbone import detection, pretraining
 from resnet_backbone.engine.jobs import Job, interruptible, run_jobs
 from resnet_backbone.engine.launch import launch
@@ -46,32 +49,38 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s %(name)s] %(message)s", datefmt="%m-%d %H:%M:%S")
     ready = plan.with_data()
     nets = list(dict.fromkeys(plan.nets))
+    # The first seeds of all networks come first.
+    trained = sorted(((net, seed) for net in nets for seed in plan.seeds(net)), key=lambda pair: pair[1])
     jobs = [
-        Job(net, partial(carry_out_network, ready, net), partial(describe_progress, ready, net))
-        for net in nets
-        if _next_stage(plan, net) is not None
+        Job(plan.title(*pair), partial(carry_out_network, ready, *pair), partial(describe_progress, ready, *pair))
+        for pair in trained
+        if _next_step(plan, *pair) is not None
     ]
-    logger.info("%d of %d networks are finished", len(nets) - len(jobs), len(nets))
+    logger.info("%d of %d networks are finished", len(trained) - len(jobs), len(trained))
     if stopped := run_jobs(jobs, at_a_time=plan.parallel, logger=logger):
         raise InputError(
-            f"{len(stopped)} of {len(nets)} networks stopped: {', '.join(job.title for job in stopped)}. What is said "
-            f"above and log.txt in the stages' folders in {plan.output} tell why; the same command goes on from there."
+            f"{len(stopped)} of {len(trained)} networks stopped: {', '.join(job.title for job in stopped)}. What is "
+            f"said above and log.txt in the stages' folders in {plan.output} tell why; the same command goes on from "
+            "there."
         )
-    results = {**collect_results(ready), "plan": plan.fixed()}
+    results = collect_results(ready)
+    results |= {**compare(ready, results["networks"]), "plan": plan.fixed()}
     write_json(plan.output / "results.json", results)
     draw_curves(ready, plan.output / "curves.png")
     draw_detections(ready, plan.output / "detections.png")
+    if len(nets) >= FIGURE_FROM:
+        draw_factors(results, plan.output / FIGURE)
     report = write_report(results, plan.output / "report.md")
     print(report)
     logger.info("wrote %s in %.0f s", plan.output / "report.md", time.perf_counter() - start)
     return results
 
 
-def carry_out_network(plan: Plan, net: str) -> None:
-    """Run all unfinished stages of one network and its control."""
-    for stage, control in plan.stages():
-        logger.info("%s: %s", net, _words(stage, control))
-        run_stage(plan.config(net, stage, control=control), RUNS[stage], plan.processes)
+def carry_out_network(plan: Plan, net: str, seed: int) -> None:
+    """Run all unfinished steps of one network with one seed."""
+    for step in plan.steps(net, seed):
+        logger.info("%s: %s", plan.title(net, seed), step)
+        run_stage(plan.config(net, step), RUNS[step.stage], plan.processes)
 
 
 def run_stage(cfg: CfgNode, run: Callable[..., Any], processes: int) -> dict[str, Any]:
@@ -101,31 +110,26 @@ def run_stage(cfg: CfgNode, run: Callable[..., Any], processes: int) -> dict[str
     return stage
 
 
-def describe_progress(plan: Plan, net: str) -> str:
-    """Describe a network's progress from its current stage's output, in a few words for the terminal."""
-    step = _next_stage(plan, net)
+def describe_progress(plan: Plan, net: str, seed: int) -> str:
+    """Describe a network's progress from its current step's output, in a few words for the terminal."""
+    step = _next_step(plan, net, seed)
     if step is None:
         return "all stages are finished"
-    folder = plan.folder(net, step[0], control=step[1])
+    folder = plan.folder(net, step)
     reading = _last_reading(folder / "metrics.json")
     if reading is None:
-        return f"{_words(*step)}, preparing"
+        return f"{step}, preparing"
     solver = yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]  # the run's, which may rescale the plan's
     done, total, rate = reading["iteration"] + 1, solver["MAX_ITER"], reading["images_per_second"]
     if done >= total:
-        return f"{_words(*step)}, evaluating"
+        return f"{step}, evaluating"
     eta = datetime.timedelta(seconds=round((total - done) * solver["IMS_PER_BATCH"] / rate))
-    return f"{_words(*step)}, {done} of {total}, {rate:.4g} images/s, eta {eta}"
+    return f"{step}, {done} of {total}, {rate:.4g} images/s, eta {eta}"
 
 
-def _next_stage(plan: Plan, net: str) -> tuple[str, bool] | None:
-    """A network's first unfinished stage, and whether it is the control's; None if all are finished."""
-    steps = plan.stages()
-    return next((step for step in steps if not (plan.folder(net, step[0], control=step[1]) / DONE).is_file()), None)
-
-
-def _words(stage: str, control: bool) -> str:
-    return f"control, {STAGES[stage]}" if control else STAGES[stage]
+def _next_step(plan: Plan, net: str, seed: int) -> Step | None:
+    """A network's first unfinished step with a seed; None if all are finished."""
+    return next((step for step in plan.steps(net, seed) if not (plan.folder(net, step) / DONE).is_file()), None)
 
 
 def _last_reading(metrics: Path) -> dict[str, Any] | None:
