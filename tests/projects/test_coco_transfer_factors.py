@@ -176,6 +176,20 @@ def test_the_figure_has_something_on_it(six):
     assert "](factors.png)" in (six / "report.md").read_text()
 
 
+def test_intervals_are_of_the_mean_over_seeds(run, scenes, tmp_path):
+    nets = ("plain34", "resnet34")
+    given = words(tmp_path / "run", scenes, "--no-control", "--repeat", "resnet34:2", nets=nets)
+    plan = run.parse(given)
+    for net in nets:
+        for seed in plan.seeds(net):
+            found = perfect(scenes) if (net, seed) == ("resnet34", 2) else []
+            for step in plan.steps(net, seed):
+                finish(plan, net, step, top1=10, ap50=100 * bool(found), detections=found)
+    assert run.main(given) == 0
+    (one,) = json.loads((tmp_path / "run" / "results.json").read_text())["comparisons"]
+    assert (one["AP50"], one["intervals"]["AP50"]) == (50, pytest.approx([50, 50]))
+
+
 def test_without_detections_in_cocos_form_there_are_no_intervals(run, scenes, tmp_path, capsys):
     nets = ("plain34", "resnet34")
     given = words(tmp_path / "run", scenes, "--no-control", nets=nets)
