@@ -20,10 +20,17 @@ EXAMPLES = """examples:
       --pretrain-data 'shards/train-{000000..000007}.tar' shards/val-000000.tar \\
       --detection-data voc/train.json:voc/images voc/val.json:voc/images
 
+  # one factor at a time, some networks with three seeds, two CPU cores
+  OMP_NUM_THREADS=1 python projects/coco_transfer/run.py --scale quarter --output output/quarter --parallel 2 \\
+      --nets vgg16 vgg16_bn plain34 resnet34 resnet50 resnet101 --repeat vgg16:3 resnet101:3 \\
+      --pretrain-data 'shards/train-{000000..000007}.tar' shards/val-000000.tar \\
+      --detection-data voc/train.json:voc/images voc/val.json:voc/images
+
   # ImageNet and COCO 2014 under DETECTRON2_DATASETS, eight GPUs
   python projects/coco_transfer/run.py --scale paper --output output/paper --num-gpus 8
 
-A run that was stopped goes on where it stopped when it is started again with the same arguments."""
+A run that was stopped goes on where it stopped when it is started again with the same arguments. A finished run
+is extended by more --nets or a larger --repeat."""
 
 
 def parse(arguments: list[str] | None = None) -> Plan:
@@ -46,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
         help="number of seeds, SEED, SEED+1, …, for every network or, as NAME:N, for one (default: 1)",
     )
     parser.add_argument("--no-control", action="store_true", help="leave out the detectors with random backbones")
-    data = parser.add_argument_group("data (subset: required; paper: ImageNet and COCO 2014; demo: generated)")
+    data = parser.add_argument_group("data (quarter, subset: required; paper: ImageNet and COCO 2014; demo: generated)")
     entry = ("TRAIN", "TEST")
     data.add_argument("--pretrain-data", nargs=2, metavar=entry, help="folders, shard patterns or registered names")
     data.add_argument("--detection-data", nargs=2, metavar=entry, help="FILE.json:IMAGES, FOLDER:SPLIT or names")

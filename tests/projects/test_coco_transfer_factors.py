@@ -165,7 +165,7 @@ def test_the_report_tells_what_the_test_images_can_tell(six):
     assert "vgg16 → vgg16_bn (+8.0)" in holds and "vgg16 → resnet101 (+50.0)" in holds
     (limits,) = (line for line in lines if line.startswith("**What may be concluded.**"))
     assert "fc6 and fc7 on 7×7 to conv5_x on 4×4" in limits
-    assert "± in the table above" in limits
+    assert "the ± in the first table" in limits
     assert any("BASE_LR 0.02 → 0.05, CLIP_GRADIENTS.ENABLED True → False" in line for line in lines)
 
 

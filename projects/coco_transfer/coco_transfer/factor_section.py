@@ -71,16 +71,15 @@ def _verdict(comparisons: list[dict[str, Any]]) -> str:
     """Say which differences in AP50 the test images can tell from 0."""
     if "intervals" not in comparisons[0]:
         return ""
-    certain, open_ = [], []
+    words = {
+        False: "The interval of AP50 excludes 0",
+        True: "The interval of AP50 holds 0, so these test images cannot tell the difference from 0",
+    }
+    found = {holds_zero: [] for holds_zero in words}
     for one in comparisons:
         low, high = (round(end, 1) for end in one["intervals"]["AP50"])  # as the table shows them
-        (open_ if low <= 0 <= high else certain).append(f"{one['first']} → {one['second']} ({signed(one['AP50'])})")
-    lines = []
-    if certain:
-        lines.append(f"- The interval of AP50 excludes 0: {', '.join(certain)}.")
-    if open_:
-        lines.append(f"- It holds 0, so these test images cannot tell the difference from 0: {', '.join(open_)}.")
-    return "\n".join(lines)
+        found[low <= 0 <= high].append(f"{one['first']} → {one['second']} ({signed(one['AP50'])})")
+    return "\n".join(f"- {words[key]}: {', '.join(pairs)}." for key, pairs in found.items() if pairs)
 
 
 def _limits(results: dict[str, Any]) -> str:
@@ -88,8 +87,9 @@ def _limits(results: dict[str, Any]) -> str:
     networks, traits = results["networks"], results["traits"]
     sentences = [
         "**What may be concluded.** An interval that excludes 0 says that these trained detectors differ on images "
-        "like those of the test set. It does not contain the spread over training seeds:",
-        "± in the table above shows it, where a network has several."
+        "like those of the test set; if they did not, one interval in twenty would still exclude 0. It does not "
+        "contain the spread over training seeds:",
+        "the ± in the first table shows that for the networks with several."
         if any(len(seeds_of(row)) > 1 for row in networks.values())
         else "every network was trained once, so that spread is unknown here.",
         "Where settings change too, a row is about networks and recipes together.",
