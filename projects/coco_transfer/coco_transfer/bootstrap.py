@@ -42,7 +42,8 @@ class Matches:
 def draw_images(images: int, *, resamples: int, seed: int) -> np.ndarray:
     """Return how often each resample has each image, `(R, N)`."""
     rng = np.random.default_rng(seed)
-    return np.stack([np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(resamples)])
+    counts = (np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(resamples))
+    return np.stack([one.astype(np.int32) for one in counts])
 
 
 def find_matches(evaluation: Evaluation) -> Matches:

@@ -82,7 +82,7 @@ def draw_detections(plan: Plan, path: Path) -> None:
 def draw_factors(results: dict[str, Any], path: Path) -> None:
     """Plot AP50 and AP over depth, in a style for each set of traits; controls are hollow.
 
-    A line connects networks of a family that differ in depth alone; an arrow shows what is added at the same depth.
+    A line connects networks of a family with the same traits; an arrow shows what is added at the same depth.
     """
     networks, traits = results["networks"], results["traits"]
     alike = defaultdict(list)
