@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from coco_transfer.plan import SCALES, Plan
-from coco_transfer.stages import carry_out
+from coco_transfer.transfer import carry_out
 
 from resnet_backbone.errors import exit_code
 
@@ -52,6 +52,9 @@ def parse(arguments: list[str] | None = None) -> Plan:
         metavar="[NAME:]N",
         help="number of seeds, SEED, SEED+1, …, for every network or, as NAME:N, for one (default: 1)",
     )
+    parser.add_argument(
+        "--options", metavar="NAME", help="also measure the options of the paper's Table 9 with this ResNet of --nets"
+    )
     parser.add_argument("--no-control", action="store_true", help="leave out the detectors with random backbones")
     data = parser.add_argument_group("data (quarter, subset: required; paper: ImageNet and COCO 2014; demo: generated)")
     entry = ("TRAIN", "TEST")
@@ -70,6 +73,7 @@ def parse(arguments: list[str] | None = None) -> Plan:
         control=not given.no_control,
         parallel=given.parallel,
         repeat=tuple(given.repeat),
+        options=given.options,
         pretrain_data=tuple(given.pretrain_data or ()),
         detection_data=tuple(given.detection_data or ()),
         pretrain_keys=tuple(given.pretrain),

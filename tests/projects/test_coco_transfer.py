@@ -200,10 +200,10 @@ def test_a_network_that_fails_is_named_after_the_others_are_done(run, project, t
 
     def run_stage(cfg, _run, _processes):
         if cfg.MODEL.NETWORK.NAME == "vgg16":
-            raise project["stages"].InputError("the loss is not a number.")
+            raise project["transfer"].InputError("the loss is not a number.")
         done.append(Path(cfg.OUTPUT_DIR).name)
 
-    monkeypatch.setattr(project["stages"], "run_stage", run_stage)
+    monkeypatch.setattr(project["transfer"], "run_stage", run_stage)
     monkeypatch.setattr(project["plan"].Plan, "with_data", lambda plan: plan)
     assert run.main(_arguments(tmp_path / "out", "shapes", "scenes")) == 2
     error = capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_a_network_that_fails_is_named_after_the_others_are_done(run, project, t
 def test_the_status_is_read_from_the_stages_folders(project, finished, tmp_path):
     fixed = json.loads((finished / "plan.json").read_text())
     plan = project["plan"].Plan(**{**fixed, "output": tmp_path, "nets": ("vgg16",)})
-    describe = project["stages"].describe_progress
+    describe = project["transfer"].describe_progress
     assert describe(plan, "vgg16", 1) == "pretraining, preparing"
     shutil.copytree(finished / "vgg16", tmp_path / "vgg16")
     assert describe(plan, "vgg16", 1) == "all stages are finished"
@@ -257,6 +257,79 @@ def test_a_detector_that_finds_nothing_has_an_ap_of_zero(run, finished, tmp_path
     assert f"resnet18: pretraining is worth {gain:+.1f} points" in write_report(results, tmp_path / "report.md")
 
 
+def test_the_options_of_table_9_are_added_one_by_one(run, finished, shapes, scenes, tmp_path, capsys):
+    import yaml
+
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    words = _arguments(copy, shapes, scenes, "--options", "resnet18")
+    assert run.main(words) == 0
+    table = (copy / "options.md").read_text()
+    assert table in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")][2:]
+    assert [row[0].lstrip("+ ") for row in rows] == [
+        "baseline",
+        "box refinement and voting",
+        "global context",
+        "multi-scale testing",
+        "ensemble",
+        "flips",
+    ]
+    assert rows[0][-2:] == ["1.0", "48.4 / 27.2"] and rows[-1][-1] == ""
+
+    folder = copy / "resnet18"
+    cfgs = [yaml.safe_load(file.read_text()) for file in sorted((folder / "options").glob("*/config.yaml"))]
+    assert cfgs == [], "an evaluation writes none"
+    contexts = [yaml.safe_load((folder / name / "config.yaml").read_text()) for name in ("context", "context_seed2")]
+    assert [cfg["SEED"] for cfg in contexts] == [1, 2]
+    for cfg in contexts:
+        assert cfg["MODEL"]["ROI_HEADS"]["GLOBAL_CONTEXT"] is True
+        assert Path(cfg["MODEL"]["WEIGHTS"]) == folder / "pretrain" / "model_final.pth"
+    measured = json.loads((folder / "options" / "results.json").read_text())["rows"]
+    stages = [json.loads(file.read_text()) for file in sorted((folder / "options").glob("*/stage.json"))]
+    assert [row["AP50"] for row in measured] == [stage["bbox"]["AP50"] or 0 for stage in stages]
+    assert stages[0]["bbox"] == json.loads((folder / "detection" / "results.json").read_text())["bbox"]
+    assert all(row["seconds"] > 0 for row in measured)
+
+    before = [file.stat().st_mtime_ns for file in sorted(folder.glob("*/*/stage.json"))]
+    assert run.main(words) == 0
+    assert [file.stat().st_mtime_ns for file in sorted(folder.glob("*/*/stage.json"))] == before and len(before) == 6
+
+
+def test_each_row_evaluates_with_the_options_above_it(project, finished, monkeypatch):
+    options = project["options"]
+    given, loaded = [], []
+    monkeypatch.setattr(options, "run_stage", lambda cfg, *_: given.append(cfg) or {"bbox": {"AP": 1.0, "AP50": 2.0}})
+    monkeypatch.setattr(options, "load_detector", lambda weights, opts: loaded.append((weights, opts)))
+    monkeypatch.setattr(options, "_seconds", lambda detectors, _: [1.0] * len(detectors))
+    monkeypatch.setattr(options, "write_json", lambda *_: None)
+    fixed = json.loads((finished / "plan.json").read_text())
+    plan = project["plan"].Plan(**{**fixed, "output": finished, "nets": ("resnet18",), "options": "resnet18"})
+    options.measure_options(plan)
+    (finished / "options.md").unlink()
+    keys = {
+        "refinement": [cfg.TEST.BOX_REFINEMENT and cfg.TEST.BOX_VOTING for cfg in given],
+        "suppression": [cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST == 0.3 for cfg in given],
+        "context": [cfg.MODEL.ROI_HEADS.GLOBAL_CONTEXT for cfg in given],
+        "scales": [cfg.TEST.MULTI_SCALE.MIN_SIZES == (21, 43, 64, 85, 107) for cfg in given],
+        "region": [cfg.TEST.MULTI_SCALE.REGION_SIZE == 64 for cfg in given],
+        "ensemble": [
+            (str(finished / "resnet18" / "context_seed2" / "model_final.pth"),) == cfg.TEST.ENSEMBLE for cfg in given
+        ],
+        "flip": [cfg.TEST.FLIP for cfg in given],
+    }
+    first = {"refinement": 1, "suppression": 1, "context": 2, "scales": 3, "region": 3, "ensemble": 4, "flip": 5}
+    assert keys == {name: [row >= start for row in range(6)] for name, start in first.items()}
+    weights = [Path(cfg.MODEL.WEIGHTS).parent.name for cfg in given]
+    assert weights == ["detection"] * 2 + ["context"] * 4
+    assert [str(file) for file, _ in loaded] == [cfg.MODEL.WEIGHTS for cfg in given]
+    assert [opts[-2:] for _, opts in loaded[3:]] == [
+        ["TEST.MULTI_SCALE.REGION_SIZE", "64"],
+        ["TEST.ENSEMBLE", str(given[-1].TEST.ENSEMBLE)],
+        ["TEST.FLIP", "True"],
+    ]
+
+
 def test_other_arguments_in_the_same_folder_are_refused(run, finished, shapes, scenes, capsys):
     assert run.main(_arguments(finished, shapes, scenes, "--seed", "2")) == 2
     error = capsys.readouterr().err
@@ -271,6 +344,8 @@ def test_other_arguments_in_the_same_folder_are_refused(run, finished, shapes, s
         (["--scale", "demo", "--nets", "resnet100"], "resnet10"),
         (["--scale", "demo", "--detection", "resnet100:SOLVER.MAX_ITER", "5"], "resnet10"),
         (["--scale", "demo", "--detection", "SOLVER.MAX_ITERS", "5"], "SOLVER.MAX_ITER"),
+        (["--scale", "demo", "--options", "vgg16"], "vgg16, which has no conv5_x"),
+        (["--scale", "demo", "--options", "resnet50"], "--nets has only vgg16, resnet101"),
         (["--scale", "demo", "--parallel", "0"], "--parallel is 0"),
         (["--scale", "demo", "--parallel", "2", "--num-gpus", "2"], "each of the networks"),
         (["--scale", "subset", "--pretrain-data", "a", "b", "--detection-data", "no.json", "no.json"], "a"),

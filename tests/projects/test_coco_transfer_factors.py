@@ -247,7 +247,7 @@ def test_a_run_begun_without_repeats_can_be_extended(run, six, scenes):
 def test_the_first_seeds_of_all_networks_come_first_each_in_a_job_of_its_own(
     run, project, scenes, tmp_path, monkeypatch
 ):
-    stages = project["stages"]
+    stages = project["transfer"]
     ran, titles = [], []
 
     def run_jobs(jobs, **_):

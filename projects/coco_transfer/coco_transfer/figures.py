@@ -39,7 +39,7 @@ def draw_curves(plan: Plan, path: Path) -> None:
             folder = plan.folder(net, step)
             if step.stage == "detection":
                 _curve(right, folder, "total_loss", color=f"C{number}", linestyle="--" if step.control else "-")
-            elif not step.control:
+            elif step.stage == "pretrain" and not step.control:
                 _curve(left, folder, "top1_error", label=net, color=f"C{number}")
     left.set(title="pretraining", xlabel="iteration", ylabel="top-1 training error (%)", ylim=(0, 100))
     title = "detection" + (" (dashed: random backbone)" if plan.control else "")

@@ -16,6 +16,8 @@ from resnet_backbone.networks.catalogue import find_row
 
 SCALES = ("demo", "quarter", "subset", "paper")
 STAGES = {"pretrain": "pretraining", "detection": "detection"}  # display name by folder name
+CONTEXT = "context"  # a stage of --options: detection with global context, from the first seed's classifier
+TITLES = {**STAGES, CONTEXT: "detection with global context"}
 
 HERE = Path(__file__).resolve().parent.parent
 SHIPPED = HERE.parent.parent / "configs"
@@ -35,7 +37,7 @@ class Step:
     """A part of a network's work that has a folder of its own.
 
     Attributes:
-        stage: a key of STAGES.
+        stage: a key of TITLES.
         seed: for initial weights, order and augmentation.
         control: whether it is the control's.
     """
@@ -45,7 +47,7 @@ class Step:
     control: bool = False
 
     def __str__(self) -> str:
-        return f"control, {STAGES[self.stage]}" if self.control else STAGES[self.stage]
+        return f"control, {TITLES[self.stage]}" if self.control else TITLES[self.stage]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class Plan:
         control: also train each detector from a random backbone.
         parallel: number of networks run concurrently.
         repeat: number of seeds, N for every network or NETWORK:N for one; without any, 1.
+        options: the network with which to measure the options of Table 9; None: not measured.
         pretrain_data, detection_data: entries of DATASETS.TRAIN and DATASETS.TEST; empty: the scale's own.
         pretrain_keys, detection_keys: configuration overrides on top of the scale's own, KEY VALUE for every network or
             NETWORK:KEY VALUE for one.
@@ -74,6 +77,7 @@ class Plan:
     control: bool = True
     parallel: int = 1
     repeat: tuple[str, ...] = ()
+    options: str | None = None
     pretrain_data: tuple[str, ...] = ()
     detection_data: tuple[str, ...] = ()
     pretrain_keys: tuple[str, ...] = ()
@@ -97,6 +101,7 @@ class Plan:
         for net in (*self.nets, *named):
             find_row(net)
         self._check_repeat()
+        self._check_options()
         if self.scale in ("quarter", "subset") and not (self.pretrain_data and self.detection_data):
             raise InputError(f"--scale {self.scale} needs --pretrain-data TRAIN TEST and --detection-data TRAIN TEST.")
         if self.scale == "demo" and (self.pretrain_data or self.detection_data):
@@ -109,7 +114,7 @@ class Plan:
 
     def fixed(self) -> dict[str, Any]:
         """Values that must not change between starts: not the folder, nor what is run and how much at once."""
-        free = ("output", "nets", "parallel", "repeat")
+        free = ("output", "nets", "parallel", "repeat", "options")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
@@ -129,9 +134,16 @@ class Plan:
         return range(self.seed, self.seed + counts.get(net, counts.get("", 1)))
 
     def steps(self, net: str, seed: int) -> list[Step]:
-        """A network's steps with a seed, in order. Only the first seed has a control."""
+        """A network's steps with a seed, in order. Only the first seed has a control, and what --options needs."""
         controls = (False, True) if self.control and seed == self.seed else (False,)
-        return [Step(stage=stage, seed=seed, control=control) for control in controls for stage in STAGES]
+        steps = [Step(stage=stage, seed=seed, control=control) for control in controls for stage in STAGES]
+        if net == self.options and seed == self.seed:
+            steps += self.context_steps()
+        return steps
+
+    def context_steps(self) -> list[Step]:
+        """The two detectors with global context that --options needs: one, and another one for an ensemble."""
+        return [Step(stage=CONTEXT, seed=seed) for seed in (self.seed, self.seed + 1)]
 
     def title(self, net: str, seed: int) -> str:
         """How a network with a seed is called."""
@@ -144,7 +156,12 @@ class Plan:
 
     def config(self, net: str, step: Step) -> CfgNode:
         """A step's configuration."""
-        cfg = {"pretrain": self._pretrain_config, "detection": self._detection_config}[step.stage](net, step)
+        make = {
+            "pretrain": self._pretrain_config,
+            "detection": self._detection_config,
+            CONTEXT: self._context_config,
+        }
+        cfg = make[step.stage](net, step)
         _set(cfg, "OUTPUT_DIR", str(self.folder(net, step)))
         return cfg
 
@@ -166,6 +183,23 @@ class Plan:
             _set(cfg, "MODEL.BACKBONE.FREEZE_AT", 0)
         _set(cfg, "MODEL.WEIGHTS", str(self.folder(net, replace(step, stage="pretrain")) / FINAL))
         return cfg
+
+    def _context_config(self, net: str, step: Step) -> CfgNode:
+        """The same fine-tuning with global context."""
+        cfg = self._detection_config(net, step)
+        _set(cfg, "MODEL.ROI_HEADS.GLOBAL_CONTEXT", True)
+        _set(cfg, "MODEL.WEIGHTS", str(self.folder(net, Step(stage="pretrain", seed=self.seed)) / FINAL))
+        return cfg
+
+    def _check_options(self) -> None:
+        if self.options is None:
+            return
+        if self.options not in self.nets:
+            raise InputError(f"--options is {self.options}, but --nets has only {', '.join(self.nets)}. Add it there.")
+        if find_row(self.options).network_class is not ResNet:
+            raise InputError(
+                f"--options is {self.options}, which has no conv5_x for the global context of Table 9. Name a ResNet."
+            )
 
     def _check_repeat(self) -> None:
         for word in self.repeat:
