@@ -151,13 +151,13 @@ def load_members(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
     members = []
     for file in cfg.TEST.ENSEMBLE:
         other = load_detector(file, opts=("MODEL.DEVICE", cfg.MODEL.DEVICE, *NO_OPTIONS))
-        named = f"{said(cfg, 'TEST.ENSEMBLE')}, but of {file}, "
+        named = f"{said(cfg, 'TEST.ENSEMBLE')}, but "
         if reason := why_no_options(other.cfg):
-            raise InputError(f"{named}{reason}. Leave it out.")
+            raise InputError(f"{named}in {file}, {reason}. Leave it out.")
         count, theirs = other.cfg.MODEL.ROI_HEADS.NUM_CLASSES, other.class_names
         if count != cfg.MODEL.ROI_HEADS.NUM_CLASSES or not _are_same(theirs, class_names):
             raise InputError(
-                f"{named}the {count} classes ({', '.join(theirs[:3])} …) are not this detector's "
+                f"{named}the {count} classes of {file} ({', '.join(theirs[:3])} …) are not this detector's "
                 f"{cfg.MODEL.ROI_HEADS.NUM_CLASSES} ({', '.join(class_names[:3])} …). An ensemble averages scores, so "
                 "its detectors need the same classes in the same order. Leave it out."
             )

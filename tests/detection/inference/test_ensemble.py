@@ -150,7 +150,7 @@ def test_members_that_cannot_be_in_it_are_refused_in_a_sentence(
     fewer = other(one_category=True)
     for file, message in (
         (retinanet, "TEST.ENSEMBLE is .*MODEL.META_ARCHITECTURE is RetinaNet.*needs GeneralizedRCNN.*Leave it out"),
-        (fewer, r"the 1 classes \(.*\) are not this detector's \d+ \(.*the same classes in the same order"),
+        (fewer, r"the 1 classes of .* \(.*\) are not this detector's \d+ \(.*the same classes in the same order"),
         (classifier("resnet18"), "holds a classifier"),
         (tmp_path / "none.pth", "none.pth"),
     ):
