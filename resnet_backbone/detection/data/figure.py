@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from resnet_backbone.detection.data.check import Report
 from resnet_backbone.detection.data.statistics import LARGE, SMALL, box_sides, class_counts, size_shares
 from resnet_backbone.weights import atomic_write
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 UNEVEN = 20  # a class this many times as frequent as another makes the axis logarithmic
 COLORS = ("C0", "C1")
@@ -21,17 +19,16 @@ COLORS = ("C0", "C1")
 def draw(reports: Sequence[Report], path: Path) -> None:
     """Draw the data sets' classes above their box sizes and aspect ratios, as a PNG."""
     classes = list(dict.fromkeys(name for report in reports for name in report.contents.class_names))
-    figure = plt.figure(figsize=(max(12, min(0.22 * len(classes) + 2, 60)), 9), constrained_layout=True)
+    figure = Figure(figsize=(max(12, min(0.22 * len(classes) + 2, 60)), 9), layout="constrained")
     above, sizes, ratios = figure.subplot_mosaic([["classes", "classes"], ["sizes", "ratios"]]).values()
     _draw_classes(above, reports, classes)
     _draw_sizes(sizes, reports)
     _draw_ratios(ratios, reports)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=80)
-    plt.close(figure)
 
 
-def _draw_classes(axes: plt.Axes, reports: Sequence[Report], classes: Sequence[str]) -> None:
+def _draw_classes(axes: Axes, reports: Sequence[Report], classes: Sequence[str]) -> None:
     """Draw a bar for the objects of each class and a darker one within it for the images, the most frequent first."""
     totals = dict.fromkeys(classes, 0)
     counted = []
@@ -62,7 +59,7 @@ def _draw_classes(axes: plt.Axes, reports: Sequence[Report], classes: Sequence[s
     axes.legend(frameon=False, loc="upper right")
 
 
-def _draw_sizes(axes: plt.Axes, reports: Sequence[Report]) -> None:
+def _draw_sizes(axes: Axes, reports: Sequence[Report]) -> None:
     sizes = [np.sqrt(box_sides(report.contents).prod(1)) for report in reports]
     for number, (report, each) in enumerate(zip(reports, sizes, strict=True)):
         if len(each):
@@ -80,7 +77,7 @@ def _draw_sizes(axes: plt.Axes, reports: Sequence[Report]) -> None:
     _finish(axes)
 
 
-def _draw_ratios(axes: plt.Axes, reports: Sequence[Report]) -> None:
+def _draw_ratios(axes: Axes, reports: Sequence[Report]) -> None:
     ratios = [sides[:, 0] / sides[:, 1] for sides in (box_sides(report.contents) for report in reports)]
     for number, (report, each) in enumerate(zip(reports, ratios, strict=True)):
         if len(each):
@@ -92,7 +89,7 @@ def _draw_ratios(axes: plt.Axes, reports: Sequence[Report]) -> None:
     _finish(axes)
 
 
-def _histogram(axes: plt.Axes, values: np.ndarray, bins: np.ndarray, color: str, label: str) -> None:
+def _histogram(axes: Axes, values: np.ndarray, bins: np.ndarray, color: str, label: str) -> None:
     weights = np.full(len(values), 100 / len(values))
     axes.hist(values, bins, weights=weights, color=color, alpha=0.35)
     axes.hist(values, bins, weights=weights, color=color, histtype="step", label=label)
@@ -105,7 +102,7 @@ def _bins(values: Sequence[np.ndarray]) -> np.ndarray:
     return np.geomspace(low / 1.001, high * 1.001, 51)
 
 
-def _finish(axes: plt.Axes) -> None:
+def _finish(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

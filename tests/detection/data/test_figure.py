@@ -4,9 +4,9 @@ import itertools
 import json
 from pathlib import Path
 
-import matplotlib.pyplot
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from resnet_backbone.detection.data import figure
@@ -27,13 +27,11 @@ def drawn(scenes, tmp_path, monkeypatch):
             entry = f"{file}:{Path(scenes).parent / 'images'}"
             reports.append(check_entry(entry, workers=0, limit=1, progress=None))
         kept = []
-        monkeypatch.setattr(matplotlib.pyplot, "close", kept.append)
+        monkeypatch.setattr(figure, "Figure", lambda **how: kept.append(Figure(**how)) or kept[-1])
         figure.draw(reports, tmp_path / "figure.png")
         assert Image.open(tmp_path / "figure.png").format == "PNG"
         monkeypatch.undo()
-        axes = kept[0].axes
-        matplotlib.pyplot.close(kept[0])
-        return axes
+        return kept[0].axes
 
     return draw
 
