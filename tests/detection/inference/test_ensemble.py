@@ -88,6 +88,19 @@ def test_all_options_together_do_not_depend_on_the_batch(kind):
         assert_equal(found, found_by(wrapped, [record])[0], rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["C4", "FPN", "VGG-16"])
+def test_a_gpu_finds_the_same(kind, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    found = []
+    for device in ("cpu", "cuda"):
+        model, member = detector(kind).to(device), detector("FPN").to(device)
+        every = {"refinement": True, "voting": True, "flip": True, "scales": (0.5, 1.0, 1.5), "region_size": 64}
+        found.append(found_by(RCNNWithOptions(model, **every, members=[Member(member)]), inputs()))
+    for one, other in zip(*found, strict=True):
+        assert_equal(other.to("cpu"), one, rtol=1e-3, atol=0.1)
+
+
 @pytest.fixture
 def other(detection_config, classifier, tmp_path):
     """The function that gives the checkpoint of an untrained detector: of some keys, or of data of one category."""

@@ -43,6 +43,7 @@ CASES = {
     "C4, RoIPool": (FASTER_C4, (*C4, "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool")),
     "C4 of basic blocks": (FASTER_C4, (*C4, "MODEL.NETWORK.NAME", "resnet18")),
     "C4, pre-activation": (FASTER_C4, (*C4, "MODEL.NETWORK.NAME", "preact_resnet50")),
+    "C4, global context": (FASTER_C4, (*C4, "MODEL.ROI_HEADS.GLOBAL_CONTEXT", True)),
     "Mask R-CNN, C4, global context": (MASK_C4, (*C4, "MODEL.ROI_HEADS.GLOBAL_CONTEXT", True)),
     "FPN": (FASTER_FPN, (*FPN, *HEADS)),
     "Mask R-CNN": ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", (*FPN, *HEADS)),

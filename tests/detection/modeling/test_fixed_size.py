@@ -153,12 +153,15 @@ def nothing_to_log(monkeypatch):
     monkeypatch.setattr("resnet_backbone.detection.modeling.proposals.is_time_to_log", lambda: False)
 
 
+WITHOUT_WAITING = ["C4", "C4, stride in the 3×3", "C4, global context", "Detectron2's C4", "FPN", "VGG-16"]
+
+
 @pytest.mark.usefixtures("nothing_to_log")
 class TestNothingWaits:
     """To read a value, or to ask how many there are, is an error where there are no values."""
 
     @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("case", ["C4", "C4, stride in the 3×3", "Detectron2's C4", "FPN", "VGG-16"])
+    @pytest.mark.parametrize("case", WITHOUT_WAITING)
     @pytest.mark.parametrize("device", ["cuda", "cpu"])
     def test_in_a_step(self, case, precision, device):
         """Forward on a GPU, and backward too where the CPU goes the GPU's way."""
@@ -176,7 +179,7 @@ class TestNothingWaits:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("nothing_to_log")
-@pytest.mark.parametrize("case", ["C4", "C4, stride in the 3×3", "Detectron2's C4", "FPN", "VGG-16"])
+@pytest.mark.parametrize("case", WITHOUT_WAITING)
 def test_on_a_gpu_nothing_waits(case):
     """Copies that wait, too, which a step without values does not show."""
     faster = accelerated(build(case).float()).cuda().to(memory_format=torch.channels_last).train()
