@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_backbone.errors import InputError
 from resnet_backbone.networks.blocks import Block, Bottleneck, PreActBottleneck
@@ -202,7 +201,7 @@ def _run_stages(net: StagedNetwork, image_size: int) -> Iterator[StageAnalysis]:
     field = stride = 1
     remaining_parameters = _count_parameters([net])
     for name in (*net.stage_names, *(("fc",) if net.has_classifier else ())):
-        with _recorded(net) as calls, FlopCounterMode(display=False) as counter:
+        with _recorded(net) as calls:
             x = net.run_classifier(x) if name == "fc" else net.run_stage(name, x)
         path = [call for call in calls if call.layer not in projections]
         for call in path:
@@ -218,11 +217,18 @@ def _run_stages(net: StagedNetwork, image_size: int) -> Iterator[StageAnalysis]:
             output_shape=tuple(x.shape[1:]),
             layers=sum(isinstance(call.layer, WEIGHTED) for call in path),
             parameters=parameters,
-            multiply_adds=counter.get_total_flops() // 2,  # the counter counts a multiply-add as two
+            multiply_adds=sum(_multiply_adds(call) for call in calls),
             activations=sum(call.output_shape.numel() for call in calls if isinstance(call.layer, WEIGHTED)),
             receptive_field=field if spatial else None,
             stride=stride if spatial else None,
         )
+
+
+def _multiply_adds(call: _Call) -> int:
+    """Return a layer's multiply-adds: for each output, one with each weight of its channel."""
+    if not isinstance(call.layer, WEIGHTED):
+        return 0
+    return call.output_shape.numel() * call.layer.weight[0].numel()
 
 
 @contextmanager
@@ -238,9 +244,15 @@ def _recorded(net: nn.Module) -> Iterator[list[_Call]]:
         for module in net.modules()
         if isinstance(module, (*WEIGHTED, nn.MaxPool2d, nn.AdaptiveAvgPool2d))
     ]
+    # Batch norm changes no shape, and on the meta device it would take most of the time.
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.forward = lambda x: x
     try:
         yield calls
     finally:
+        for norm in norms:
+            del norm.forward
         for handle in handles:
             handle.remove()
 

@@ -1,5 +1,6 @@
 """The analysis of networks against fvcore, torchvision, the paper's tables, and receptive fields seen by gradients."""
 
+import copy
 import json
 import math
 import re
@@ -311,10 +312,13 @@ def test_a_detectors_backbone():
 def test_leaves_the_network_as_it_was():
     net = build_network("resnet18", num_classes=2, width=0.125).train()
     before = {key: value.clone() for key, value in net.state_dict().items()}
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = copy.deepcopy(net)(images)
     analyze_network(net, image_size=32)
     assert net.training and all(module.training for module in net.modules())
     assert not any(module._forward_hooks for module in net.modules())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert torch.equal(net(images), expected), "batch norm is at work again"
 
 
 def test_what_cannot_be_analysed_is_said():
