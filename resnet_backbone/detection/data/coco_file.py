@@ -76,12 +76,23 @@ class Content:
 def check(entry: str, file: Path) -> Counter[str]:
     """Check a COCO file's images, categories and annotations; return how much there is of each kind that is tolerated.
 
+    Raises:
+        ConfigError: the file has another form; see also `check_content`.
+    """
+    return check_content(entry, read(entry, file), repeated=ids_may_repeat(file))
+
+
+def check_content(entry: str, content: Content, *, repeated: bool) -> Counter[str]:
+    """Check what a COCO file holds, as `check` does.
+
     Detectron2's and pycocotools' readers drop what they cannot use, or fail on it without saying where it is.
 
+    Args:
+        repeated: whether several annotations may have the same id.
+
     Raises:
-        ConfigError: the file has another form, or names the first unusable item and how many more there are.
+        ConfigError: names the first unusable item and how many more there are.
     """
-    content = read(entry, file)
     if not content.images:
         return Counter()  # `datasets.check` has a message for it
     for what, items, found in (
@@ -92,7 +103,7 @@ def check(entry: str, file: Path) -> Counter[str]:
             raise ConfigError(
                 f"{entry}: {what} number {first.index + 1} of {len(items)} {first.words}. Correct the file."
             )
-    found = find_in_annotations(content, repeated=ids_may_repeat(file))
+    found = find_in_annotations(content, repeated=repeated)
     return annotations.check(content.annotations, found, entry=entry, name=content.name)
 
 
@@ -103,7 +114,11 @@ def read(entry: str, file: Path) -> Content:
         ConfigError: it is JSON of another form.
         OSError, ValueError, RecursionError: it cannot be read, or is no JSON.
     """
-    content = json.loads(file.read_bytes())
+    return as_content(entry, json.loads(file.read_bytes()))
+
+
+def as_content(entry: str, content: Any) -> Content:
+    """Return the lists of a COCO file that has been parsed; raise ConfigError if it is JSON of another form."""
     if not isinstance(content, dict):
         raise _not_coco(entry, f"it is a {type(content).__name__}")
     found = Content(*(_listed(entry, content, key) for key in ("images", "annotations", "categories")))

@@ -58,7 +58,8 @@ def _read_json(file: Path) -> Any:
 
 
 def _ground_truth(file: Path, content: Any) -> COCO:
-    coco_file.check(str(file), file)
+    parsed = coco_file.as_content(str(file), content)
+    coco_file.check_content(str(file), parsed, repeated=coco_file.ids_may_repeat(file))
     for key in ("images", "annotations"):
         if not content.get(key):
             raise InputError(f"the ground truth {file} has no {key}. Give a COCO file with what is to be found.")
