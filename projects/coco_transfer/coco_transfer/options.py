@@ -31,8 +31,8 @@ WHAT_IT_IS = (
     "The options of the ResNet paper's Table 9, each added to those above it. Box refinement comes with box voting and "
     "non-maximum suppression at 0.3, as in the paper. The detector with global context is trained like the baseline, "
     "from the same classifier; the ensemble is it and the same with another seed (in the paper: three networks). "
-    "Flips are not in the paper. The paper's numbers are COCO val's; † its ensemble's are test-dev's, after training "
-    "on trainval, where a single model has 55.7 / 34.9."
+    "Flips are not in the paper. The paper's numbers are from COCO val; those of its ensemble (†) are from test-dev, "
+    "after training on trainval, where its single model has 55.7 / 34.9."
 )
 
 

@@ -1,4 +1,4 @@
-"""Several detectors as one: their proposals united, their predictions for each region averaged (ResNet paper, B)."""
+"""An ensemble (ResNet paper, appendix B): proposals of all detectors united, predictions for each region averaged."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
