@@ -1,4 +1,4 @@
-"""What test_kill.py starts: runs of tools/pretrain.py in fresh processes, some with an accident at a chosen place.
+"""Starts runs of tools/pretrain.py in fresh processes, some of them with an accident at a chosen place.
 
 A process forked from this one, in which everything is imported already, begins to train ten times sooner than one that
 starts from nothing. One line of JSON on stdin asks for a run; the answers are its process id, when it has begun, and
@@ -26,7 +26,7 @@ from resnet_backbone.data.sampler import EvaluationSampler
 from resnet_backbone.engine.trainer import Trainer
 from resnet_backbone.weights import files
 
-TOOL = Path(__file__).parents[2] / "tools" / "pretrain.py"
+TOOL = Path(__file__).parents[3] / "tools" / "pretrain.py"
 
 
 def die() -> None:
