@@ -285,7 +285,7 @@ def test_the_options_of_table_9_are_added_one_by_one(run, finished, shapes, scen
     for cfg in contexts:
         assert cfg["MODEL"]["ROI_HEADS"]["GLOBAL_CONTEXT"] is True
         assert Path(cfg["MODEL"]["WEIGHTS"]) == folder / "pretrain" / "model_final.pth"
-    measured = json.loads((folder / "options" / "results.json").read_text())["rows"]
+    measured = json.loads((copy / "options.json").read_text())["rows"]
     stages = [json.loads(file.read_text()) for file in sorted((folder / "options").glob("*/stage.json"))]
     assert [row["AP50"] for row in measured] == [stage["bbox"]["AP50"] or 0 for stage in stages]
     assert stages[0]["bbox"] == json.loads((folder / "detection" / "results.json").read_text())["bbox"]

@@ -71,9 +71,8 @@ def measure_options(plan: Plan) -> str:
         detectors.append(load_detector(weights, opts=[word for pair in keys.items() for word in map(str, pair)]))
     for row, seconds in zip(measured, _seconds(detectors, plan.detection_data[1]), strict=True):
         row["seconds"] = seconds
-    write_json(
-        folder / "results.json", {"network": net, "versions": versions(), "rows": measured, "plan": plan.fixed()}
-    )
+    results = {"network": net, "versions": versions(), "rows": measured, "plan": plan.fixed()}
+    write_json(plan.output / "options.json", results)
     text = _table(plan, measured)
     with atomic_write(plan.output / "options.md") as file:
         file.write(text.encode())
@@ -139,7 +138,7 @@ def _table(plan: Plan, measured: Sequence[dict[str, Any]]) -> str:
     width = plan.config(plan.options, Step(stage="detection", seed=plan.seed)).MODEL.NETWORK.WIDTH
     setup = (
         f"{plan.options}, width {width:g}, scale {plan.scale}, seed {plan.seed}; {versions()}, "
-        f"{torch.get_num_threads()} threads. Seconds: resizing and detecting on one image at a time, the median of "
+        f"threads: {torch.get_num_threads()}. Seconds: resizing and detecting on one image at a time, the median of "
         f"{ROUNDS} rounds over {TIMED_IMAGES} images, in which the rows take turns."
     )
     return f"# The options of Table 9: {plan.options}, {plan.scale}\n\n{WHAT_IT_IS}\n\n{table}\n\n{setup}\n"
