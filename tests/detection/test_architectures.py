@@ -227,7 +227,7 @@ def test_every_key_is_read_by_some_run_or_refused(zoo_config, trained, panoptic_
     jitter += ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
     augmented = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (64,), "TEST.PRECISE_BN.ENABLED", True)
     for cfg in (
-        zoo_config(name, tmp_path / "proposals", *FPN, *files),
+        zoo_config(name, tmp_path / "proposals", *FPN, *files, "TEST.MULTI_SCALE.MIN_SIZES", (48, 64)),
         zoo_config(FASTER_RCNN, tmp_path / "other", *plateau, *augmented, *jitter),
         panoptic_config,
     ):
