@@ -77,8 +77,8 @@ def test_two_processes_leave_together(words, finish, alone, tmp_path, number, to
 def test_two_processes_with_batch_norm_are_killed_and_asked_to_leave(words, tmp_path):
     """With a plateau and a moving average: the bits of a run that nothing disturbed, and files worth what they say."""
 
-    def run(folder: Path, keys: str = "", *, accident: Callable[[Run], None] | None = None) -> tuple[int, str]:
-        started = command(tmp_path / "output.txt", words(folder, f"{keys} --num-gpus 2", resume=accident is not None))
+    def run(folder: Path, accident: Callable[[Run], None] | None) -> tuple[int, str]:
+        started = command(tmp_path / "output.txt", words(folder, "--num-gpus 2", resume=accident is not None))
         if accident is not None:
             accident(started)
         return started.end()
@@ -98,11 +98,12 @@ def test_two_processes_with_batch_norm_are_killed_and_asked_to_leave(words, tmp_
         (folder, ask, 75),
         (folder, lambda started: None, 0),
     ):
-        status, printed = run(place, accident=accident)
+        status, printed = run(place, accident)
         assert status == expected, printed
     assert_same(folder, whole)
     best = read_checkpoint(whole / "model_best.pth").metadata.origin
     assert read_checkpoint(whole / "model_0000023.pth").trainer["plateau"]["drops"] > 0
-    status, printed = run(tmp_path / "test", f"--eval-only MODEL.WEIGHTS {whole / 'model_best.pth'}")
+    evaluation = words(tmp_path / "test", f"--eval-only MODEL.WEIGHTS {whole / 'model_best.pth'}", resume=False)
+    status, printed = command(tmp_path / "output.txt", evaluation).end()
     assert status == 0, printed
     assert f"top-1 {best['top1']:.2f} %, " in printed
