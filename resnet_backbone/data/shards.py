@@ -108,7 +108,8 @@ class ShardSource(ClassificationSource):
                 os.close(self._files.popitem()[1])
 
     def __del__(self) -> None:
-        if "_files" in self.__dict__:  # otherwise the constructor raised
+        # Without `_files`, the constructor raised; without `os`, the interpreter is at its end.
+        if "_files" in self.__dict__ and os is not None:
             self.close()
 
     def __getstate__(self) -> dict:

@@ -6,6 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from resnet_backbone.data import shards
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.shards import ShardSource
 
@@ -48,3 +49,13 @@ def test_a_damaged_shard_is_refused(tmp_path):
     (tmp_path / "s.tar").write_bytes(data[:20_000])
     with pytest.raises(DatasetError, match="is no complete tar archive"):
         ShardSource(str(tmp_path / "s.tar"))
+
+
+def test_the_interpreters_end_says_nothing(tmp_path, monkeypatch):
+    write(tmp_path / "s.tar", tarfile.GNU_FORMAT, long=False, link=False)
+    source = ShardSource(str(tmp_path / "s.tar"))
+    source.read(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "os", None)  # as names in modules are then
+        source.__del__()
+    source.close()
