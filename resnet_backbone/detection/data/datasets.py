@@ -23,7 +23,7 @@ from resnet_backbone.data.errors import nearest_existing
 from resnet_backbone.data.report import Kind
 from resnet_backbone.detection.data import annotations, coco_file, folders
 from resnet_backbone.detection.data.annotations import Found
-from resnet_backbone.detection.data.mapper import read_image
+from resnet_backbone.detection.data.mapper import of_a_data_set, read_image
 from resnet_backbone.engine.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,8 @@ def check_images_are_whole(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> N
         with open(file, "rb") as opened:
             whole = looks_whole(*read_ends(opened.fileno()))
         if not whole:
-            read_image(file, cfg.INPUT.FORMAT)
+            with of_a_data_set():
+                read_image(file, cfg.INPUT.FORMAT)
 
 
 def objects_of(record: dict[str, Any]) -> list[dict[str, Any]]:

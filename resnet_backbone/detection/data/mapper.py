@@ -1,7 +1,9 @@
 """Detectron2's mapper, with images read by the rules that hold for pretraining too."""
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,6 @@ from resnet_backbone.data.decode import to_eight_bits, too_long
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.detection.data.fast_images import FastAugmentation, Photograph, accelerated
 from resnet_backbone.detection.data.scale_jitter import scale_jitter
-
-REPLACE = "Replace it or remove it from the annotations."
 
 
 class Mapper(DatasetMapper):
@@ -43,7 +43,10 @@ class Mapper(DatasetMapper):
         return arguments
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        record = dict(record)
+        with of_a_data_set():
+            return self._map(dict(record))
+
+    def _map(self, record: dict[str, Any]) -> dict[str, Any]:
         if "annotations" in record:  # their values are replaced, not changed
             record["annotations"] = [dict(annotation) for annotation in record["annotations"]]
         data = read_file(record["file_name"])
@@ -117,6 +120,15 @@ def _planes(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(planes))
 
 
+@contextlib.contextmanager
+def of_a_data_set() -> Iterator[None]:
+    """Add what to do to the message of a DatasetError about an image that a data set names."""
+    try:
+        yield
+    except DatasetError as error:
+        raise DatasetError(f"{error} Replace it or remove it from the annotations.") from error.__cause__
+
+
 def read_image(file: str, channels: str) -> np.ndarray:
     """Return an image as Detectron2's `read_image` does, turned by its EXIF orientation; but 16 bits become 8.
 
@@ -179,4 +191,4 @@ def _decode(data: bytes, file: str) -> tuple[Image.Image, str | None]:
 
 
 def _unreadable(file: str, error: object) -> DatasetError:
-    return DatasetError(f"the image {file} cannot be read ({' '.join(str(error).split())}). {REPLACE}")
+    return DatasetError(f"the image {file} cannot be read ({' '.join(str(error).split())}).")

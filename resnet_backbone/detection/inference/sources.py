@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from resnet_backbone.data.errors import IMAGE_EXTENSIONS, DatasetError, nearest_existing
-from resnet_backbone.detection.data.mapper import REPLACE, read_image
+from resnet_backbone.detection.data.mapper import read_image
 from resnet_backbone.engine.paths import expand
 from resnet_backbone.errors import InputError
 
@@ -158,11 +158,4 @@ class Video:
 
 def image_frame(source: Source) -> Frame:
     """Return an image as the only frame of its source."""
-    return Frame(source, lambda: _read(str(source.file)))
-
-
-def _read(file: str) -> np.ndarray:
-    try:
-        return read_image(file, "RGB")
-    except DatasetError as error:
-        raise DatasetError(str(error).removesuffix(f" {REPLACE}")) from error
+    return Frame(source, lambda: read_image(str(source.file), "RGB"))

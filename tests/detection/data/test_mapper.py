@@ -10,11 +10,12 @@ import pytest
 from detectron2.data import detection_utils
 from PIL import Image, PngImagePlugin
 
+from resnet_backbone import detection
 from resnet_backbone.data.decode import decode
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.folders import FolderSource
 from resnet_backbone.detection.data.annotated import image_size
-from resnet_backbone.detection.data.mapper import read_image
+from resnet_backbone.detection.data.mapper import Mapper, read_image
 from resnet_backbone.engine.config import ConfigError
 
 DEEP = np.arange(65536, dtype=np.uint16).reshape(256, 256)  # every value of 16 bits
@@ -141,11 +142,12 @@ def _long_text() -> bytes:
 )
 def test_what_cannot_be_read_is_named(data, words, tmp_path):
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(
-        DatasetError, match=rf"the image \S+a\.png cannot be read \(.*({words}).*\)\. Replace it"
-    ) as error:
-        read_image(str(tmp_path / "a.png"), "RGB")
+    file = str(tmp_path / "a.png")
+    with pytest.raises(DatasetError, match=rf"the image \S+a\.png cannot be read \(.*({words}).*\)\.$") as error:
+        read_image(file, "RGB")
     assert "\n" not in str(error.value)
+    with pytest.raises(DatasetError, match=r"\)\. Replace it or remove it from the annotations\.$"):
+        Mapper(detection.get_config(), is_train=False)({"file_name": file, "height": 9, "width": 9})
 
 
 def test_too_many_pixels(tmp_path, monkeypatch):
