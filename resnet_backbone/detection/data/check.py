@@ -36,7 +36,7 @@ from resnet_backbone.data.report import (
 )
 from resnet_backbone.detection.data import contents, datasets
 from resnet_backbone.detection.data.contents import Contents
-from resnet_backbone.detection.data.mapper import decode_image, read_file
+from resnet_backbone.detection.data.mapper import decode_image, of_a_data_set, read_file
 from resnet_backbone.detection.data.statistics import class_counts, described, quantiles
 
 KINDS = (
@@ -142,8 +142,9 @@ class _Images(NamedTuple):
         if not file:
             return Inspection(frozenset(), 0, 0, 0, "", "")
         try:
-            data = read_file(file)
-            height, width = decode_image(data, file, "RGB").shape[:2]
+            with of_a_data_set():
+                data = read_file(file)
+                height, width = decode_image(data, file, "RGB").shape[:2]
         except DatasetError as error:
             return unreadable(data, error)
         found, form, message = look_closer(data, file, (height, width), load=False)
