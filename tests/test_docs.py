@@ -238,6 +238,8 @@ class World:
 
     def make(self, words: list[str]) -> None:
         """The target's last command, if it is Python's; the others are the installation's and ruff's."""
+        for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS"):  # of a make that runs the tests
+            self.monkeypatch.delenv(name, raising=False)
         *_, last = self.process("make", "--dry-run", "--no-print-directory", "-C", str(ROOT), *words).splitlines()
         name, *rest = without_variables(shlex.split(last))
         if name == ".venv/bin/python":
