@@ -37,11 +37,9 @@ def _prepare() -> CodeType:
     else:
         sys.argv[0] = os.environ[_SCRIPT]
 
-    from detectron2.config.defaults import _C
+    from resnet_backbone.detection.config import add_to_defaults
 
-    from resnet_backbone.detection import add_network_config
-
-    add_network_config(_C)
+    add_to_defaults()
     file = os.path.abspath(sys.argv[0])
     code = compile(Path(file).read_bytes(), file, "exec", dont_inherit=True)
     for name in [name for name in globals() if not name.startswith("__")]:

@@ -204,6 +204,7 @@ def _run_stages(net: StagedNetwork, image_size: int) -> Iterator[StageAnalysis]:
         with _recorded(net) as calls:
             x = net.run_classifier(x) if name == "fc" else net.run_stage(name, x)
         path = [call for call in calls if call.layer not in projections]
+        weighted = [call for call in calls if isinstance(call.layer, WEIGHTED)]
         for call in path:
             if isinstance(call.layer, nn.Conv2d | nn.MaxPool2d):
                 field += (_side(call.layer.kernel_size) - 1) * _side(call.layer.dilation) * stride
@@ -217,18 +218,12 @@ def _run_stages(net: StagedNetwork, image_size: int) -> Iterator[StageAnalysis]:
             output_shape=tuple(x.shape[1:]),
             layers=sum(isinstance(call.layer, WEIGHTED) for call in path),
             parameters=parameters,
-            multiply_adds=sum(_multiply_adds(call) for call in calls),
-            activations=sum(call.output_shape.numel() for call in calls if isinstance(call.layer, WEIGHTED)),
+            # For each output, one with each weight of its channel.
+            multiply_adds=sum(call.output_shape.numel() * call.layer.weight[0].numel() for call in weighted),
+            activations=sum(call.output_shape.numel() for call in weighted),
             receptive_field=field if spatial else None,
             stride=stride if spatial else None,
         )
-
-
-def _multiply_adds(call: _Call) -> int:
-    """Return a layer's multiply-adds: for each output, one with each weight of its channel."""
-    if not isinstance(call.layer, WEIGHTED):
-        return 0
-    return call.output_shape.numel() * call.layer.weight[0].numel()
 
 
 @contextmanager

@@ -14,14 +14,14 @@ from resnet_backbone.engine.config import ConfigError, flatten, said
 from resnet_backbone.engine.ranges import SIDE, check_ranges, each, number, one_of, whole
 from resnet_backbone.networks.norms import NORMS
 
-# What `inference.options` puts around a two-stage detector.
-TEST_OPTIONS = (
-    "TEST.BOX_REFINEMENT",
-    "TEST.BOX_VOTING",
-    "TEST.MULTI_SCALE.MIN_SIZES",
-    "TEST.FLIP",
-    "TEST.ENSEMBLE",
-)
+# What `inference.options` puts around a two-stage detector: each key, and its value without the option.
+TEST_OPTIONS = {
+    "TEST.BOX_REFINEMENT": False,
+    "TEST.BOX_VOTING": False,
+    "TEST.MULTI_SCALE.MIN_SIZES": (),
+    "TEST.FLIP": False,
+    "TEST.ENSEMBLE": (),
+}
 _RCNN = ("GeneralizedRCNN", "PanopticFPN")
 _PYRAMIDS = (
     "build_network_fpn_backbone",
@@ -222,10 +222,10 @@ def _check_context(cfg: CfgNode, values: dict[str, Any]) -> None:
 def check_test_options(cfg: CfgNode) -> None:
     """Raise ConfigError if a test-time option of the ResNet paper is on for a detector that cannot have it."""
     values = dict(flatten(cfg))
-    for key in TEST_OPTIONS:
+    for key, without in TEST_OPTIONS.items():
         if not values[key]:
             continue
-        off = f"Set {key} to {'False' if values[key] is True else '()'}."
+        off = f"Set {key} to {without}."
         if reason := why_no_options(cfg):
             raise ConfigError(f"{said(cfg, key)}, but {reason}. {off}")
         if values["TEST.AUG.ENABLED"]:
@@ -241,9 +241,8 @@ def check_test_options(cfg: CfgNode) -> None:
 
 def why_no_options(cfg: CfgNode) -> str | None:
     """Return why a detector can have none of TEST_OPTIONS; None if it can."""
-    key = "MODEL.META_ARCHITECTURE"
     if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        return f"{said(cfg, key)}; it needs GeneralizedRCNN, which Faster R-CNN is"
+        return f"{said(cfg, 'MODEL.META_ARCHITECTURE')}; it needs GeneralizedRCNN, which Faster R-CNN is"
     name = cfg.MODEL.ROI_HEADS.NAME
     heads = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
     if (

@@ -3,6 +3,7 @@
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.config.defaults import _C
 
 from resnet_backbone.engine.keys import add_engine_config
 from resnet_backbone.engine.ranges import (
@@ -49,6 +50,11 @@ def add_network_config(cfg: CfgNode) -> None:
     # FLIP: average with what is found on the mirror image. ENSEMBLE: with what these checkpoints' detectors find.
     cfg.TEST.FLIP = False
     cfg.TEST.ENSEMBLE = ()
+
+
+def add_to_defaults() -> None:
+    """Add the same keys to Detectron2's own defaults, so that every `get_cfg()` of this process has them."""
+    add_network_config(_C)
 
 
 def get_config() -> CfgNode:

@@ -22,7 +22,7 @@ from resnet_backbone.detection.checks import (
     check_network_keys,
     check_test_keys,
 )
-from resnet_backbone.detection.combinations import check_combinations
+from resnet_backbone.detection.combinations import TEST_OPTIONS, check_combinations
 from resnet_backbone.detection.config import RANGES, UNREAD, get_config
 from resnet_backbone.detection.data.loader import TrainBatches
 from resnet_backbone.detection.evaluation.evaluate import check_expected, evaluate, try_two_images
@@ -216,14 +216,12 @@ def _describes(key: str) -> bool:
     """Whether a key says what a detector is or how it is tested, wherever and from whatever it was trained."""
     if key.startswith("MODEL."):
         return key not in ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.ACCELERATE")
+    if key in TEST_OPTIONS:
+        return key != "TEST.ENSEMBLE"  # whose files are this machine's
     return key in (
         "INPUT.FORMAT",
         "INPUT.MIN_SIZE_TEST",
         "INPUT.MAX_SIZE_TEST",
         "TEST.DETECTIONS_PER_IMAGE",
-        "TEST.BOX_REFINEMENT",
-        "TEST.BOX_VOTING",
-        "TEST.MULTI_SCALE.MIN_SIZES",
         "TEST.MULTI_SCALE.REGION_SIZE",
-        "TEST.FLIP",
     )

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from coco_transfer.plan import CONTEXT, Plan, Step
+from coco_transfer.results import average_precision
 from coco_transfer.stages import run_stage
 from resnet_backbone import detection
 from resnet_backbone.detection import load_detector
@@ -66,8 +67,8 @@ def measure_options(plan: Plan) -> str:
         cfg = plan.config(net, step)
         for key, value in {**keys, "MODEL.WEIGHTS": str(weights), "OUTPUT_DIR": str(folder / row.folder)}.items():
             set_key(cfg, key, value, "coco_transfer")
-        found = run_stage(cfg, evaluate, plan.processes)["bbox"]
-        measured.append({"option": row.title, "paper": row.paper} | {key: found[key] or 0.0 for key in ("AP50", "AP")})
+        found = average_precision(run_stage(cfg, evaluate, plan.processes)["bbox"])
+        measured.append({"option": row.title, "paper": row.paper, "AP50": found["AP50"], "AP": found["AP"]})
         detectors.append(load_detector(weights, opts=[word for pair in keys.items() for word in map(str, pair)]))
     for row, seconds in zip(measured, _seconds(detectors, plan.detection_data[1]), strict=True):
         row["seconds"] = seconds
@@ -94,7 +95,7 @@ def _rows(plan: Plan, net: str) -> list[Row]:
         "TEST.MULTI_SCALE.MIN_SIZES": tuple(round(scale * shorter) for scale in SCALES),
         "TEST.MULTI_SCALE.REGION_SIZE": crop,
     }
-    other = plan.folder(net, Step(stage=CONTEXT, seed=plan.seed + 1)) / FINAL
+    other = plan.folder(net, plan.context_steps()[1]) / FINAL
     return [
         Row("baseline", "1_baseline", "48.4 / 27.2", {}),
         Row("+ box refinement and voting", "2_refinement", "49.9 / 29.9", refinement),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from coco_transfer.plan import STAGES, Plan, Step
+from coco_transfer.stages import DONE
 from resnet_backbone.engine.output import versions
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -66,6 +67,12 @@ def seeds_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [row, *row.get("repeats", ())]
 
 
+def average_precision(bbox: dict[str, float | None]) -> dict[str, float | None]:
+    """A detector's metrics; with no detections, AP is 0 instead of Detectron2's NaN (null in JSON)."""
+    found = {key: bbox[key] for key in METRICS if key in bbox}
+    return {key: 0.0 if value is None and bbox["AP"] is None else value for key, value in found.items()}
+
+
 def detection_files(plan: Plan, net: str) -> Iterator[Path | None]:
     """Yield the detections of each of a network's seeds, in COCO's form; None if the evaluator wrote none."""
     for seed in plan.seeds(net):
@@ -75,12 +82,12 @@ def detection_files(plan: Plan, net: str) -> Iterator[Path | None]:
 
 def _measured(plan: Plan, net: str, seed: int, *, control: bool = False) -> dict[str, Any]:
     pretrain, detect = (
-        json.loads((plan.folder(net, Step(stage=stage, seed=seed, control=control)) / "stage.json").read_text())
+        json.loads((plan.folder(net, Step(stage=stage, seed=seed, control=control)) / DONE).read_text())
         for stage in STAGES
     )
     return {
         "top1": pretrain["top1"],
-        **_average_precision(detect["bbox"]),
+        **average_precision(detect["bbox"]),
         "seconds": {"pretrain": pretrain["seconds"], "detection": detect["seconds"]},
         "resumed": pretrain["resumed"] or detect["resumed"],
     }
@@ -100,9 +107,3 @@ def _recipe(plan: Plan, net: str, *, control: bool) -> dict[str, Any]:
         "pooler": detect.MODEL.ROI_BOX_HEAD.POOLER_TYPE,
         "roi_size": detect.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION,
     }
-
-
-def _average_precision(bbox: dict[str, float | None]) -> dict[str, float | None]:
-    """A detector's metrics; with no detections, AP is 0 instead of Detectron2's NaN (null in JSON)."""
-    found = {key: bbox[key] for key in METRICS if key in bbox}
-    return {key: 0.0 if value is None and bbox["AP"] is None else value for key, value in found.items()}

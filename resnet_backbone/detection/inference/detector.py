@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from resnet_backbone.data.decode import too_long
 from resnet_backbone.detection.build import build_detector
-from resnet_backbone.detection.combinations import check_test_options, why_no_options
+from resnet_backbone.detection.combinations import TEST_OPTIONS, check_test_options, why_no_options
 from resnet_backbone.detection.config import get_config
 from resnet_backbone.detection.data.datasets import class_names
 from resnet_backbone.detection.data.mapper import read_image
@@ -35,11 +35,8 @@ logger = logging.getLogger(__name__)
 
 Image = str | Path | np.ndarray | Tensor
 
-# Words after `opts` for a detector without the test-time options that its checkpoint may have.
-NO_OPTIONS = (
-    *("TEST.BOX_REFINEMENT", "False", "TEST.BOX_VOTING", "False", "TEST.FLIP", "False"),
-    *("TEST.MULTI_SCALE.MIN_SIZES", "()", "TEST.ENSEMBLE", "()"),
-)
+# `opts` for a detector without the test-time options that its checkpoint may have.
+NO_OPTIONS = tuple(str(word) for pair in TEST_OPTIONS.items() for word in pair)
 
 
 class Detector:
