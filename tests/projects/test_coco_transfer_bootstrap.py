@@ -118,6 +118,28 @@ def test_of_objects_that_are_overlapped_equally_a_detection_takes_the_one_that_c
     assert (expected[0] == 100) == (order == (0, 1))
 
 
+def test_an_image_keeps_100_detections_of_each_category(bootstrap):
+    truth = {
+        "images": [{"id": 1, "height": 100, "width": 100}],
+        "categories": [{"id": number, "name": str(number)} for number in (1, 2)],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": n, "bbox": [0.0, 0.0, 20.0, 20.0], "area": 400.0, "iscrowd": 0}
+            for n in (1, 2)
+        ],
+    }
+    # The first category's object is found by its 100th detection, the second's by its 101st.
+    results = [
+        {"image_id": 1, "category_id": category, "bbox": [x, 0.0, 20.0, 20.0], "score": 1 - number / 1000}
+        for category, last in ((1, 99), (2, 100))
+        for number in range(last + 1)
+        for x in [0.0 if number == last else 50.0]
+    ]
+    aps = bootstrap.resampled_ap(bootstrap.find_matches(evaluate(index(truth), results, "bbox")), np.ones((1, 1), int))
+    expected = by_pycocotools(truth, results)
+    np.testing.assert_allclose((aps[0, 0], aps.mean()), expected, rtol=0, atol=1e-9)
+    assert 0 < expected[0] < 1
+
+
 def test_without_detections_ap_is_zero(bootstrap):
     truth, _ = case(2)
     counts = np.ones((1, len(truth["images"])), int)

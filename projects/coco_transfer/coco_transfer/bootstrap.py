@@ -47,12 +47,8 @@ def draw_images(images: int, *, resamples: int, seed: int) -> np.ndarray:
 
 
 def find_matches(evaluation: Evaluation) -> Matches:
-    """Match an evaluation's detections with objects as COCO does.
-
-    Each image keeps the 100 detections with the highest scores. COCO would keep as many of each category, but
-    Detectron2's detectors give 100 in all.
-    """
-    overlaps = find_overlaps(evaluation)
+    """Match an evaluation's detections with objects as COCO does."""
+    overlaps = find_overlaps(evaluation, limit_each_category=True)
     # Of objects that a detection overlaps equally, COCO takes the last.
     order = np.lexsort((-overlaps.truth, -overlaps.iou, overlaps.detection))
     columns = {key: getattr(overlaps, key)[order] for key in ("detection", "truth", "iou")}

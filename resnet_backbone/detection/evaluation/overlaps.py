@@ -9,7 +9,7 @@ import pycocotools.mask
 
 from resnet_backbone.detection.evaluation.average_precision import Evaluation
 
-MAX_DETECTIONS = 100  # of an image
+MAX_DETECTIONS = 100  # of an image, or of each category in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +17,8 @@ class Overlaps:
     """Detections, objects, and their IoUs, by box or by mask.
 
     Attributes:
-        image, category: `(D,)`, of the detections, of which each image keeps the 100 with the highest scores. They are
-            sorted by image, then by score from the highest; with equal scores, they stay in their order.
+        image, category: `(D,)`, of the detections, sorted by image, then by score from the highest; with equal scores,
+            they stay in their order.
         score: `(D,)`.
         rank: `(D,)`, within the image, from 0.
         in_crowd: `(D,)`, the largest share of the detection that lies in a crowd of its category.
@@ -46,8 +46,14 @@ class Overlaps:
         return self.category[self.detection] == self.truth_category[self.truth]
 
 
-def find_overlaps(evaluation: Evaluation) -> Overlaps:
-    """Return the overlaps of an evaluation's detections and objects, which have boxes or masks."""
+def find_overlaps(evaluation: Evaluation, *, limit_each_category: bool = False) -> Overlaps:
+    """Return the overlaps of an evaluation's detections and objects, which have boxes or masks.
+
+    Each image keeps the 100 detections with the highest scores, as Detectron2's detectors give them.
+
+    Args:
+        limit_each_category: keep as many of each category, as COCO's AP does.
+    """
     key = {"segm": "segmentation"}.get(evaluation.task, evaluation.task)
     truth = [item for item in evaluation.truth if not item["iscrowd"]]
     crowds = [item for item in evaluation.truth if item["iscrowd"]]
@@ -56,7 +62,10 @@ def find_overlaps(evaluation: Evaluation) -> Overlaps:
     image, order = _by_image(evaluation.found)
     first = np.searchsorted(image, image)
     rank = np.arange(len(image)) - first
-    kept = rank < MAX_DETECTIONS
+    counted = rank
+    if limit_each_category:
+        counted = _places(image, _column([evaluation.found[i] for i in order], "category_id"))
+    kept = counted < MAX_DETECTIONS
     image, order, rank = image[kept], order[kept], rank[kept]
     truth, crowds = [truth[i] for i in truth_order], [crowds[i] for i in crowd_order]
     found = [evaluation.found[i] for i in order]
@@ -114,7 +123,8 @@ def match(overlaps: Overlaps, pairs: np.ndarray, free: np.ndarray) -> np.ndarray
     rows = rows[np.argsort(overlaps.rank[overlaps.detection[rows]], kind="stable")]
     ranks = overlaps.rank[overlaps.detection[rows]]
     # All images take their turns at once: no two detections of the same rank are in the same image.
-    for start, stop in zip(*(np.searchsorted(ranks, np.arange(MAX_DETECTIONS), side) for side in ("left", "right"))):
+    turns = np.arange(ranks.max(initial=-1) + 1)
+    for start, stop in zip(*(np.searchsorted(ranks, turns, side) for side in ("left", "right"))):
         turn = rows[start:stop]
         turn = turn[free[overlaps.truth[turn]]]
         turn = turn[is_first(overlaps.detection[turn])]
@@ -146,6 +156,15 @@ def _by_image(items: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     image = _column(items, "image_id")
     order = np.lexsort((-np.array([item.get("score", 0) for item in items], float), image))
     return image[order], order
+
+
+def _places(image: np.ndarray, category: np.ndarray) -> np.ndarray:
+    """Return each item's place among those of its image and category, from 0, for items that are sorted by image."""
+    order = np.lexsort((category, image))
+    groups = np.cumsum(is_first(image[order]) | is_first(category[order]))
+    places = np.empty(len(image), int)
+    places[order] = np.arange(len(image)) - np.searchsorted(groups, groups)
+    return places
 
 
 def _column(items: Sequence[dict[str, Any]], key: str, kind: type = int) -> np.ndarray:
