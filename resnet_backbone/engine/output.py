@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -154,6 +155,12 @@ def versions() -> str:
         f"Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
         f"Detectron2 {detectron2.__version__}, {device}"
     )
+
+
+def machine() -> str:
+    """The computer and the threads of this process, on one line."""
+    threads = f"{os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}"
+    return f"{threads}, {platform.machine()}, {platform.system()} {platform.release()}"
 
 
 def write_config(cfg: CfgNode, folder: Path) -> None:

@@ -113,13 +113,16 @@ def test_the_figures_are_pictures_with_something_on_them(finished):
         assert image.std() > 5
 
 
-def test_finished_stages_are_kept(run, finished, shapes, scenes):
+def test_finished_stages_are_kept_with_the_conditions_under_which_they_ran(run, finished, shapes, scenes):
     files = sorted(finished.glob("*/*/model_final.pth"))
-    before = [file.stat().st_mtime_ns for file in files]
+    before = [file.stat().st_mtime_ns for file in files], (finished / "report.md").read_text()
     assert len(files) == 8
     # How many networks run at once may differ from one start to the next.
     assert run.main(_arguments(finished, shapes, scenes, "--parallel", "2")) == 0
-    assert [file.stat().st_mtime_ns for file in files] == before
+    assert ([file.stat().st_mtime_ns for file in files], (finished / "report.md").read_text()) == before
+    (conditions,) = json.loads((finished / "results.json").read_text())["conditions"]
+    assert (conditions["parallel"], conditions["stages"]) == (1, 8)
+    assert f"torch {torch.__version__}" in conditions["versions"] and "threads: 1" in conditions["machine"]
 
 
 def test_a_finished_run_is_extended_by_a_seed(run, finished, shapes, scenes, tmp_path):
@@ -140,6 +143,13 @@ def test_a_finished_run_is_extended_by_a_seed(run, finished, shapes, scenes, tmp
         losses.append(json.loads(lines[0])["total_loss"])
         assert json.loads((copy / "resnet18" / folder / "stage.json").read_text())["seconds"] > 0
     assert losses[0] != losses[1], "another seed"
+    stage = copy / "resnet18" / "detection_seed2" / "stage.json"
+    record = json.loads(stage.read_text())
+    stage.write_text(json.dumps(record | {"conditions": record["conditions"] | {"machine": "a GPU", "parallel": 3}}))
+    assert run.main(_arguments(copy, shapes, scenes, "--repeat", "resnet18:2")) == 0
+    report = (copy / "report.md").read_text()
+    assert "- 9 of 10 stages: Python" in report and "- 1 of 10 stages: Python" in report
+    assert "- a GPU, shared by 3 networks at a time; seed 1\n" in report
     second = json.loads((copy / "resnet18" / "pretrain_seed2" / "results.json").read_text())
     assert (repeat["seed"], repeat["top1"]) == (2, second["top1"])
     assert "| resnet18 (2 seeds) |" in (copy / "report.md").read_text()
@@ -198,7 +208,7 @@ def test_networks_side_by_side_are_stopped_by_a_signal_and_go_on_to_the_same_num
 def test_a_network_that_fails_is_named_after_the_others_are_done(run, project, tmp_path, capsys, monkeypatch):
     done = []
 
-    def run_stage(cfg, _run, _processes):
+    def run_stage(cfg, _run, **_):
         if cfg.MODEL.NETWORK.NAME == "vgg16":
             raise project["transfer"].InputError("the loss is not a number.")
         done.append(Path(cfg.OUTPUT_DIR).name)
@@ -294,7 +304,9 @@ def test_the_options_of_table_9_are_added_one_by_one(run, finished, shapes, scen
 def test_each_row_evaluates_with_the_options_above_it(project, finished, monkeypatch):
     options = project["options"]
     given, loaded = [], []
-    monkeypatch.setattr(options, "run_stage", lambda cfg, *_: given.append(cfg) or {"bbox": {"AP": 1.0, "AP50": 2.0}})
+    monkeypatch.setattr(
+        options, "run_stage", lambda cfg, *_, **__: given.append(cfg) or {"bbox": {"AP": 1.0, "AP50": 2.0}}
+    )
     monkeypatch.setattr(options, "load_detector", lambda weights, opts: loaded.append((weights, opts)))
     monkeypatch.setattr(options, "_seconds", lambda detectors, _: [1.0] * len(detectors))
     monkeypatch.setattr(options, "write_json", lambda *_: None)
@@ -318,7 +330,8 @@ def test_each_row_evaluates_with_the_options_above_it(project, finished, monkeyp
     weights = [Path(cfg.MODEL.WEIGHTS).parent.name for cfg in given]
     assert weights == ["detection"] * 2 + ["context"] * 4
     assert [str(file) for file, _ in loaded] == [cfg.MODEL.WEIGHTS for cfg in given]
-    assert [opts[-2:] for _, opts in loaded[3:]] == [
+    assert all(opts[-4:] == ["MODEL.DEVICE", given[0].MODEL.DEVICE, "MODEL.ACCELERATE", "True"] for _, opts in loaded)
+    assert [opts[-6:-4] for _, opts in loaded[3:]] == [
         ["TEST.MULTI_SCALE.REGION_SIZE", "64"],
         ["TEST.ENSEMBLE", str(given[-1].TEST.ENSEMBLE)],
         ["TEST.FLIP", "True"],
@@ -342,8 +355,12 @@ def test_other_arguments_in_the_same_folder_are_refused(run, finished, shapes, s
         (["--scale", "demo", "--options", "vgg16"], "vgg16, which has no conv5_x"),
         (["--scale", "demo", "--options", "resnet50"], "--nets has only vgg16, resnet101"),
         (["--scale", "demo", "--parallel", "0"], "--parallel is 0"),
+        (["--scale", "demo", "--detection", "SEED", "7"], "Use --seed"),
         (["--scale", "demo", "--parallel", "2", "--num-gpus", "2"], "each of the networks"),
-        (["--scale", "subset", "--pretrain-data", "a", "b", "--detection-data", "no.json", "no.json"], "a"),
+        (
+            ["--scale", "subset", "--pretrain-data", "a", "b", "--detection-data", "no.json", "no.json"],
+            "there is no data set 'a'",
+        ),
     ],
 )
 def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys, arguments, expected):
@@ -352,6 +369,19 @@ def test_bad_input_ends_in_a_sentence(run, tmp_path, capsys, arguments, expected
     assert error.startswith("error: ")
     assert expected in error
     assert "Traceback" not in error
+
+
+def test_another_batch_rescales_the_schedule_that_is_run_and_reported(run):
+    from coco_transfer.plan import Plan
+    from coco_transfer.results import _recipe
+
+    plan = Plan(scale="paper", output=Path("unused"), detection_keys=("SOLVER.IMS_PER_BATCH", "4")).with_data()
+    cfg = plan.config("resnet101", plan.steps("resnet101", 1)[1])
+    # Goyal et al. 2017: a quarter of the batch, a quarter of the rate, four times the iterations.
+    expected = {"iterations": 1_280_000, "batch": 4, "lr": pytest.approx(0.00025)}
+    assert expected == {"iterations": cfg.SOLVER.MAX_ITER, "batch": 4, "lr": cfg.SOLVER.BASE_LR}
+    assert cfg.SOLVER.REFERENCE_IMS_PER_BATCH == 4, "the run does not rescale it again"
+    assert _recipe(plan, "resnet101", control=False)["schedule"]["detection"] == expected
 
 
 def test_paper_scale_is_the_papers_schedule(run):

@@ -24,7 +24,8 @@ def finish(plan, net: str, step, *, top1: float, ap50: float, detections: list[d
     """Write what a step leaves of itself: its results, its metrics and a detector's detections."""
     folder = plan.folder(net, step)
     folder.mkdir(parents=True)
-    stage = {"seconds": 10.0 * step.seed, "resumed": False}
+    conditions = {"versions": "torch", "machine": "a machine", "parallel": 2}
+    stage = {"seconds": 10.0 * step.seed, "resumed": False, "conditions": conditions}
     if step.stage == "pretrain":
         stage["top1"] = top1
     else:
@@ -136,6 +137,15 @@ def test_settings_that_differ_are_those_of_the_configurations(results):
         "detection": {"SOLVER.BASE_LR": [0.005, 0.01]},
     }
     assert shortcuts["settings"] == {"pretrain": {}, "detection": {}}
+
+
+def test_settings_that_one_network_is_given_are_among_those_that_differ(run, project, scenes, tmp_path):
+    given = words(tmp_path, scenes, nets=("plain34", "resnet34"))
+    plan = run.parse([*given, "--detection", "resnet34:MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.DEVICE", "cpu"])
+    settings = project["factors"]._settings(plan, "plain34", "resnet34")
+    frozen = plan.config("plain34", plan.steps("plain34", 1)[1]).MODEL.BACKBONE.FREEZE_AT
+    assert settings == {"pretrain": {}, "detection": {"MODEL.BACKBONE.FREEZE_AT": [frozen, 0]}}
+    assert frozen != 0
 
 
 def test_the_report_has_means_and_deviations_and_what_they_are(six):
@@ -258,7 +268,9 @@ def test_the_first_seeds_of_all_networks_come_first_each_in_a_job_of_its_own(
         return jobs[-1:]
 
     monkeypatch.setattr(stages, "run_jobs", run_jobs)
-    monkeypatch.setattr(stages, "run_stage", lambda cfg, *_: ran.append(Path(cfg.OUTPUT_DIR).relative_to(tmp_path)))
+    monkeypatch.setattr(
+        stages, "run_stage", lambda cfg, *_, **__: ran.append(Path(cfg.OUTPUT_DIR).relative_to(tmp_path))
+    )
     given = words(tmp_path, scenes, "--repeat", "2", "--no-control", nets=("vgg16", "resnet18"))
     assert run.main(given) == 2
     assert titles == ["vgg16", "resnet18", "vgg16 seed 2", "resnet18 seed 2"]
@@ -287,7 +299,7 @@ def test_generated_data_stay_those_of_the_first_seed(run, project, tmp_path, mon
         (("--repeat", "-2"), "'-2'; expected a number"),
         (("--repeat", "resnet100:2"), "resnet10"),
         (("--repeat", "resnet18:2"), "'resnet18:2', but --nets has only vgg16, vgg16_bn"),
-        (("--repeat", "2", "--pretrain", "vgg16:SEED", "7"), "SEED. Leave out the key"),
+        (("--repeat", "2", "--pretrain", "vgg16:SEED", "7"), "SEED would give all of a network's runs the same seed"),
     ],
 )
 def test_bad_repeats_end_in_a_sentence(run, scenes, tmp_path, capsys, more, expected):

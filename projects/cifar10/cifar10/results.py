@@ -2,19 +2,16 @@
 
 import json
 import math
-import os
-import platform
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from detectron2.config import CfgNode
 
 from cifar10.dataset import Dataset
 from cifar10.plan import Plan, records
-from resnet_backbone.engine.output import versions
+from resnet_backbone.engine.output import machine, versions
 from resnet_backbone.engine.precision import precision_of
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights import atomic_write
@@ -97,8 +94,7 @@ def make_record(
         },
         "keys": list(plan.keys),
         "versions": versions(),
-        "machine": f"{os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}, {platform.machine()}, "
-        f"{platform.system()} {platform.release()}",
+        "machine": machine(),
         "parallel": plan.parallel,
         "seconds": round(seconds),
         "resumed": resumed,

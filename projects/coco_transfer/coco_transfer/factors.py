@@ -12,13 +12,13 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from coco_transfer.bootstrap import draw_images, find_matches, interval, resampled_ap
-from coco_transfer.plan import STAGES, Plan, Step
+from coco_transfer.plan import STAGES, Plan, Step, keys_of_one
 from coco_transfer.results import detection_files, summarize
 from resnet_backbone.analysis import analyze
 from resnet_backbone.detection.data import datasets
 from resnet_backbone.detection.evaluation.average_precision import evaluate
 from resnet_backbone.detection.evaluation.coco import complete
-from resnet_backbone.engine.config import flatten
+from resnet_backbone.engine.config import flatten, get_key
 from resnet_backbone.engine.network_config import configured_network
 from resnet_backbone.networks.blocks import BasicBlock, PreActBasicBlock
 from resnet_backbone.networks.catalogue import find_row
@@ -174,21 +174,22 @@ def _resample(plan: Plan, nets: list[str]) -> tuple[int, dict[str, np.ndarray]]:
 
 
 def _settings(plan: Plan, first: str, second: str) -> dict[str, dict[str, list[Any]]]:
-    """Return the settings of solver and input that differ, `{stage: {key: [first's, second's]}}`."""
+    """Return the settings that differ, `{stage: {key: [first's, second's]}}`: of solver and input, or given to one."""
     differ = {}
-    for stage in STAGES:
-        one, two = (_recipe(plan, net, stage) for net in (first, second))
+    for stage, keys in zip(STAGES, (plan.pretrain_keys, plan.detection_keys), strict=True):
+        own = {key for net in (first, second) for key in keys_of_one(net, keys)}
+        one, two = (_recipe(plan, net, stage, own) for net in (first, second))
         differ[stage] = {key: [one[key], two[key]] for key in one if key in two and one[key] != two[key]}
     return differ
 
 
-def _recipe(plan: Plan, net: str, stage: str) -> dict[str, Any]:
-    """Return what solver and input are set to, without keys that have no effect."""
+def _recipe(plan: Plan, net: str, stage: str, own: set[str]) -> dict[str, Any]:
+    """Return what solver, input and the keys in `own` are set to, without keys that have no effect."""
     cfg = plan.config(net, Step(stage=stage, seed=plan.seed))
     unused = []
     if not cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         unused += ["CLIP_GRADIENTS.CLIP_TYPE", "CLIP_GRADIENTS.CLIP_VALUE", "CLIP_GRADIENTS.NORM_TYPE"]
     if "MultiStep" not in cfg.SOLVER.LR_SCHEDULER_NAME:
         unused += ["STEPS", "GAMMA"]
-    values = dict(flatten({"SOLVER": cfg.SOLVER, "INPUT": cfg.INPUT}))
+    values = dict(flatten({"SOLVER": cfg.SOLVER, "INPUT": cfg.INPUT})) | {key: get_key(cfg, key) for key in own}
     return {key: value for key, value in values.items() if key.removeprefix("SOLVER.") not in unused}

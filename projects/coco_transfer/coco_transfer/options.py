@@ -19,7 +19,7 @@ from resnet_backbone import detection
 from resnet_backbone.detection import load_detector
 from resnet_backbone.detection.data.mapper import read_image
 from resnet_backbone.detection.inference.detector import Detector
-from resnet_backbone.engine.config import set_key
+from resnet_backbone.engine.config import get_key, set_key
 from resnet_backbone.engine.output import FINAL, versions
 from resnet_backbone.weights import atomic_write, write_json
 
@@ -67,9 +67,10 @@ def measure_options(plan: Plan) -> str:
         cfg = plan.config(net, step)
         for key, value in {**keys, "MODEL.WEIGHTS": str(weights), "OUTPUT_DIR": str(folder / row.folder)}.items():
             set_key(cfg, key, value, "coco_transfer")
-        found = average_precision(run_stage(cfg, evaluate, plan.processes)["bbox"])
+        found = average_precision(run_stage(cfg, evaluate, processes=plan.processes, parallel=1)["bbox"])
         measured.append({"option": row.title, "paper": row.paper, "AP50": found["AP50"], "AP": found["AP"]})
-        detectors.append(load_detector(weights, opts=[word for pair in keys.items() for word in map(str, pair)]))
+        as_evaluated = {**keys, **{key: get_key(cfg, key) for key in ("MODEL.DEVICE", "MODEL.ACCELERATE")}}
+        detectors.append(load_detector(weights, opts=[str(word) for pair in as_evaluated.items() for word in pair]))
     for row, seconds in zip(measured, _seconds(detectors, plan.detection_data[1]), strict=True):
         row["seconds"] = seconds
     results = {"network": net, "versions": versions(), "rows": measured, "plan": plan.fixed()}

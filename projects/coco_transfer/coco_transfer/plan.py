@@ -10,6 +10,7 @@ from resnet_backbone import detection, pretraining
 from resnet_backbone.data.generated import write_classification, write_detection
 from resnet_backbone.engine.config import load_config, set_key
 from resnet_backbone.engine.output import FINAL
+from resnet_backbone.engine.schedule import rescale_for_batch
 from resnet_backbone.errors import InputError
 from resnet_backbone.networks import VGG, ResNet
 from resnet_backbone.networks.catalogue import find_row
@@ -100,6 +101,7 @@ class Plan:
         )
         for net in (*self.nets, *named):
             find_row(net)
+        self._check_seed()
         self._check_repeat()
         self._check_options()
         if self.scale in ("quarter", "subset") and not (self.pretrain_data and self.detection_data):
@@ -155,7 +157,7 @@ class Plan:
         return self.output / net / (name if step.seed == self.seed else f"{name}_seed{step.seed}")
 
     def config(self, net: str, step: Step) -> CfgNode:
-        """A step's configuration."""
+        """A step's configuration, with the schedule rescaled for its batch as the run would do it."""
         make = {
             "pretrain": self._pretrain_config,
             "detection": self._detection_config,
@@ -163,6 +165,7 @@ class Plan:
         }
         cfg = make[step.stage](net, step)
         _set(cfg, "OUTPUT_DIR", str(self.folder(net, step)))
+        rescale_for_batch(cfg)
         return cfg
 
     def _pretrain_config(self, net: str, step: Step) -> CfgNode:
@@ -201,6 +204,11 @@ class Plan:
                 f"--options is {self.options}, which has no conv5_x for the global context of Table 9. Name a ResNet."
             )
 
+    def _check_seed(self) -> None:
+        keys = (*self.pretrain_keys[::2], *self.detection_keys[::2])
+        if "SEED" in (key.rpartition(":")[2] for key in keys):
+            raise InputError("the key SEED would give all of a network's runs the same seed. Use --seed instead.")
+
     def _check_repeat(self) -> None:
         for word in self.repeat:
             owner, colon, count = word.rpartition(":")
@@ -210,9 +218,6 @@ class Plan:
                 )
             if colon and owner not in self.nets:
                 raise InputError(f"--repeat has {word!r}, but --nets has only {', '.join(self.nets)}. Add it there.")
-        keys = (*self.pretrain_keys[::2], *self.detection_keys[::2])
-        if self.repeat and "SEED" in (key.rpartition(":")[2] for key in keys):
-            raise InputError("--repeat changes the seed, and so does the key SEED. Leave out the key, and use --seed.")
 
     def _load(self, cfg: CfgNode, net: str, stage: str, keys: tuple[str, ...], *, seed: int) -> CfgNode:
         shipped_pretrain, shipped_detection, suffix = FAMILIES[find_row(net).network_class]
@@ -235,6 +240,12 @@ class Plan:
             for offset, (part, count) in zip((2000, 3000), DEMO_DETECTION.items(), strict=True)
         ]
         return tuple(pretrain), tuple(detect)
+
+
+def keys_of_one(net: str, keys: tuple[str, ...]) -> list[str]:
+    """List the keys that KEY VALUE … gives `net` alone, as NETWORK:KEY."""
+    split = (key.partition(":") for key in keys[::2])
+    return [key for owner, colon, key in split if colon and owner == net]
 
 
 def _keys_of(net: str, keys: tuple[str, ...]) -> tuple[str, ...]:

@@ -121,8 +121,11 @@ def _interval_words(results: dict[str, Any]) -> str:
 
 
 def _setup(results: dict[str, Any]) -> str:
-    shared = f"shared by {results['parallel']} networks at a time; " if results["parallel"] > 1 else ""
-    lines = [f"- {results['versions']}", f"- {results['machine']}; {shared}seed {results['seed']}"]
+    lines = []
+    for one in (conditions := results["conditions"]):
+        which = f"{one['stages']} of {sum(each['stages'] for each in conditions)} stages: " if conditions[1:] else ""
+        shared = f", shared by {one['parallel']} networks at a time" if one["parallel"] > 1 else ""
+        lines += [f"- {which}{one['versions']}", f"- {one['machine']}{shared}; seed {results['seed']}"]
     for net, row in results["networks"].items():
         pretrain, detect = row["schedule"]["pretrain"], row["schedule"]["detection"]
         lines.append(

@@ -1,18 +1,13 @@
 """A finished plan's numbers: of every network, its seeds and its control."""
 
 import json
-import os
-import platform
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from coco_transfer.plan import STAGES, Plan, Step
 from coco_transfer.stages import DONE
-from resnet_backbone.engine.output import versions
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -41,10 +36,7 @@ def collect_results(plan: Plan) -> dict[str, Any]:
     return {
         "scale": plan.scale,
         "seed": plan.seed,
-        "versions": versions(),
-        "machine": f"{os.cpu_count()} CPU cores, threads: {torch.get_num_threads()}, {platform.machine()}, "
-        f"{platform.system()} {platform.release()}",
-        "parallel": plan.parallel,
+        "conditions": _conditions(plan),
         "networks": networks,
     }
 
@@ -80,17 +72,25 @@ def detection_files(plan: Plan, net: str) -> Iterator[Path | None]:
         yield next(iter(sorted((folder / "inference").glob("*/coco_instances_results.json"))), None)
 
 
+def _conditions(plan: Plan) -> list[dict[str, Any]]:
+    """List the conditions under which stages ran, each with the number of stages."""
+    steps = [(net, step) for net in plan.nets for seed in plan.seeds(net) for step in plan.steps(net, seed)]
+    records = [_record(plan, net, step)["conditions"] for net, step in steps]
+    return [{**one, "stages": records.count(one)} for number, one in enumerate(records) if records.index(one) == number]
+
+
 def _measured(plan: Plan, net: str, seed: int, *, control: bool = False) -> dict[str, Any]:
-    pretrain, detect = (
-        json.loads((plan.folder(net, Step(stage=stage, seed=seed, control=control)) / DONE).read_text())
-        for stage in STAGES
-    )
+    pretrain, detect = (_record(plan, net, Step(stage=stage, seed=seed, control=control)) for stage in STAGES)
     return {
         "top1": pretrain["top1"],
         **average_precision(detect["bbox"]),
         "seconds": {"pretrain": pretrain["seconds"], "detection": detect["seconds"]},
         "resumed": pretrain["resumed"] or detect["resumed"],
     }
+
+
+def _record(plan: Plan, net: str, step: Step) -> dict[str, Any]:
+    return json.loads((plan.folder(net, step) / DONE).read_text())
 
 
 def _recipe(plan: Plan, net: str, *, control: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from resnet_backbone.engine.launch import launch
-from resnet_backbone.engine.output import FINAL, LAST
+from resnet_backbone.engine.output import FINAL, LAST, machine, versions
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights import write_json
 
@@ -21,11 +21,15 @@ DONE = "stage.json"
 EARLIER = "stopped.json"  # seconds spent in stopped starts
 
 
-def run_stage(cfg: CfgNode, run: Callable[..., Any], processes: int) -> dict[str, Any]:
+def run_stage(cfg: CfgNode, run: Callable[..., Any], *, processes: int, parallel: int) -> dict[str, Any]:
     """Run one stage unless it is finished; resume it if it was stopped.
 
+    Args:
+        parallel: the number of stages that run concurrently, for the record.
+
     Returns:
-        The stage's results, and its seconds over all starts except those that were killed or saved nothing.
+        The stage's results, its seconds over all starts except those that were killed or saved nothing, and the
+        conditions of the last start.
     """
     folder = Path(cfg.OUTPUT_DIR)
     if (folder / DONE).is_file():
@@ -42,7 +46,9 @@ def run_stage(cfg: CfgNode, run: Callable[..., Any], processes: int) -> dict[str
                 write_json(earlier, {"seconds": round(time.perf_counter() - start, 3)})
         raise
     results = json.loads((folder / "results.json").read_text())
-    stage = {"seconds": round(time.perf_counter() - start, 3), "resumed": resume, **results}
+    conditions = {"versions": versions(), "machine": machine(), "parallel": parallel}
+    seconds = round(time.perf_counter() - start, 3)
+    stage = {"seconds": seconds, "resumed": resume, "conditions": conditions, **results}
     write_json(folder / DONE, stage)
     earlier.unlink(missing_ok=True)
     return stage

@@ -78,7 +78,7 @@ def carry_out_network(plan: Plan, net: str, seed: int) -> None:
     """Run all unfinished steps of one network with one seed."""
     for step in plan.steps(net, seed):
         logger.info("%s: %s", plan.title(net, seed), step)
-        run_stage(plan.config(net, step), RUNS[step.stage], plan.processes)
+        run_stage(plan.config(net, step), RUNS[step.stage], processes=plan.processes, parallel=plan.parallel)
 
 
 def describe_progress(plan: Plan, net: str, seed: int) -> str:
