@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from resnet_backbone.engine.config import ConfigError
+from resnet_backbone.engine.config import ConfigError, get_key, said
 from resnet_backbone.engine.network_config import (
     NAME,
     current_value,
@@ -330,6 +330,14 @@ def _check_heads(cfg: CfgNode, checkpoint: Checkpoint, file: str) -> None:
         raise ConfigError(
             "MODEL.ROI_HEADS.NAME is Res5ROIHeads, which builds a res5 of its own that no tensor of "
             f"{file} would cover. Set MODEL.ROI_HEADS.NAME to NetworkRes5ROIHeads."
+        )
+    context = "MODEL.ROI_HEADS.GLOBAL_CONTEXT"
+    trained = checkpoint.metadata.config.get(context)
+    if trained not in (None, get_key(cfg, context)) and has_roi_heads and not cfg.MODEL.NETWORK.ALLOW_MISSING:
+        raise ConfigError(
+            f"{said(cfg, context)}, but {file} was trained with {trained}, so that its box predictor has another "
+            f"width. Set it to {trained}; or, to train a new predictor, add roi_heads.box_predictor to "
+            "MODEL.NETWORK.ALLOW_MISSING."
         )
 
 

@@ -16,8 +16,10 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from resnet_backbone.data.decode import too_long
+from resnet_backbone.detection import config
 from resnet_backbone.detection.build import build_detector
-from resnet_backbone.detection.combinations import TEST_OPTIONS, check_test_options, why_no_options
+from resnet_backbone.detection.checks import check_names
+from resnet_backbone.detection.combinations import TEST_OPTIONS, check_combinations, why_no_options
 from resnet_backbone.detection.config import get_config
 from resnet_backbone.detection.data.datasets import class_names
 from resnet_backbone.detection.data.mapper import read_image
@@ -25,8 +27,10 @@ from resnet_backbone.detection.evaluation.batches import IMAGES_ON_A_GPU
 from resnet_backbone.detection.inference.ensemble import Member
 from resnet_backbone.detection.inference.options import as_tested
 from resnet_backbone.detection.weights import adopt, read
-from resnet_backbone.engine.config import load_config, said, set_key
+from resnet_backbone.engine import ranges
+from resnet_backbone.engine.config import ConfigError, load_config, said, set_key
 from resnet_backbone.engine.paths import expand
+from resnet_backbone.engine.ranges import check_ranges
 from resnet_backbone.errors import InputError
 from resnet_backbone.weights import Checkpoint, Metadata
 from resnet_backbone.weights.checkpoint import ForeignFile, read_checkpoint
@@ -124,8 +128,7 @@ def load_detector(weights: str | Path, *, config_file: str | Path | None = None,
     else:
         load_config(cfg, config_file or _config_beside(weights), opts)
     set_key(cfg, "MODEL.WEIGHTS", str(weights), "the checkpoint")
-    _check_kind(cfg)
-    check_test_options(cfg)
+    _check(cfg)
     if checkpoint is None:
         checkpoint, _ = read(cfg, None, weights.parent)
         _check_detector(checkpoint, weights)
@@ -147,7 +150,10 @@ def load_members(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
     """
     members = []
     for file in cfg.TEST.ENSEMBLE:
-        other = load_detector(file, opts=("MODEL.DEVICE", cfg.MODEL.DEVICE, *NO_OPTIONS))
+        try:
+            other = load_detector(file, opts=("MODEL.DEVICE", cfg.MODEL.DEVICE, *NO_OPTIONS))
+        except InputError as error:
+            raise InputError(f"{said(cfg, 'TEST.ENSEMBLE')}, of which one cannot be used: {error}") from error
         named = f"{said(cfg, 'TEST.ENSEMBLE')}, but "
         if reason := why_no_options(other.cfg):
             raise InputError(f"{named}in {file}, {reason}. Leave it out.")
@@ -159,6 +165,11 @@ def load_members(cfg: CfgNode, class_names: Sequence[str]) -> list[Member]:
                 "its detectors need the same classes in the same order. Leave it out."
             )
         sizes = other.cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST
+        if bool(sizes[0]) != bool(sizes[1]):
+            raise InputError(
+                f"{named}INPUT.MIN_SIZE_TEST of {file} is {sizes[0]}, and this detector's {sizes[1]}; with 0, images "
+                "keep their own sizes, which only works if all do. Leave it out."
+            )
         scale = sizes[0] / sizes[1] if all(sizes) else 1.0
         members.append(Member(other.model, scale, swapped=other.cfg.INPUT.FORMAT != cfg.INPUT.FORMAT))
     return members
@@ -192,15 +203,25 @@ def _config_beside(weights: Path) -> Path:
     file = weights.parent / "config.yaml"
     if not file.is_file():
         raise InputError(
-            f"{weights} does not say how its detector is configured, and there is no config.yaml beside it. Give the "
-            "configuration that it was trained with (--config-file; config_file in a script)."
+            f"{weights} does not say how its detector is configured, and there is no config.yaml beside it. Put the "
+            "config.yaml of its training there, or name it (--config-file; config_file in a script)."
         )
     logger.info("the configuration is %s", file)
     return file
 
 
-def _check_kind(cfg: CfgNode) -> None:
-    """Refuse models that return no objects, or need more than an image."""
+def _check(cfg: CfgNode) -> None:
+    """Refuse values that cannot be used, and models that return no objects or need more than an image."""
+    check_names(cfg)
+    for table in (ranges.RANGES, config.RANGES):
+        read = {key: values for key, values in table.items() if key.startswith(("MODEL.", "INPUT.", "TEST."))}
+        check_ranges(cfg, read)
+    check_combinations(cfg)
+    if cfg.TEST.AUG.ENABLED:
+        raise ConfigError(
+            f"{said(cfg, 'TEST.AUG.ENABLED')}, but Detectron2's test-time augmentation works in evaluations alone. Set "
+            "it to False."
+        )
     if cfg.MODEL.META_ARCHITECTURE in ("SemanticSegmentor", "ProposalNetwork"):
         raise InputError(f"{said(cfg, 'MODEL.META_ARCHITECTURE')}, which gives no objects with classes and scores.")
     if cfg.MODEL.LOAD_PROPOSALS:

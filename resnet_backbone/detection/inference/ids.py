@@ -25,8 +25,10 @@ def consecutive(class_names: Sequence[str]) -> Ids:
 def ids_of(file: Path, sources: Sequence[Source], class_names: Sequence[str]) -> Ids:
     """Return the ids that a COCO file gives to the images, found by the end of their path, and categories, by name.
 
+    Of several names that a path ends with, the longest counts.
+
     Raises:
-        InputError: the file is not in COCO's form, or lacks an image or a category.
+        InputError: the file is not in COCO's form, lacks an image or a category, or has one name for two images.
     """
     try:
         content = json.loads(file.read_bytes())
@@ -38,11 +40,16 @@ def ids_of(file: Path, sources: Sequence[Source], class_names: Sequence[str]) ->
         raise InputError(f"{file} is not a COCO file with images and categories ({error!r}).") from error
     if missing := [name for name in class_names if name not in categories]:
         raise InputError(f"{file} has no category {some(missing)}, which the detector detects.")
-    found = {}
+    found, owners = {}, {}
     for source in sources:
-        ends = (Path(*source.file.parts[-count:]) for count in range(1, len(source.file.parts) + 1))
+        ends = (Path(*source.file.parts[-count:]) for count in range(len(source.file.parts), 0, -1))
         match = next((end for end in ends if end in images), None)
         if match is None:
             raise InputError(f"{source.file} is not among the {len(images)} images of {file}. Give only its images.")
+        owner = owners.setdefault(images[match], source.file)
+        if owner != source.file:
+            raise InputError(
+                f"{owner} and {source.file} would both be {match} of {file}, with the same id. Give only its images."
+            )
         found[source.file] = images[match]
     return Ids(found, [categories[name] for name in class_names])

@@ -62,10 +62,12 @@ class Read(NamedTuple):
 def find_sources(inputs: Sequence[str]) -> list[Source]:
     """Return all images and videos that files, folders (with all below them) and patterns (`'day1/*.jpg'`) stand for.
 
+    A file that several inputs stand for is there once.
+
     Raises:
         InputError: one of them does not exist, or has no image or video in it.
     """
-    found = []
+    found: dict[str, tuple[Path, Path]] = {}
     for text in inputs:
         path = Path(expand(text, "the input"))
         if path.is_dir():
@@ -84,10 +86,11 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
                 raise InputError(f"no file matches {path}.")
         else:
             raise InputError(f"there is no {path}: {nearest_existing(path)}.")
-        found += files
+        for file, name in files:
+            found.setdefault(os.path.abspath(file), (file, name))
     taken: set[Path] = set()
     sources = []
-    for file, name in found:
+    for file, name in found.values():
         picture = _picture(name)
         number = 2
         while picture in taken:

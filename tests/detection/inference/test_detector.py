@@ -69,6 +69,27 @@ def test_keys_may_be_set_but_not_against_the_weights(detector_file, pictures):
         load_detector(detector_file, opts=("INPUT.FORMAT", "BGR"))
 
 
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("TEST.MULTI_SCALE.MIN_SIZES", "(240, 160, 80)"), r"TEST.MULTI_SCALE.MIN_SIZES is .*ascending"),
+        (("TEST.MULTI_SCALE.MIN_SIZES", "(80,)"), "TEST.MULTI_SCALE.MIN_SIZES is .*expected"),
+        (("TEST.MULTI_SCALE.REGION_SIZE", "-5"), "TEST.MULTI_SCALE.REGION_SIZE is -5 .*expected"),
+        (("MODEL.ROI_HEADS.NMS_THRESH_TEST", "3"), "NMS_THRESH_TEST is 3.0 .*expected"),
+        (("INPUT.MAX_SIZE_TEST", "20"), "INPUT.MAX_SIZE_TEST is 20 .*below the shorter side"),
+        (("MODEL.ROI_HEADS.NAME", "StandardHeads"), "StandardHeads .*is not registered; the nearest is Standard"),
+        (("TEST.AUG.ENABLED", "True"), r"TEST.AUG.ENABLED is True \(command line\).*evaluations alone"),
+        (
+            ("MODEL.ROI_HEADS.GLOBAL_CONTEXT", "True"),
+            "GLOBAL_CONTEXT is True .*trained with False.*Set it to False",
+        ),
+    ],
+)
+def test_values_that_cannot_be_used_are_refused_as_in_training(detector_file, opts, message):
+    with pytest.raises(InputError, match=message):
+        load_detector(detector_file, opts=opts)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_files_that_do_not_describe_themselves_need_a_configuration(detector_file, tmp_path, pictures, own):
     whole = read_checkpoint(detector_file)

@@ -14,8 +14,9 @@ from pycocotools.coco import COCO
 
 from resnet_backbone.detection import load_detector
 from resnet_backbone.detection.inference import predict as module
+from resnet_backbone.detection.inference.ids import ids_of
 from resnet_backbone.detection.inference.predict import detect_on, predict
-from resnet_backbone.detection.inference.sources import find_sources
+from resnet_backbone.detection.inference.sources import Source, find_sources
 from resnet_backbone.errors import InputError
 
 TOOL = Path(__file__).parents[3] / "tools" / "predict.py"
@@ -190,6 +191,27 @@ def test_results_with_the_ids_of_a_coco_file_can_be_evaluated_against_it(detecto
         assert tool("--output", tmp_path / "no", *words) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_an_image_gets_the_id_of_the_longest_name_that_its_path_ends_with(tmp_path):
+    def content(*names: str) -> Path:
+        images = [{"file_name": name, "id": number} for number, name in enumerate(names, 1)]
+        file = tmp_path / "truth.json"
+        file.write_text(json.dumps({"images": images, "categories": [{"id": 5, "name": "thing"}]}))
+        return file
+
+    files = [tmp_path / "a.jpg", tmp_path / "day2" / "a.jpg"]
+    sources = [Source(file, Path(file.name)) for file in files]
+    assert ids_of(content("a.jpg", "day2/a.jpg"), sources, ["thing"]) == (dict(zip(files, (1, 2), strict=True)), [5])
+    with pytest.raises(InputError, match=r"would both be a\.jpg of .*truth\.json, with the same id"):
+        ids_of(content("a.jpg"), sources, ["thing"])
+
+
+def test_a_file_that_is_named_twice_is_there_once(pictures, tmp_path, monkeypatch):
+    folder = pictures[0].parent
+    monkeypatch.chdir(folder)
+    sources = find_sources([str(folder), pictures[0].name, "*"])
+    assert [source.file for source in sources] == [folder / picture.name for picture in pictures]
 
 
 def test_patterns_and_files_of_one_name(pictures, tmp_path):
