@@ -61,7 +61,10 @@ def estimate_norm_statistics(
     layers = get_bn_modules(model)
     if layers:
         with torch.no_grad():
-            with autocast(precision, next(model.parameters()).device):
+            with (
+                autocast(precision, next(model.parameters()).device),
+                torch.compiler.set_stance("force_eager"),  # without gradients, it would be compiled anew
+            ):
                 update_bn_stats(model, batches, iterations)
             _average_over_processes(layers)
             for layer in layers:  # rounding can push a constant channel just below zero

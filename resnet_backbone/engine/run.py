@@ -71,6 +71,8 @@ def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = Fal
     if eval_only and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty, so --eval-only has nothing to evaluate. Name a data set.")
     task.check(eval_only=eval_only)
+    if cfg.MODEL.DEVICE.startswith("cuda:"):
+        torch.cuda.set_device(cfg.MODEL.DEVICE)
     with open_output(cfg, resume=resume, eval_only=eval_only) as folder, explained_deaths():
         return _run(cfg, task, folder, resume=resume, eval_only=eval_only)
 

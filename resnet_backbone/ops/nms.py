@@ -30,7 +30,8 @@ def nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, top: i
         order = scores.argsort(dim=1, descending=True, stable=True)
         ordered = boxes.gather(1, order[:, :, None].expand(-1, -1, 4)).float()
         usable, kinds = scores.gather(1, order) > -torch.inf, classes.gather(1, order)
-        places, counts = kernels.nms(ordered, usable, kinds, threshold, top)
+        with torch.cuda.device_of(boxes):
+            places, counts = kernels.nms(ordered, usable, kinds, threshold, top)
         there = torch.arange(top, device=boxes.device) < counts[:, None]
         return order.gather(1, places).masked_fill(~there, 0), there
     indices = torch.zeros((len(boxes), top), dtype=torch.int64, device=boxes.device)

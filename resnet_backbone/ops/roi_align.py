@@ -65,7 +65,8 @@ def _roi_align(
 ) -> Tensor:
     """Return `(bins of all RoIs, C)`, a bin's row after the next; boxes in at least float32."""
     if (kernels := kernels_for(features[0], "roi_align_kernels", "RoIAlign")) is not None:
-        return kernels.forward(features, rois, levels, output_size, scales, sampling_ratio, aligned, step)
+        with torch.cuda.device_of(rois):
+            return kernels.forward(features, rois, levels, output_size, scales, sampling_ratio, aligned, step)
     channels = features[0].shape[1]
     # A view if the layout is channels_last and there is one level.
     rows = [feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features]
@@ -101,7 +102,8 @@ def _roi_align_backward(
     """Return the gradients of the features, `(N * H * W, C)` each; `shapes` holds N, C, H, W of each level."""
     sizes = _grouped(shapes)
     if (kernels := kernels_for(gradient, "roi_align_kernels", "RoIAlign")) is not None:
-        return kernels.backward(gradient, rois, levels, sizes, output_size, scales, sampling_ratio, aligned, step)
+        with torch.cuda.device_of(rois):
+            return kernels.backward(gradient, rois, levels, sizes, output_size, scales, sampling_ratio, aligned, step)
     pixels = [images * height * width for images, _, height, width in sizes]
     totals: list[Tensor] = []
     for first, indices, weights, counts in _matrix(

@@ -110,7 +110,9 @@ def _number_of_samples(extent, bins, RATIO: tl.constexpr):
     if RATIO > 0:
         number = tl.where(usable, RATIO, 0)
     else:
-        number = tl.maximum(tl.ceil(tl.where(usable, extent, 0.0) / bins).to(tl.int32), 0)
+        # An approximate quotient would give an RoI of exactly as many pixels a sample too many.
+        quotient = tl.div_rn(tl.where(usable, extent, 0.0), tl.zeros_like(extent) + bins)
+        number = tl.maximum(tl.ceil(quotient).to(tl.int32), 0)
     return number
 
 

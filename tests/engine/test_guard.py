@@ -279,8 +279,10 @@ class TestLossScale:
         )
         assert found == scales
         assert found[0] == 32768.0 and found[-1] == found[-2]  # some steps overflow, then none do
+        # On a GPU, one gradient that rounds to another number of 16 bits is enough.
+        tolerance = {"cpu": {"rtol": 1e-6, "atol": 1e-7}, "cuda": {"rtol": 1e-3, "atol": 1e-5}}[device]
         for a, b in zip(model.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(a, b, **tolerance)
         initial = build_model(norm=False, dropout=0.0).to(device)
         assert_equal(states[0]["model"], initial.state_dict())  # skipped
         assert all(not momentum.any() for momentum in states[0]["momenta"])

@@ -67,6 +67,14 @@ def test_reads_as_many_batches_as_asked_and_changes_nothing_else():
     assert set(dict(net.named_buffers())) == {name for name in before if "running" in name or "tracked" in name}
 
 
+def test_a_compiled_network_runs_uncompiled():
+    """Compiled for training, it would be compiled anew without gradients."""
+    net, compiled = build(), []
+    net.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    estimate_norm_statistics(net, batches((4, 4)), 2)
+    assert compiled == []
+
+
 def test_a_network_without_norms_reads_nothing():
     def never():
         raise AssertionError

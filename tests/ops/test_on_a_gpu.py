@@ -46,6 +46,17 @@ def test_roi_align_is_torchvisions(dtype, tolerance, ratio, aligned):
             assert (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
+def test_regions_of_whole_bins_have_as_many_samples_as_torchvisions():
+    """An approximate quotient of the side and the number of bins, rounded up, would give some a sample too many."""
+    features = [feature.detach() for feature in pyramid(torch.float32)]
+    sides = torch.arange(1, 100).repeat(2, 1).T  # in pixels of the first level
+    rois = torch.cat([torch.zeros(99, 3), 4.0 * sides], dim=1).cuda()
+    levels = torch.zeros(99, dtype=torch.int64).cuda()
+    out = roi_align(features, rois, (7, 7), scales=SCALES, levels=levels)
+    expected = torchvision.ops.roi_align(features[0], rois, (7, 7), SCALES[0], aligned=True)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_gradient_has_the_same_bits_every_time(dtype):
     rois, levels = regions(2000)

@@ -69,4 +69,5 @@ def test_they_compile_for_a_gpu(compile_kernel, name, ratio, dtype):
     aligned = {"features", "gradient", "out", "channels", "stride_image", "stride_row", "stride_column"}
     code, resources = compile_kernel(kernel, constants, types, aligned, warps=1)
     assert "ld.global.v4.b32" in code  # 16 bytes for each thread
+    assert ("div.rn.f32" in code) == (ratio == 0)  # torchvision's number of samples, to the last bit
     assert resources["STACK"] == resources["LOCAL"] == 0 and resources["REG"] < 255

@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks.photographs import photograph
 from resnet_backbone.detection.config import get_config
 from resnet_backbone.detection.modeling.fast import accelerate
+from resnet_backbone.detection.modeling.fixed_size import FixedSize
 from resnet_backbone.detection.modeling.layout import use_channels_last
 from resnet_backbone.detection.modeling.precision import keep_boxes_in_float32
 from resnet_backbone.engine.config import CfgNode, load_config
@@ -246,8 +247,8 @@ def difference_of_losses(pair: Pair, rois: int) -> float:
     """Largest float32 difference between the two detectors' losses, relative to the stock loss.
 
     Random sampling would pick different RoIs: scores that differ only in the last bit swap places, and the same random
-    number then picks another box. So both use all of the top `rois` proposals and the ground truth. Dropout is off
-    because the other head has none.
+    number then picks another box. So both use all of the top `rois` proposals and the ground truth. On a GPU, ours
+    samples anchors as it does on a CPU, by stock's random numbers. Dropout is off because the other head has none.
     """
     ours, stock = (_losses(model, pair.inputs, rois) for model in (pair.ours, pair.stock))
     return max(abs(ours[name] - loss) / max(abs(loss), 1e-12) for name, loss in stock.items())
@@ -272,7 +273,12 @@ def _all_of_the_best(model: nn.Module, rois: int) -> Iterator[None]:
     rpn, heads = model.proposal_generator, model.roi_heads
     before = rpn.post_nms_topk[True], heads.batch_size_per_image, heads.positive_fraction
     rpn.post_nms_topk[True], heads.batch_size_per_image, heads.positive_fraction = rois, rois + OBJECTS, 1.0
+    ways = {module: module.fixed_size for module in model.modules() if isinstance(module, FixedSize)}
+    for module in ways:
+        module.fixed_size = False
     try:
         yield
     finally:
         rpn.post_nms_topk[True], heads.batch_size_per_image, heads.positive_fraction = before
+        for module, way in ways.items():
+            module.fixed_size = way

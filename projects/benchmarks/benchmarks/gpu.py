@@ -53,7 +53,9 @@ PARTS = {
     ),
     "pretrain": _benchmark("training step, ResNet-50", 240, "pretrain", "--networks", "resnet50", "--rounds", "3"),
     "cifar": _benchmark(
-        "training step, CIFAR networks", 150, "pretrain", "--networks", "cifar_resnet20", "cifar_resnet110"
+        "training step, CIFAR networks",
+        150,
+        *("pretrain", "--networks", "cifar_resnet20", "cifar_resnet110", "--rounds", "3"),
     ),
     "data": _benchmark("loading and training from JPEGs", 180, "data", "--rounds", "3"),
     "detect": _benchmark("detectors", 400, "detect", "--rounds", "3"),

@@ -73,6 +73,9 @@ def test_both_have_the_same_weights_and_losses(name, stride_in_1x1, tensors):
     assert len(pair.stock.state_dict()) == tensors
     assert_same_weights(pair)
     assert difference_of_losses(pair, ROIS) < 1e-5
+    pair.ours.proposal_generator.fixed_size = pair.ours.roi_heads.fixed_size = True  # as on a GPU
+    assert difference_of_losses(pair, ROIS) < 1e-5
+    assert pair.ours.proposal_generator.fixed_size
     with torch.no_grad():
         pair.stock.proposal_generator.rpn_head.conv.weight.mul_(1.01)
     assert difference_of_losses(pair, ROIS) > 1e-5
@@ -280,10 +283,8 @@ def test_a_signal_ends_it_without_a_promise_to_resume(monkeypatch):
 @pytest.mark.gpu
 def test_on_a_gpu_backbones_are_compiled_and_memory_is_told():
     work = tiny(batch=2, size=(128, 160), rois=16, proposals=40)
-    comparisons = list(
-        compare_detectors(["R50-C4", "R50-FPN"], work, conduct(device="cuda", warm_up=3), CONFIGS, print)
-    )
-    assert len(comparisons) == 4
+    comparisons = list(compare_detectors(["R50-C4"], work, conduct(device="cuda", warm_up=3), CONFIGS, print))
+    assert len(comparisons) == 2
     for comparison in comparisons:
         assert list(comparison.sides) == [*SIDES, FP16]
         assert all("GiB" in side.settings for side in comparison.sides.values())
