@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from resnet_backbone.data.workers import explained_deaths
+from resnet_backbone.engine.allocator import keep_freed_memory
 from resnet_backbone.engine.config import ConfigError, origin, set_key
 from resnet_backbone.engine.lock import check_still_there
 from resnet_backbone.engine.optimizer import build_optimizer
@@ -71,7 +72,9 @@ def run(cfg: CfgNode, task: Task, *, resume: bool = False, eval_only: bool = Fal
     if eval_only and not cfg.DATASETS.TEST:
         raise ConfigError("DATASETS.TEST is empty, so --eval-only has nothing to evaluate. Name a data set.")
     task.check(eval_only=eval_only)
-    if cfg.MODEL.DEVICE.startswith("cuda:"):
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
+    elif cfg.MODEL.DEVICE != "cuda":
         torch.cuda.set_device(cfg.MODEL.DEVICE)
     with open_output(cfg, resume=resume, eval_only=eval_only) as folder, explained_deaths():
         return _run(cfg, task, folder, resume=resume, eval_only=eval_only)

@@ -167,6 +167,19 @@ def test_eval_only_takes_the_pooling_from_the_weights(pretrain_config, tmp_path,
     assert cfg.MODEL.NETWORK.POOL5 is False
 
 
+def test_a_numbered_gpu_becomes_the_current_one(pretrain_config, tmp_path, monkeypatch):
+    """Triton's kernels and CUDA graphs run on the current one."""
+
+    def set_device(device):
+        raise Interrupted(device)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(Interrupted, match=r"^cuda:1$"):
+        pretraining.run(pretrain_config(tmp_path, "MODEL.DEVICE", "cuda:1"))
+
+
 def test_bf16_trains_float32_weights(pretrain_config, tmp_path):
     pretraining.run(pretrain_config(tmp_path, "SOLVER.AMP.ENABLED", True))
     model = read_checkpoint(tmp_path / "model_final.pth").model
