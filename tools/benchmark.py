@@ -30,7 +30,7 @@ was: the median over the rounds, then the smallest and the largest."""
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    steps = _command(commands, "pretrain", "images a second of a training step", pretrain.MEANING, run_pretrain)
+    steps = _command(commands, "pretrain", "images per second of a training step", pretrain.MEANING, run_pretrain)
     steps.set_defaults(configs=CONFIGS)
     steps.add_argument("--networks", nargs="+", metavar="NAME", help=f"default: {' '.join(NETWORKS)}")
     steps.add_argument("--batch", type=int, help="images; default: 256 on a GPU, else 32 (CIFAR's networks: 128)")
@@ -39,12 +39,12 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--iterations", type=int, help="in a turn; default: 40 on a GPU, else 1 (CIFAR's: 10 times, or twice)"
     )
     steps.add_argument("--precision", choices=PRECISIONS, help="of all sides but the plain loop; default: the recipe's")
-    loading = _command(commands, "data", "images a second of loading and augmenting JPEGs", data.MEANING, run_data)
+    loading = _command(commands, "data", "images per second of loading and augmenting JPEGs", data.MEANING, run_data)
     loading.set_defaults(configs=CONFIGS)
     loading.add_argument("--images", type=Path, metavar="FOLDER", help="with JPEGs below it; default: generated ones")
     loading.add_argument("--workers", type=int, default=0, help="loading processes; default: 0, this process")
     detectors = _command(
-        commands, "detect", "images a second of a detector's training step and inference", detect.MEANING, run_detect
+        commands, "detect", "images per second of a detector's training step and inference", detect.MEANING, run_detect
     )
     detectors.set_defaults(configs=CONFIGS.parent)
     detectors.add_argument(
@@ -71,7 +71,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     evaluation = _command(
         commands,
         "evaluate",
-        "images a second of COCO's evaluation of boxes",
+        "images per second of COCO's evaluation of boxes",
         evaluate.MEANING,
         run_evaluate,
         on_device=False,

@@ -157,7 +157,7 @@ def explained_deaths() -> Iterator[None]:
         raise DatasetError(
             f"a process that loads data ended: {str(error).removeprefix('DataLoader ').partition('. ')[0]}. The kernel "
             "kills processes when memory runs out; lower DATALOADER.NUM_WORKERS, or the size of the images. The last "
-            "checkpoint is whole: go on with --resume."
+            "checkpoint is whole: continue with --resume."
         ) from error
 
 

@@ -17,7 +17,7 @@ def add_engine_config(cfg: CfgNode) -> None:
     # Keep the newest N checkpoints; 0: all. The best one (model_best.pth) is always kept.
     cfg.SOLVER.CHECKPOINT_KEEP = 0
     # WarmupPlateauLR: multiply the learning rate by GAMMA after more than PATIENCE consecutive evaluations that improve
-    # the metric by less than THRESHOLD (in the metric's unit).
+    # the metric by no more than THRESHOLD (in the metric's unit).
     cfg.SOLVER.PLATEAU_PATIENCE = 3
     cfg.SOLVER.PLATEAU_THRESHOLD = 0.1
     # Above 0: a constant warm-up that ends when the training error (in percent, averaged over LOG_PERIOD iterations)

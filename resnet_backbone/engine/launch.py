@@ -36,7 +36,10 @@ def argument_parser(description: str, example: str) -> argparse.ArgumentParser:
         help="see in N iterations whether it all works; nothing of it stays",
     )
     instead.add_argument(
-        "--throughput", type=int, metavar="N", help="measure the images a second over N iterations; nothing of it stays"
+        "--throughput",
+        type=int,
+        metavar="N",
+        help="measure images per second over N iterations, and leave nothing behind",
     )
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine (on CPUs too, by gloo)")
     parser.add_argument("--num-machines", type=int, default=1)

@@ -76,7 +76,7 @@ def write_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
             raise
         raise CheckpointError(
             f"{path} cannot be written ({reason.strerror or reason}); the previous file is untouched. "
-            "Free some space and go on with --resume, or choose another OUTPUT_DIR."
+            "Free some space and continue with --resume, or choose another OUTPUT_DIR."
         ) from error
 
 

@@ -125,9 +125,7 @@ def test_differences_from_the_paper_are_those_there_are(project, tmp_path):
         assert expected in lines
     report = project["report"].write_report(write_records(tmp_path, record))
     assert report.startswith("# Plain and residual networks by depth: CIFAR-10 (JPEG copies), a part\n")
-    assert "difference" not in report.split("Errors in per cent")[0], (
-        "only the full schedule is compared with the paper"
-    )
+    assert "difference" not in report.split("Errors in percent")[0], "only the full schedule is compared with the paper"
 
 
 def test_jpeg_copies_and_original_pixels_are_not_mixed(run, tmp_path, capsys):

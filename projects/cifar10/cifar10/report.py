@@ -33,7 +33,7 @@ def write_report(output: Path) -> str:
         f"# Plain and residual networks by depth: {any_run['title']}",
         WHAT_IT_IS[any_run["scale"]],
         _table(runs),
-        "Errors in per cent. Training error: of augmented images while training, mean of the last epoch, as Figure 6 "
+        "Errors in percent. Training error: of augmented images while training, mean of the last epoch, as Figure 6 "
         "plots it; final weights: of the training images as they are, after training. Test error: after the last "
         "iteration, of the single image. Over several seeds: mean ± standard deviation, and for the test error the "
         "best before it, as the paper gives it for 110 layers. Seconds: of a run, evaluation included"

@@ -108,7 +108,7 @@ def _rows(plan: Plan, net: str) -> list[Row]:
 
 
 def _seconds(detectors: Sequence[Detector], test_set: str) -> list[float]:
-    """Return each detector's seconds an image: the median over rounds in which they take turns."""
+    """Return each detector's seconds per image: the median over rounds in which they take turns."""
     records = DatasetCatalog.get(test_set)
     files = [record["file_name"] for record in records[:: max(1, len(records) // TIMED_IMAGES)][:TIMED_IMAGES]]
     images = [read_image(file, "RGB") for file in files]
@@ -135,7 +135,7 @@ def _table(plan: Plan, measured: Sequence[dict[str, Any]]) -> str:
         ]
         for row in measured
     ]
-    headers = ["option", "AP50", "AP", "seconds an image", "× baseline", "paper AP50 / AP"]
+    headers = ["option", "AP50", "AP", "seconds per image", "× baseline", "paper AP50 / AP"]
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 5)
     width = plan.config(plan.options, Step(stage="detection", seed=plan.seed)).MODEL.NETWORK.WIDTH
     setup = (

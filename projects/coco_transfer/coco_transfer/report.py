@@ -49,7 +49,7 @@ def write_report(results: dict[str, Any], path: Path) -> str:
         f"# Backbones in Faster R-CNN: {results['scale']}",
         _what_it_is(results),
         table,
-        "Top-1 accuracy of the pretrained classifier, box AP of the detector, all in per cent. A control is the same "
+        "Top-1 accuracy of the pretrained classifier, box AP of the detector, all in percent. A control is the same "
         "detector and schedule on the network's initial weights (He initialization, batch norm statistics estimated on "
         "training images and fixed, no stage frozen). Seconds: pretraining + detection, evaluation included. The "
         "paper's column is COCO val (Table 8) and comparable only at full scale." + (OVER_SEEDS if repeated else ""),

@@ -42,7 +42,7 @@ class Frame(NamedTuple):
         source: where it is from.
         read: returns the pixels, `(H, W, 3)` uint8 RGB, or raises a DatasetError.
         number: of a video's frame, from 0; None for an image.
-        fps: the video's frames a second.
+        fps: the video's frames per second.
     """
 
     source: Source
@@ -126,7 +126,7 @@ class Video:
 
     Attributes:
         count: number of frames that the container states; 0 if it states none.
-        fps: frames a second.
+        fps: frames per second.
 
     Raises:
         DatasetError: OpenCV cannot open it.
