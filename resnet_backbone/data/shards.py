@@ -162,6 +162,8 @@ def _index(shard: str) -> dict[str, tuple[int, int, int]]:
                 key, extension = os.path.splitext(name)
                 extension = extension.lower()
                 if extension == ".cls":
+                    if key in labels:
+                        raise DatasetError(f"{shard}:{key} has two classes; give each record a key of its own")
                     labels[key] = _class_number(os.pread(descriptor, size, offset), shard, key)
                 elif extension in RECORD_EXTENSIONS:
                     if key in images:
@@ -186,17 +188,27 @@ def _index(shard: str) -> dict[str, tuple[int, int, int]]:
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
-    """Yield the name, offset and size of each file in a tar archive."""
+    """Yield the name, offset and size of each file in a tar archive; raise TarError unless it is whole."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # would grow without limit
             if member.isreg():
                 yield member.name, member.offset_data, member.size
+    # tarfile takes a damaged header, after the first one, for the end. The end is a block of zeros, and nothing else.
+    file.seek(archive.offset)
+    if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"it is cut off at byte {archive.offset}")
+    file.seek(archive.offset)
+    while block := file.read(2**20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(f"there is no file's header at byte {archive.offset}, but more than zeros follow")
 
 
 def _class_number(text: bytes, shard: str, key: str) -> int:
     try:
-        return int(text)
+        if (number := int(text)) < 2**31:
+            return number
+        raise ValueError
     except ValueError:
         found = text[:20].decode("utf-8", "replace").strip()
         raise DatasetError(

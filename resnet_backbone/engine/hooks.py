@@ -166,7 +166,7 @@ class Evaluation(HookBase):
         comm.synchronize()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited, "evaluated": self.evaluated}
+        return {"metric": self.metric, "best": self.best, "waited": self.waited, "evaluated": self.evaluated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]

@@ -61,10 +61,16 @@ class NormStatistics:
         return {} if self._own is None else {"own": torch.stack(self._own).cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take this process's own statistics; with another number of processes, keep the mean that the models hold."""
+        """Take this process's own statistics; with another number of processes, keep the mean that the models hold.
+
+        The trained network's come first: a moving average may have come or gone since they were saved.
+        """
         own = state["own"]
         if len(own) == comm.get_world_size():
-            self._put(own[comm.get_rank()])
+            values = self._flat().to(own.dtype).cpu()
+            both = min(len(values), own.shape[1])
+            values[:both] = own[comm.get_rank(), :both]
+            self._put(values)
 
     def _flat(self) -> torch.Tensor:
         return torch.cat([buffer.flatten() for buffer in self._buffers])

@@ -209,22 +209,26 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: `last_checkpoint` names a missing or damaged file; the message names an earlier one if any.
     """
-    tag, checkpoints = folder / LAST, _training_checkpoints(folder)
-    if tag.is_file():
-        path = folder / tag.read_text(errors="replace").strip()
-    elif len(checkpoints) == 1:
-        path = checkpoints[0]
-    else:
+    tag, path = folder / LAST, last_checkpoint_path(folder)
+    if path is None:
         logger.warning("nothing to resume: there is no %s, so training starts at iteration 0", tag)
         return None
     try:
         return read_checkpoint(path)
     except CheckpointError as error:
-        earlier = [other for other in checkpoints if other != path]
+        earlier = [other for other in _training_checkpoints(folder) if other.name < path.name]
         hint = (
             f" An earlier one is {earlier[-1].name}: write its name into {tag} to go on from there." if earlier else ""
         )
         raise CheckpointError(f"cannot resume: {error}{hint}") from error
+
+
+def last_checkpoint_path(folder: Path) -> Path | None:
+    """The file that `last_checkpoint` names, or the only checkpoint there is; None without either."""
+    tag, checkpoints = folder / LAST, _training_checkpoints(folder)
+    if tag.is_file():
+        return folder / tag.read_text(errors="replace").strip()
+    return checkpoints[0] if len(checkpoints) == 1 else None
 
 
 def keep_metrics_before(folder: Path, iteration: int) -> None:

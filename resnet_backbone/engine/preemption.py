@@ -84,6 +84,11 @@ class Preemption(HookBase):
             self._leave(received)
         return batch
 
+    def leave_if_asked(self) -> None:
+        """Leave after the last iteration, if a signal came during it; call it in all processes."""
+        if (received := self._agree()) is not None:
+            self._leave(received)
+
     def _agree(self) -> signal.Signals | None:
         """Return the signal that this process or another one received."""
         if comm.get_world_size() == 1:

@@ -1,6 +1,8 @@
 """A run from configuration to final checkpoint: what pretraining and detection have in common."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,7 +92,11 @@ def _run(cfg: CfgNode, task: Task, folder: Path, *, resume: bool, eval_only: boo
         _check_length(cfg, last)
     choose_seed(cfg, last)
     torch.manual_seed(cfg.SEED)
+    if eval_only and last is not None and last.trainer and cfg.SOLVER.EMA_DECAY > 0:
+        last = replace(last, model=last.trainer.get("average", last.model))  # which a run evaluates
     model = task.build(last, eval_only=eval_only)
+    if last is not None and not eval_only:
+        _check_classes(last.metadata.class_names, task.metadata(0).class_names)
     task.try_evaluation(model)
     if eval_only:
         return task.evaluate(model)
@@ -112,6 +118,17 @@ def _check_length(cfg: CfgNode, last: Checkpoint) -> None:
             f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER} ({origin(cfg, 'SOLVER.MAX_ITER') or 'default'}), but the run to "
             f"resume has done {done} iterations. Set it to {done} or more, or write an earlier checkpoint's name into "
             f"{LAST}, or choose another OUTPUT_DIR."
+        )
+
+
+def _check_classes(before: Sequence[str], now: Sequence[str]) -> None:
+    """Reject a resumed run whose labels would mean other classes."""
+    if before and list(before) != list(now):
+        changed = next(((a, b) for a, b in zip(before, now) if a != b), None)
+        words = f"the first that differs was {changed[0]} and is {changed[1]}" if changed else "the first are the same"
+        raise ConfigError(
+            f"the run to resume was started with {len(before)} classes, and the data have {len(now)}: {words}. Resume "
+            "on the same data, or start a new run in another OUTPUT_DIR."
         )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -126,7 +126,7 @@ def train(
     def save(iteration: int) -> None:
         config = flat_config(cfg)
         state = {**trainer.state_dict(), "config": config, "config_sha256": config_hash(config)}
-        state |= {name: part.state_dict() for name, part in stateful.items()}
+        state |= {"num_images": task.num_images, **{name: part.state_dict() for name, part in stateful.items()}}
         checkpoint = Checkpoint(model.state_dict(), task.metadata(iteration + 1), iteration, state)
         save_training_checkpoint(folder, checkpoint, keep=cfg.SOLVER.CHECKPOINT_KEEP)
 
@@ -150,9 +150,10 @@ def train(
     start = 0
     if resume_from is not None:
         start = _resume(cfg, trainer, resume_from)
-        for name, part in stateful.items():
-            if name in resume_from.trainer:
-                part.load_state_dict(resume_from.trainer[name])
+        _restore(stateful, resume_from.trainer, task)
+        # What is needed is in the model and the optimizer, and the caller holds the checkpoint to the end.
+        resume_from.model.clear()
+        resume_from.trainer.clear()
     if start >= cfg.SOLVER.MAX_ITER:
         logger.info("all %d iterations are done", cfg.SOLVER.MAX_ITER)
     if start >= cfg.SOLVER.MAX_ITER or evaluation.finishes_after(start):
@@ -172,8 +173,29 @@ def train(
     trainer.train(start, cfg.SOLVER.MAX_ITER)
     if trainer.finished:
         checkpoints.save(trainer.iter - 1, again=True)  # with the evaluation that has finished the run
+    preemption.leave_if_asked()  # before an evaluation that may outlast the grace period
     trainer.norm_statistics.average()
     return Trained(result(), trainer.iter)
+
+
+def _restore(parts: Mapping[str, Any], state: Mapping[str, Any], task: TrainingTask) -> None:
+    """Restore the hooks' state, except for what depends on a metric that has changed since."""
+    metric = state.get("evaluation", {}).get("metric", task.best_metric)
+    if metric != task.best_metric:
+        logger.warning(
+            "TEST.BEST_METRIC was %s and is now %s: the best result, patience and plateau begin anew",
+            metric,
+            task.best_metric,
+        )
+    if state.get("num_images", task.num_images) != task.num_images:
+        logger.warning(
+            "the training set had %d images and has %d now, so their order is another",
+            state["num_images"],
+            task.num_images,
+        )
+    for name, part in parts.items():
+        if name in state and (metric == task.best_metric or name == "warm_up"):
+            part.load_state_dict(state[name])
 
 
 def _compile(cfg: CfgNode, task: TrainingTask, model: nn.Module) -> None:
@@ -221,6 +243,8 @@ def choose_seed(cfg: CfgNode, resume_from: Checkpoint | None) -> None:
 def check_solver(cfg: CfgNode) -> None:
     """Reject keys of both tools that are out of range, and what their device cannot do."""
     check_ranges(cfg, RANGES)
+    if cfg.SOLVER.NESTEROV and not cfg.SOLVER.MOMENTUM:
+        raise ConfigError(f"{said(cfg, 'SOLVER.NESTEROV')}, but {said(cfg, 'SOLVER.MOMENTUM')}. Set it above 0.")
     if cfg.MODEL.NETWORK.NAME:
         with as_config_error("MODEL.NETWORK.NAME"):
             find_row(cfg.MODEL.NETWORK.NAME)

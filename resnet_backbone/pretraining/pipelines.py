@@ -197,6 +197,11 @@ def build_pipeline(cfg: CfgNode, source: ClassificationSource) -> Pipeline:
                 "DATALOADER.PIPELINE is resident, which augments by INPUT.CROP.TYPE padded, not "
                 f"{transform.crop_type}. Set PIPELINE to workers."
             )
+        if on_corrupt != "stop":
+            raise ConfigError(
+                "DATALOADER.PIPELINE is resident, which reads all images at once and has no DATALOADER.ON_CORRUPT "
+                f"{on_corrupt}. Set PIPELINE to workers."
+            )
         return ResidentPipeline(**shared)
     workers = cfg.DATALOADER.NUM_WORKERS
     if name == "device":

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 
 from resnet_backbone.data.padded_crop import PaddedCropTransform
 from resnet_backbone.data.transforms import TrainTransform
-from resnet_backbone.engine.config import as_config_error
+from resnet_backbone.engine.config import ConfigError, as_config_error, said
 
 
 class Normalize:
@@ -44,6 +44,10 @@ def build_train_transform(cfg: CfgNode) -> TrainTransform | PaddedCropTransform:
     }
     with as_config_error("INPUT.CROP.SIZE, INPUT.MIN_SIZE_TRAIN"):
         if crop_type == "padded":
+            if cfg.INPUT.PCA_COLOR_STD:
+                raise ConfigError(
+                    f"{said(cfg, 'INPUT.PCA_COLOR_STD')}, but INPUT.CROP.TYPE padded has none. Set it to 0."
+                )
             return PaddedCropTransform(padding=cfg.INPUT.CROP.PADDING, **shared)
         short_sides = cfg.INPUT.MIN_SIZE_TRAIN
         return TrainTransform(

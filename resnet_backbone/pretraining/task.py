@@ -219,7 +219,8 @@ def _build_model(
     model, arguments = build_classifier(cfg, num_classes)
     if weights is not None:
         file = cfg.MODEL.WEIGHTS if weights.trainer is None else "the last checkpoint"
-        logger.info(load_state(model, weights.model, part="network", source=file))
+        allowed = cfg.MODEL.NETWORK.ALLOW_MISSING
+        logger.info(load_state(model, weights.model, part="network", source=file, may_miss=allowed))
     elif any(isinstance(module, FrozenBatchNorm2d) for module in model.modules()):
         raise ConfigError(
             f"MODEL.RESNETS.NORM is FrozenBN ({origin(cfg, 'MODEL.RESNETS.NORM') or 'default'}), which on random "

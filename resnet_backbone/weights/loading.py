@@ -54,7 +54,8 @@ def load_state(
             other classes); these stay as initialized.
 
     Raises:
-        CheckpointError: a tensor is missing or has the wrong shape; nothing has been copied.
+        CheckpointError: a tensor is missing or has the wrong shape, or the file has one more for a layer than the layer
+            takes, such as batch norm's statistics for a group norm; nothing has been copied.
     """
     may_miss = tuple(may_miss)
     found: list[str] = []
@@ -83,6 +84,14 @@ def load_state(
             f"{part}: {len(refused)} of {len(missing) + len(loaded)} tensors are not in {source} "
             f"({_some(refused)}). Give weights of the same network, or list the prefixes that may be missing in "
             "MODEL.NETWORK.ALLOW_MISSING."
+        )
+    layers = {name.rpartition(".")[0] for name in found} - {""}
+    surplus = [name for name in state if name not in targets and name.rpartition(".")[0] in layers]
+    surplus = [name for name in surplus if not name.endswith("num_batches_tracked") and not name.startswith(may_miss)]
+    if surplus:
+        raise CheckpointError(
+            f"{part}: {source} has {len(surplus)} tensors more for layers of this network ({_some(surplus)}), so that "
+            "these are of another kind. Build them like the file's (norms: MODEL.RESNETS.NORM)."
         )
     with torch.no_grad():
         for name in found:

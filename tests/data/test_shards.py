@@ -43,12 +43,37 @@ def test_every_form_of_tar(tmp_path, form, long, link):
     assert [source.read(index) for index in range(len(source))] == list(images.values())
 
 
-def test_a_damaged_shard_is_refused(tmp_path):
+@pytest.mark.parametrize("damage", ["in data", "between members", "in a header", "flipped bit", "zeros", "two shards"])
+def test_a_damaged_shard_is_refused(tmp_path, damage):
     write(tmp_path / "s.tar", tarfile.GNU_FORMAT, long=False, link=False)
-    data = (tmp_path / "s.tar").read_bytes()
-    (tmp_path / "s.tar").write_bytes(data[:20_000])
+    data = bytearray((tmp_path / "s.tar").read_bytes())
+    with tarfile.open(tmp_path / "s.tar") as archive:
+        members = archive.getmembers()
+    header = members[len(members) // 2].offset
+    largest = max(members, key=lambda member: member.size)
+    if damage == "flipped bit":
+        data[header] ^= 1
+    elif damage == "zeros":
+        data[header : header + 512] = bytes(512)
+    elif damage == "two shards":
+        data = data * 2
+    else:
+        cut = {"in data": largest.offset_data + 100, "between members": header, "in a header": header + 100}
+        data = data[: cut[damage]]
+    (tmp_path / "s.tar").write_bytes(data)
     with pytest.raises(DatasetError, match="is no complete tar archive"):
         ShardSource(str(tmp_path / "s.tar"))
+
+
+@pytest.mark.parametrize("zeros", [1024, 10240, 3 * 2**20])
+def test_zeros_after_the_end_are_padding(tmp_path, zeros):
+    images = write(tmp_path / "s.tar", tarfile.GNU_FORMAT, long=False, link=False)
+    with tarfile.open(tmp_path / "s.tar") as archive:
+        last = archive.getmembers()[-1]
+    end = last.offset_data + -(-last.size // 512) * 512
+    data = (tmp_path / "s.tar").read_bytes()[:end]
+    (tmp_path / "s.tar").write_bytes(data + bytes(zeros))
+    assert len(ShardSource(str(tmp_path / "s.tar"))) == len(images)
 
 
 def test_the_interpreters_end_says_nothing(tmp_path, monkeypatch):

@@ -206,6 +206,8 @@ def test_bad_shards(shards, write_tar, tmp_path):
     check({"a.gif": b"x", "a.cls": b"0"}, "bad.tar:a has a .cls but no image", "a.jpg or a.jpeg or a.png")
     check({"a.jpg": b"x", "a.png": b"x", "a.cls": b"0"}, "bad.tar:a holds two images")
     check({"a.jpg": b"x", "a.cls": b"cat"}, "a.cls holds 'cat'", "number of a class")
+    check({"a.jpg": b"x", "a.cls": b"1" * 31}, "a.cls holds '1111", "number of a class")
+    check({"a.jpg": b"x", "a.cls": b"0", "a.CLS": b"1"}, "bad.tar:a has two classes")
     check({"a.jpg": b"x", "a.cls": b"-1"}, "bad.tar:a has the class -1", "begin at 0")
     (tmp_path / "classes.txt").write_text("red\ngreen\n")
     check({"a.jpg": b"x", "a.cls": b"2"}, "bad.tar:a has the class 2", "classes.txt names the classes 0...1", "correct")

@@ -160,7 +160,7 @@ class TestBest:
         hook = self.evaluate([3.0, 5.0, 5.0, 6.0], save_best=saved.append)
         run([hook])
         assert [results["bbox/AP"] for results in saved] == [3.0, 5.0, 6.0] and saved[0]["bbox/AR"] == 1.0
-        assert hook.state_dict() == {"best": 6.0, "waited": 0, "evaluated": 8}
+        assert hook.state_dict() == {"metric": hook.metric, "best": 6.0, "waited": 0, "evaluated": 8}
 
     def test_a_restored_best_is_not_beaten_by_less(self):
         saved = []

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils import comm
+from torch import nn
 
+from resnet_backbone.engine.norm_statistics import NormStatistics
 from resnet_backbone.weights import read_checkpoint
 
 SCRIPT = Path(__file__).with_name("launched.py")
@@ -62,3 +65,23 @@ def test_a_resumed_run_ends_in_the_same_bits(trained):
     whole, resumed = (read_checkpoint(trained / name / "model_0000007.pth") for name in ("whole", "run"))
     assert torch.equal(*(c.trainer["norm_statistics"]["own"] for c in (whole, resumed)))
     assert whole.trainer["plateau"] == resumed.trainer["plateau"]
+
+
+@pytest.mark.parametrize("saved, loaded", [(1, 2), (2, 1), (2, 2)])
+def test_an_average_may_come_or_go(monkeypatch, saved, loaded):
+    """The trained network's statistics come first."""
+
+    def norms(value: float, count: int) -> list[nn.Module]:
+        models = [nn.BatchNorm2d(3) for _ in range(count)]
+        for number, model in enumerate(models):
+            model.running_mean.fill_(value + 10 * number)
+        return models
+
+    own = torch.stack([NormStatistics(norms(value, saved))._flat() for value in (1.0, 2.0)])
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    models = norms(5.0, loaded)
+    NormStatistics(models).load_state_dict({"own": own})
+    assert models[0].running_mean.tolist() == [2.0] * 3
+    if loaded == 2:
+        assert models[1].running_mean.tolist() == [12.0 if saved == 2 else 15.0] * 3

@@ -221,6 +221,14 @@ class TestLastCheckpoint:
         assert message.startswith("cannot resume") and str(path) in message
         assert "An earlier one is model_0000007.pth" in message and str(tmp_path / "last_checkpoint") in message
 
+    def test_a_later_one_is_not_called_earlier(self, tmp_path):
+        for iteration in (3, 7, 12):
+            save(tmp_path, iteration)
+        (tmp_path / "last_checkpoint").write_text("model_0000007.pth")
+        (tmp_path / "model_0000007.pth").unlink()
+        with pytest.raises(CheckpointError, match=r"An earlier one is model_0000003\.pth"):
+            output.read_last_checkpoint(tmp_path)
+
     def test_without_an_earlier_one_none_is_named(self, tmp_path):
         save(tmp_path, 3).unlink()
         with pytest.raises(CheckpointError) as caught:

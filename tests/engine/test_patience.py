@@ -2,14 +2,17 @@
 
 import logging
 import shutil
+import signal
 
 import pytest
 from detectron2.utils import comm
 
 from resnet_backbone.engine.hooks import Evaluation
 from resnet_backbone.engine.output import read_last_checkpoint
+from resnet_backbone.errors import Interrupted
 from resnet_backbone.weights import read_checkpoint
 from tests.engine import tiny
+from tests.engine.test_preemption import send
 from tests.engine.tiny import Run, assert_equal, assert_same, assert_same_files, in_two_processes, metrics
 
 
@@ -82,6 +85,16 @@ class TestPatience:
         whole = Run(self.patient(cfg, patience), tmp_path / "whole", scores=self.SCORES)
         assert_same(whole, resumed)
         assert_same_files(tmp_path / "parts", tmp_path / "whole")
+
+    def test_another_metric_begins_anew(self, cfg, tmp_path, caplog):
+        cfg = self.patient(cfg, 2)
+        with pytest.raises(Interrupted):
+            Run(cfg, tmp_path, scores=lambda i: 100.0, during_step=send(signal.SIGTERM, 7))
+        before = (tmp_path / "model_best.pth").read_bytes()
+        run = Run(cfg, tmp_path, resume=True, scores=lambda i: 100.0, metric="bbox/sum")
+        assert "TEST.BEST_METRIC was bbox/AP and is now bbox/sum" in caplog.text
+        assert run.evaluated[0] == 9 and len(run.evaluated) > 1
+        assert (tmp_path / "model_best.pth").read_bytes() != before
 
     def test_ends_all_processes_together(self, tmp_path):
         """Only the main process has results."""

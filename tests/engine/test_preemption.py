@@ -59,9 +59,11 @@ class TestInAStep:
             Run(cfg, tmp_path / "run", during_step=send(signal.SIGTERM, 3))
         assert [path.name for path in (tmp_path / "run").glob("*.pth")] == ["model_0000003.pth"]
 
-    def test_in_the_last_one_there_is_nothing_to_leave(self, cfg, tmp_path):
-        run = Run(cfg, tmp_path / "run", during_step=send(signal.SIGTERM, 9))
-        assert len(run.seen) == 10 and read_last_checkpoint(tmp_path / "run").iteration == 9
+    def test_in_the_last_one_the_final_evaluation_is_left_to_a_resumed_run(self, cfg, tmp_path):
+        with pytest.raises(Interrupted, match="SIGTERM: saved after 10 of 10"):
+            Run(cfg, tmp_path / "run", during_step=send(signal.SIGTERM, 9))
+        assert read_last_checkpoint(tmp_path / "run").iteration == 9
+        assert Run(cfg, tmp_path / "run", resume=True).seen == []
 
     def test_several_are_one(self, cfg, tmp_path):
         def both(i):

@@ -1,6 +1,8 @@
+import gc
 import logging
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,38 @@ from resnet_backbone.errors import InputError
 from resnet_backbone.weights import Checkpoint, CheckpointError, Metadata, read_checkpoint
 from tests.engine import tiny
 from tests.engine.tiny import IMAGES, Run, assert_equal, assert_same, assert_same_files, build_model, metadata, metrics
+
+
+def test_a_resumed_run_lets_go_of_the_checkpoint(cfg, tmp_path):
+    """Its caller holds it to the end."""
+    Run(cfg, tmp_path, stop_at=8)
+    alive = []
+
+    def look(_iteration):
+        gc.collect()
+        alive.append([reference() for reference in references])
+
+    checkpoint = read_last_checkpoint(tmp_path)
+    assert checkpoint.model and checkpoint.trainer
+    references = []
+    original = tiny.read_last_checkpoint
+
+    def read(folder):
+        found = original(folder)
+        references.extend(weakref.ref(tensor) for tensor in found.model.values())
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "read_last_checkpoint", read)
+        run = Run(cfg, tmp_path, resume=True, during_step=look)
+    assert references and run.last is not None
+    assert alive and all(tensor is None for tensors in alive for tensor in tensors)
+
+
+def test_another_number_of_images_is_said(cfg, tmp_path, caplog):
+    Run(cfg, tmp_path, stop_at=8)
+    Run(cfg, tmp_path, resume=True, num_images=36)
+    assert "the training set had 37 images and has 36 now" in caplog.text
 
 
 @pytest.mark.parametrize("stop_at", [4, 6, 8, 9])
@@ -68,7 +102,7 @@ def test_killed_at_any_moment_and_resumed(cfg, tmp_path, precision):
 
     last = read_checkpoint(folder / "model_0000019.pth").trainer
     assert last["plateau"]["drops"] == 1 and last["warm_up"] == {"over": True}
-    assert last["evaluation"] == {"best": 4.0, "waited": 1, "evaluated": 15}
+    assert last["evaluation"] == {"metric": "bbox/AP", "best": 4.0, "waited": 1, "evaluated": 15}
     assert "metrics" not in last  # all are read at the end
     assert read_checkpoint(folder / "model_best.pth").metadata.origin["bbox/AP"] == 4.0
     assert ("scaler" in last) == (precision == "fp16")

@@ -138,6 +138,8 @@ class Run:
         factor: given the iteration, what the logits are multiplied by.
         error: given the iteration, the training error that is reported.
         scores: the AP of one evaluation after the other, by the iteration that follows.
+        metric: which selects the best weights.
+        num_images: what the task says.
         during_fetch, during_step, during_evaluation: called with the iteration.
     """
 
@@ -152,6 +154,8 @@ class Run:
         factor: Callable[[int], float] = lambda i: 1.0,
         error: Callable[[int], float] | None = None,
         scores: Callable[[int], float] = lambda i: 1.5,
+        metric: str = "bbox/AP",
+        num_images: int = 37,
         during_fetch: Callable[[int], object] = lambda i: None,
         during_step: Callable[[int], object] = lambda i: None,
         during_evaluation: Callable[[int], object] = lambda i: None,
@@ -162,7 +166,7 @@ class Run:
         self.seen: list[list[tuple[int, int]]] = []
         self.evaluated: list[int] = []
         self.modes: list[bool] = []
-        last = read_last_checkpoint(folder) if resume else None
+        self.last = last = read_last_checkpoint(folder) if resume else None
         torch.rand(11 if resume else 0)  # whatever drew from the generator before must not matter
         self._next = 0 if last is None else last.iteration + 1
 
@@ -197,7 +201,8 @@ class Run:
                 losses=compute,
                 evaluate=evaluate,
                 metadata=metadata,
-                best_metric="bbox/AP",
+                num_images=num_images,
+                best_metric=metric,
                 image_names=lambda i: [f"image {index}" for _, index in BatchSampler(37, 4, seed=cfg.SEED).batch(i)],
             )
             self.result, self.iterations = train(cfg, task, self.model, self.optimizer, folder=folder, resume_from=last)

@@ -129,6 +129,11 @@ class TestUnreadable:
     [
         (("DATALOADER.PIPELINE", "gpu"), r"gpu \(command line\), expected workers or device or resident"),
         (("DATALOADER.PIPELINE", "resident"), "INPUT.CROP.TYPE padded, not absolute"),
+        (
+            ("DATALOADER.PIPELINE", "resident", "DATALOADER.ON_CORRUPT", "skip", *PADDED),
+            "no DATALOADER.ON_CORRUPT skip",
+        ),
+        ((*PADDED, "INPUT.PCA_COLOR_STD", 0.5), r"PCA_COLOR_STD is 0.5 \(command line\), but INPUT.CROP.TYPE padded"),
         (("DATALOADER.PIPELINE", "device", *PADDED), "Set PIPELINE to workers"),
         (("DATALOADER.PIPELINE", "device", "DATALOADER.ON_CORRUPT", "skip"), "Set PIPELINE to workers"),
         (("DATALOADER.ON_CORRUPT", "ignore"), r"ignore \(command line\), expected stop or skip"),

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import tarfile
 
 import cv2
@@ -147,6 +148,31 @@ def test_resuming_does_not_need_the_weights_that_it_once_started_from(pretrain_c
     assert read_checkpoint(tmp_path / "run" / "model_final.pth").metadata.origin["iterations"] == 3
 
 
+def test_a_class_with_another_name_is_not_resumed(pretrain_config, bright_and_dark, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(bright_and_dark, data)
+    keys = ("DATASETS.TRAIN", data, "DATASETS.TEST", data, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", 2)
+    pretraining.run(pretrain_config(tmp_path / "run", *keys))
+    (data / "bright").rename(data / "light")
+    with pytest.raises(ConfigError, match=r"started with 2 classes, and the data have 2: .* was bright and is dark"):
+        pretraining.run(pretrain_config(tmp_path / "run", *keys[:-1], 4), resume=True)
+
+
+def test_eval_only_of_a_run_evaluates_the_average_as_the_run_does(pretrain_config, tmp_path):
+    keys = ("SOLVER.MAX_ITER", 4, "SOLVER.EMA_DECAY", 0.9, "TEST.PRECISE_BN.ENABLED", False)
+    trained = pretraining.run(pretrain_config(tmp_path, *keys))
+    assert pretraining.run(pretrain_config(tmp_path, *keys), resume=True, eval_only=True) == trained
+
+
+def test_a_classifier_is_fine_tuned_on_other_classes(pretrain_config, classifier, bright_and_dark, tmp_path):
+    data = ("DATASETS.TRAIN", bright_and_dark, "DATASETS.TEST", bright_and_dark)
+    keys = (*data, "MODEL.WEIGHTS", classifier("resnet18"))
+    with pytest.raises(CheckpointError, match=r"fc\.weight.*MODEL\.NETWORK\.ALLOW_MISSING"):
+        pretraining.run(pretrain_config(tmp_path / "no", *keys))
+    results = pretraining.run(pretrain_config(tmp_path / "yes", *keys, "MODEL.NETWORK.ALLOW_MISSING", "('fc.',)"))
+    assert results["images"] == 24
+
+
 def test_eval_only_tests_the_given_weights_and_writes_no_checkpoint(pretrain_config, tmp_path):
     trained = pretraining.run(pretrain_config(tmp_path / "run", "SOLVER.MAX_ITER", 3, "SOLVER.CHECKPOINT_PERIOD", 3))
     keys = ("MODEL.WEIGHTS", tmp_path / "run" / "model_final.pth")
@@ -269,6 +295,7 @@ def test_every_parameter_learns(pretrain_config, tmp_path, monkeypatch):
         (("INPUT.CROP.SIZE", (0.9, 0.9)), ("INPUT.CROP.SIZE", "pixels")),
         (("INPUT.CROP.SIZE", (64, 64)), ("64x64", "32")),
         (("INPUT.FORMAT", "L"), ("INPUT.FORMAT is L", "RGB")),
+        (("SOLVER.NESTEROV", True, "SOLVER.MOMENTUM", 0.0), ("SOLVER.NESTEROV is True", "MOMENTUM is 0.0")),
         (("INPUT.RANDOM_FLIP", "vertical"), ("vertical", "horizontal")),
         (("MODEL.PIXEL_MEAN", (1.0,)), ("MODEL.PIXEL_MEAN is [1.0]", "3 values")),
         (("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "fp8"), ("fp8", "bf16")),

@@ -82,6 +82,18 @@ def test_wrong_shapes_are_named_and_nothing_is_copied(resnet50):
     assert all(torch.equal(before[name], tensor) for name, tensor in wider.state_dict().items())
 
 
+def test_batch_norms_statistics_are_not_dropped_by_another_norm(resnet50):
+    other = build_network("resnet50", 5, width=0.125, norm="GN")
+    before = snapshot(other)
+    with pytest.raises(CheckpointError, match=r"f\.pth has 106 tensors more .*running_mean.*MODEL\.RESNETS\.NORM"):
+        load_state(other, resnet50.state_dict(), part="network", source="f.pth")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    without = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1, bias=False)})
+    with pytest.raises(CheckpointError, match=r"has 1 tensors more .*conv\.bias"):
+        state = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1)}).state_dict()
+        load_state(without, state, part="network", source="f.pth")
+
+
 def test_what_may_be_missing_is_left_as_initialized(resnet50):
     torch.manual_seed(1)
     target = build_network("resnet50", 7, width=0.125)
