@@ -62,9 +62,9 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
     """Write a detector as ONNX, atomically, once onnxruntime finds the same objects as torch.
 
     Input `image`: RGB, float32, 0…255, `(3, H, W)`, resized as for the detector. Outputs `boxes` `(N, 4)` in the
-    input's pixels, `scores` `(N,)`, `classes` `(N,)`, and with a mask head `masks` `(N, 1, 28, 28)`, each over its box.
-    Channel order, mean, standard deviation and thresholds are in the graph; the metadata is in the file's properties
-    under `resnet_backbone`. The graph is that of the model alone, without test-time options.
+    input's pixels, `scores` `(N,)`, `classes` `(N,)`, and with a mask head `masks` `(N, 1, 28, 28)` (C4: 14×14), each
+    over its box. Channel order, mean, standard deviation and thresholds are in the graph; the metadata is in the file's
+    properties under `resnet_backbone`. The graph is that of the model alone, without test-time options.
 
     Args:
         images: a file, folder or pattern: images on which the detector finds something. None: generated ones.

@@ -35,7 +35,7 @@ from resnet_backbone.engine.network_config import (
     preprocessing_keys,
     same_value,
 )
-from resnet_backbone.engine.output import LAST
+from resnet_backbone.engine.output import last_checkpoint_path
 from resnet_backbone.engine.pretrained import command_line_overrides, read_with_overrides
 from resnet_backbone.errors import InputError
 from resnet_backbone.networks import FrozenBatchNorm2d
@@ -92,13 +92,12 @@ def read(cfg: CfgNode, last: Checkpoint | None, folder: Path) -> tuple[Checkpoin
         ConfigError: the configuration contradicts the weights' metadata.
         CheckpointError: the file cannot be read.
     """
-    file = str(folder / (folder / LAST).read_text().strip()) if last else cfg.MODEL.WEIGHTS
+    file = str(last_checkpoint_path(folder)) if last else cfg.MODEL.WEIGHTS
     weights = last
     if weights is None and file and is_own(cfg):
         weights = _read_file(cfg)  # None for a detector of Detectron2's trainer
     elif weights is None and file:
-        with contextlib.suppress(CheckpointError):
-            weights = read_checkpoint(file)
+        weights = _read_for_stock(file)
     if weights is not None:
         adopt(cfg, weights, file)
     return weights, file
@@ -271,6 +270,25 @@ def _compared(cfg: CfgNode) -> Source:
             )
     _check_heads(cfg, checkpoint, file)
     return Source(file, checkpoint)
+
+
+def _read_for_stock(file: str) -> Checkpoint | None:
+    """Read a checkpoint of this project; return None for anything else, which Detectron2 loads by its own rules."""
+    try:
+        return read_checkpoint(file)
+    except CheckpointError:
+        if _keys_of(file) >= {"model", "metadata"}:  # Detectron2 would not notice that it is damaged
+            raise
+        return None
+
+
+def _keys_of(file: str) -> set[str]:
+    """Return the keys of a torch file, whose tensors are not read; none if it is no such file."""
+    try:
+        payload = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
+        return set()
+    return set(payload) if isinstance(payload, dict) else set()
 
 
 def _read_file(cfg: CfgNode) -> Checkpoint | None:

@@ -20,6 +20,8 @@ from resnet_backbone.weights import CheckpointError, read_checkpoint
 ROOT = Path(__file__).parents[2]
 FPN = ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32)
 MASKS = ("MODEL.BACKBONE.NAME", "build_network_fpn_backbone", "MODEL.ROI_MASK_HEAD.CONV_DIM", 8, *FPN)
+MASKS_C4 = ("MODEL.BACKBONE.NAME", "build_network_backbone", "MODEL.ROI_HEADS.NAME", "NetworkRes5ROIHeads")
+MASKS_C4 += ("MODEL.ROI_MASK_HEAD.CONV_DIM", 8)
 RETINANET = ("MODEL.BACKBONE.NAME", "build_network_retinanet_fpn_backbone", *FPN, "MODEL.RETINANET.PRIOR_PROB", 0.3)
 KINDS = {
     "C4": ("faster_rcnn_R50.yaml", "resnet18", ()),
@@ -27,6 +29,7 @@ KINDS = {
     "VGG": ("faster_rcnn_VGG16.yaml", "vgg16", ()),
     "FPN": ("faster_rcnn_R50_FPN.yaml", "resnet18", FPN),
     "masks": ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "resnet18", MASKS),
+    "masks, C4": ("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml", "resnet18", MASKS_C4),
     "RetinaNet": ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "resnet18", RETINANET),
 }
 
@@ -39,7 +42,7 @@ def trained(detection_config, classifier, scenes, tmp_path):
         file, network, more = KINDS[kind]
         first = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "SOLVER.MAX_ITER", 0, "TEST.DETECTIONS_PER_IMAGE", 10)
         keys = (*first, "MODEL.NETWORK.NAME", network, "MODEL.WEIGHTS", classifier(network), *more, *keys)
-        if kind == "masks":
+        if kind.startswith("masks"):
             keys += ("DATASETS.TRAIN", with_masks(Path(scenes)), "DATASETS.TEST", "()", "MODEL.MASK_ON", True)
         folder = tmp_path / "output" / "detector"
         detection.run(detection_config(file, folder, *keys))
@@ -82,7 +85,8 @@ def test_onnxruntime_finds_what_the_detector_finds_at_any_size(trained, convert,
         rows, theirs = (each[np.lexsort(each.round(1).T)] for each in (rows, theirs))  # scores may be almost the same
         np.testing.assert_allclose(rows[:, :5], theirs[:, :5], atol=0.02)
         np.testing.assert_allclose(rows[:, 5], theirs[:, 5], atol=1e-4)
-        assert [mask.shape for mask in masks] == ([(len(boxes), 1, 28, 28)] if kind == "masks" else [])
+        side = {"masks": 28, "masks, C4": 14}.get(kind)
+        assert [mask.shape for mask in masks] == ([(len(boxes), 1, side, side)] if side else [])
     (properties,) = onnx.load(tmp_path / "d.onnx").metadata_props
     assert json.loads(properties.value)["class_names"] == list(read_checkpoint(weights).metadata.class_names)
 

@@ -143,6 +143,7 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(detection_config, class
         detection.run(config("stopped"))
     monkeypatch.undo()
     start.unlink()  # a resumed run needs its own folder alone
+    (tmp_path / "stopped" / "last_checkpoint").unlink()  # as if killed before it was written for the first time
     detection.run(config("stopped"), resume=True)
     whole, resumed = (read_checkpoint(tmp_path / run / "model_final.pth") for run in ("whole", "stopped"))
     for key, tensor in whole.model.items():

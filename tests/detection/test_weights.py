@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import gc
 import logging
@@ -403,6 +404,24 @@ def test_the_tool_evaluates_and_goes_on_from_a_detector_of_detectron2s_trainer(o
     other = load(tmp_path / "other", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True")
     with pytest.raises(CheckpointError, match=r"roi_heads\.box_predictor\.bbox_pred\.weight is"):
         detection.run(other, eval_only=True)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_damaged_checkpoint_of_detectron2s_own_parts_is_found(detection_config, tmp_path, damaged):
+    """torch and Detectron2 compare no checksums."""
+    small = ("MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.NORM", "BN")
+    small += ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.BACKBONE.FREEZE_AT", 0, "SOLVER.MAX_ITER", 1, "MODEL.WEIGHTS", "")
+    file = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    detection.run(detection_config(file, tmp_path / "run", *small))
+    checkpoint = tmp_path / "run" / "model_final.pth"
+    assert read_checkpoint(checkpoint).metadata.kind == "detector"
+    if damaged:
+        data = bytearray(checkpoint.read_bytes())
+        data[len(data) // 2] ^= 64
+        checkpoint.write_bytes(data)
+    keys = (*small, "MODEL.WEIGHTS", checkpoint)
+    with pytest.raises(CheckpointError, match="was altered") if damaged else contextlib.nullcontext():
+        detection.run(detection_config(file, tmp_path / "again", *keys))
 
 
 def test_a_detectors_frozen_norms_without_statistics_stop_in_every_way_in(own_detector, detection_config, tmp_path):

@@ -29,7 +29,8 @@ IMAGE_KINDS = (IMAGE_ID, IMAGE_TWICE, IMAGE_NAME, IMAGE_SIZE)
 CATEGORY_ID = Kind("category_id", True, "categories whose id is no integer")
 CATEGORY_TWICE = Kind("category_id_twice", True, "categories with the id of another")
 CATEGORY_NAME = Kind("category_name", True, "categories without a name")
-CATEGORY_KINDS = (CATEGORY_ID, CATEGORY_TWICE, CATEGORY_NAME)
+SAME_NAME = Kind("category_name_twice", False, "categories have another's name (tables by name show one of them)")
+CATEGORY_KINDS = (CATEGORY_ID, CATEGORY_TWICE, CATEGORY_NAME, SAME_NAME)
 
 ID = Kind("id", True, "annotations whose id is no integer")
 ID_TWICE = Kind("id_twice", True, "annotations with the id of another")
@@ -95,16 +96,17 @@ def check_content(entry: str, content: Content, *, repeated: bool) -> Counter[st
     """
     if not content.images:
         return Counter()  # `datasets.check` has a message for it
+    tolerated: Counter[str] = Counter()
     for what, items, found in (
         ("image", content.images, find_in_images(content.images)),
         ("category", content.categories, find_in_categories(content.categories)),
     ):
-        if (first := next(found, None)) is not None:
-            raise ConfigError(
-                f"{entry}: {what} number {first.index + 1} of {len(items)} {first.words}. Correct the file."
-            )
+        for index, kind, words in found:
+            if kind.stops:
+                raise ConfigError(f"{entry}: {what} number {index + 1} of {len(items)} {words}. Correct the file.")
+            tolerated[kind.meaning] += 1
     found = find_in_annotations(content, repeated=repeated)
-    return annotations.check(content.annotations, found, entry=entry, name=content.name)
+    return tolerated + annotations.check(content.annotations, found, entry=entry, name=content.name)
 
 
 def read(entry: str, file: Path) -> Content:
@@ -163,6 +165,7 @@ def find_in_images(images: Sequence[dict[str, Any]]) -> Iterator[Found]:
 def find_in_categories(categories: Sequence[dict[str, Any]]) -> Iterator[Found]:
     """Yield what is wrong with categories."""
     seen: set[int] = set()
+    names: set[str] = set()
     for index, category in enumerate(categories):
         if type(category.get("id")) is not int:
             yield Found(index, CATEGORY_ID, f"has the id {shortened(category.get('id'))}; expected an integer")
@@ -173,7 +176,10 @@ def find_in_categories(categories: Sequence[dict[str, Any]]) -> Iterator[Found]:
         elif not isinstance(category.get("name"), str):
             words = f"has the name {shortened(category.get('name'))}; expected a string"
             yield Found(index, CATEGORY_NAME, words)
+        elif category["name"] in names:
+            yield Found(index, SAME_NAME, f"has the name {shortened(category['name'])}, as another category")
         seen.add(category["id"])
+        names.add(str(category.get("name")))
 
 
 def find_in_annotations(content: Content, *, repeated: bool) -> Iterator[Found]:

@@ -5,6 +5,7 @@ import difflib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
@@ -103,15 +104,24 @@ def _keypoints(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = found[0]["keypoints"] if found else []
     if not names or any(category["keypoints"] != names for category in found):
         return {}
-    pairs = [(name, name.replace("left", "right")) for name in names if "left" in name]
+    pairs = [(name, _on_the_right(name)) for name in names]
     colors = colormap(rgb=True).astype(int).tolist()
     # The skeleton counts from 1.
     bones = [(names[a - 1], names[b - 1]) for a, b in found[0].get("skeleton") or []]
     return {
         "keypoint_names": names,
-        "keypoint_flip_map": [(left, right) for left, right in pairs if right in names],
+        "keypoint_flip_map": [(name, right) for name, right in pairs if right != name and right in names],
         "keypoint_connection_rules": [(*bone, tuple(colors[n % len(colors)])) for n, bone in enumerate(bones)],
     }
+
+
+def _on_the_right(name: str) -> str:
+    """Return a keypoint's name with its left side, as in left_eye, Left Eye, l_eye or eye.L, made right."""
+    for left, right in (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")):
+        if left in name:
+            return name.replace(left, right)
+    alone = r"(?<![^\W_])[lL](?![^\W_])"  # no letter or digit on either side
+    return re.sub(alone, lambda found: {"l": "r", "L": "R"}[found[0]], name)
 
 
 def coco_json(entry: str) -> Path | None:

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.build import load_proposals_into_dataset
 
+from resnet_backbone.data.errors import some
 from resnet_backbone.detection.data.datasets import objects_of
 from resnet_backbone.engine.config import ConfigError, get_key, origin, set_key
 
@@ -91,7 +92,7 @@ def check_annotations(cfg: CfgNode, entry: str, records: Records, *, training: b
     if cfg.MODEL.MASK_ON:
         _check_masks(cfg, entry, objects, training=training)
     if cfg.MODEL.KEYPOINT_ON:
-        _check_keypoints(cfg, entry, objects)
+        _check_keypoints(cfg, entry, objects, training=training)
     if needs_semantic_labels(cfg):
         lacking = sum("sem_seg_file_name" not in record for record in records)
         if lacking:
@@ -118,7 +119,7 @@ def _check_masks(cfg: CfgNode, entry: str, objects: Records, *, training: bool) 
             )
 
 
-def _check_keypoints(cfg: CfgNode, entry: str, objects: Records) -> None:
+def _check_keypoints(cfg: CfgNode, entry: str, objects: Records, *, training: bool) -> None:
     metadata, on = MetadataCatalog.get(entry), _stated(cfg, "MODEL.KEYPOINT_ON")
     if lacking := sum(_lacks(annotation, "keypoints") for annotation in objects):
         raise ConfigError(
@@ -131,6 +132,13 @@ def _check_keypoints(cfg: CfgNode, entry: str, objects: Records) -> None:
             f"{on}, but {entry} does not name its keypoints. Give its category the names in a list keypoints, as "
             "COCO's person_keypoints files do; for a data set that a script registers, set keypoint_names and "
             "keypoint_flip_map in its metadata."
+        )
+    if training and len(names) > 1 and not metadata.keypoint_flip_map and cfg.INPUT.RANDOM_FLIP == "horizontal":
+        logger.warning(
+            "%s: no two keypoints (%s) are named as the left and the right one of a pair, so that a flip swaps none; "
+            "if there are pairs, name them left_… and right_…, or set INPUT.RANDOM_FLIP to none",
+            entry,
+            some(names),
         )
     if wrong := next((a["keypoints"] for a in objects if len(a["keypoints"]) != 3 * len(names)), None):
         raise ConfigError(

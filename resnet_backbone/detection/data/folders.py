@@ -56,7 +56,8 @@ def convert(folder: Path, split: str, into: Path) -> tuple[Path, str]:
             f"the folder {folder} ({content(folder)}) has no layout that is known here. Expected JPEGImages and "
             "Annotations as in PASCAL VOC, or images and labels as in YOLO; or name its COCO file, FILE.json:IMAGES."
         )
-    place = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:6]  # folders of the same name stay apart
+    # Folders of the same name, and splits such as a/b and a_b, stay apart.
+    place = hashlib.sha256(os.fsencode(f"{folder.absolute()}:{split}")).hexdigest()[:6]
     file = into / f"{short_name(folder, split)}-{place}.json"
     try:
         fingerprint = _fingerprint(sources)

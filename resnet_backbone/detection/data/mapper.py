@@ -155,10 +155,12 @@ def decode_image(data: bytes, file: str, channels: str) -> np.ndarray:
 
 
 def _read_labels(file: str, size: tuple[int, int]) -> np.ndarray:
-    """Return semantic labels `(H, W)` uint8, which must have the image's size."""
+    """Return semantic labels `(H, W)` uint8, which must have the image's size; of a palette image, the indices."""
     image, _ = _decode(read_file(file), file)
     try:
-        labels = utils.convert_PIL_to_numpy(utils._apply_exif_orientation(image), "L").squeeze(2)
+        image = utils._apply_exif_orientation(image)
+        # Detectron2's evaluator reads indices, too.
+        labels = np.array(image) if image.mode == "P" else utils.convert_PIL_to_numpy(image, "L").squeeze(2)
         if labels.shape != tuple(size):
             raise ValueError(f"{labels.shape[1]}×{labels.shape[0]} labels for {size[1]}×{size[0]} pixels")
         return labels

@@ -109,8 +109,8 @@ def _class_names(folder: Path, annotations: dict[str, _Annotation]) -> tuple[tup
 
 def _size(image: Path, annotation: _Annotation) -> tuple[int, int]:
     """The image's width and height; ConfigError if the annotation states another size than Detectron2 reads."""
-    if not image.is_file():  # `datasets.check` counts what is missing
-        return annotation.size or (0, 0)
+    if not image.is_file() and annotation.size is not None:  # `datasets.check` counts what is missing
+        return annotation.size
     size = image_size(image)
     if annotation.size is not None and annotation.size != size:
         raise ConfigError(

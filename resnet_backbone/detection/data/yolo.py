@@ -40,19 +40,21 @@ def read_yolo(folder: Path, split: str) -> AnnotatedFolder:
         ConfigError: a file is missing or malformed; the message names the file and the line.
     """
     images_folder, labels_folder = _places(folder, split)
+    if not labels_folder.is_dir():
+        raise ConfigError(f"{images_folder} has images, but there is no folder {labels_folder} with their labels.")
     names, order = _class_names(folder)
     prefix = images_folder.relative_to(folder)
     labels = {file for file, _ in files_below(labels_folder) if file.endswith(".txt") and file != "classes.txt"}
-    images = []
+    images, used = [], set()
     for file in images_below(images_folder):
         width, height = image_size(images_folder / file)
         objects = []
         if (label := os.path.splitext(file)[0] + ".txt") in labels:
-            labels.remove(label)
+            used.add(label)
             objects = _read_labels(labels_folder / label, names, width, height)
         images.append(AnnotatedImage(str(prefix / file), width, height, objects))
-    if labels:
-        logger.warning("%d label files in %s have no image: %s", len(labels), labels_folder, some(sorted(labels)))
+    if alone := sorted(labels - used):
+        logger.warning("%d label files in %s have no image: %s", len(alone), labels_folder, some(alone))
     return AnnotatedFolder(images, names, order)
 
 

@@ -150,6 +150,34 @@ def test_keypoints_are_named_as_in_the_file(coco):
     assert len(create_keypoint_hflip_indices(entry)) == 17
 
 
+@pytest.mark.parametrize(
+    ("names", "swapped"),
+    [
+        (["left_eye", "right_eye", "nose"], [1, 0, 2]),
+        (["Right Eye", "Left Eye"], [1, 0]),
+        (["l_eye", "r_eye", "l_ear", "r_ear"], [1, 0, 3, 2]),
+        (["eye.L", "eye.R"], [1, 0]),
+        (["ELBOW LEFT", "ELBOW RIGHT"], [1, 0]),
+        (["heel", "reer"], [0, 1]),
+        (["left_eye", "nose"], [0, 1]),
+    ],
+)
+def test_a_flip_swaps_the_sides_of_a_pair_however_they_are_named(coco, names, swapped):
+    entry = coco(_with_keypoints(names))
+    datasets.register(entry)
+    DatasetCatalog.get(entry)
+    assert create_keypoint_hflip_indices(entry) == swapped
+
+
+def test_two_categories_of_one_name_are_said(cfg, coco, caplog):
+    def rename(content):
+        content["categories"][1]["name"] = content["categories"][0]["name"]
+
+    with caplog.at_level("INFO"):
+        datasets.check(cfg, coco(rename))
+    assert "1 categories have another's name" in caplog.text
+
+
 def test_a_file_without_keypoints_names_none(scenes):
     datasets.register(scenes)
     DatasetCatalog.get(scenes)

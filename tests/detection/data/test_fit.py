@@ -142,6 +142,18 @@ def test_ids_give_the_order_not_the_place_in_the_list(make_cfg, coco, scenes):
     check_datasets(cfg, training=True)
 
 
+def test_keypoints_without_pairs_are_said_before_they_are_flipped(make_cfg, coco, caplog):
+    def unpaired(content):
+        with_keypoints(content, ["nose", "tail", "back"])
+
+    for flip, said in (("horizontal", True), ("none", False)):
+        cfg = make_cfg(*("MODEL.KEYPOINT_ON", True, "TEST.KEYPOINT_OKS_SIGMAS", [0.05] * 3, "INPUT.RANDOM_FLIP", flip))
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (coco(unpaired),)
+        check_datasets(cfg, training=True)
+        assert ("so that a flip swaps none" in caplog.text) == said
+        caplog.clear()
+
+
 def test_keypoints_are_counted_and_checked(make_cfg, coco):
     cfg = make_cfg("MODEL.KEYPOINT_ON", True, "TEST.KEYPOINT_OKS_SIGMAS", [0.05] * 3)
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (coco(with_keypoints),)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_convert
 
-from resnet_backbone.detection.data import datasets
+from resnet_backbone.detection.data import datasets, folders
 from resnet_backbone.detection.data.annotated import image_size
 from resnet_backbone.engine.config import ConfigError
 
@@ -192,6 +193,20 @@ def test_where_yolos_class_names_come_from(make_yolo, opened, files, expected):
         (root / name).write_text(text)
     opened(f"{root}:train")
     assert MetadataCatalog.get(f"{root}:train").thing_classes == expected
+
+
+def test_files_of_one_stem_share_their_labels(make_yolo, opened):
+    root = make_yolo(a="0 .5 .5 .5 .5\n")
+    images = root / "images" / "train"
+    Image.open(images / "a.png").save(images / "a.bmp")
+    assert [len(record["annotations"]) for record in opened(f"{root}:train")] == [1, 1]
+
+
+def test_splits_of_similar_names_stay_apart(make_yolo, tmp_path):
+    root = make_yolo("b/c", b="0 .5 .5 .5 .5\n")
+    make_yolo("b_c", a="0 .5 .5 .5 .5\n", b=None)
+    files = [folders.convert(root, split, tmp_path)[0] for split in ("b/c", "b_c")]
+    assert [len(json.loads(file.read_bytes())["images"]) for file in files] == [1, 2]
 
 
 def test_labels_without_an_image_are_said(make_yolo, opened, caplog):
@@ -401,6 +416,15 @@ def test_a_voc_image_that_is_not_there_is_counted(make_voc, detection_config, tm
     (root / "JPEGImages" / "b.jpg").unlink()
     with pytest.raises(ConfigError, match=r"1 of 2 images .*b\.jpg"):
         datasets.check(detection_config("faster_rcnn_R50.yaml", tmp_path), str(root))
+
+
+def test_a_voc_image_that_is_not_there_and_has_no_size_is_named(make_voc, opened):
+    root = make_voc(a=[voc_object("cat", (1, 1, 9, 9))])
+    (root / "JPEGImages" / "a.jpg").unlink()
+    annotation = root / "Annotations" / "a.xml"
+    annotation.write_text(re.sub(r"<size>.*</size>", "", annotation.read_text(), flags=re.DOTALL))
+    with pytest.raises(ConfigError, match=r"a\.jpg cannot be read \(.*No such file"):
+        opened(str(root))
 
 
 def test_another_folder_stops_with_a_sentence(tmp_path, opened):

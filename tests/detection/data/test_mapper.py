@@ -15,7 +15,7 @@ from resnet_backbone.data.decode import decode
 from resnet_backbone.data.errors import DatasetError
 from resnet_backbone.data.folders import FolderSource
 from resnet_backbone.detection.data.annotated import image_size
-from resnet_backbone.detection.data.mapper import Mapper, read_image
+from resnet_backbone.detection.data.mapper import Mapper, _read_labels, read_image
 from resnet_backbone.engine.config import ConfigError
 
 DEEP = np.arange(65536, dtype=np.uint16).reshape(256, 256)  # every value of 16 bits
@@ -170,3 +170,18 @@ def test_a_fifo_is_not_opened(tmp_path):
         image_size(fifo)
     with pytest.raises(DatasetError, match=r"a\.jpg is no regular file; rename or remove it"):
         FolderSource(tmp_path)
+
+
+def test_semantic_labels_of_a_palette_image_are_its_indices(tmp_path):
+    """As Detectron2's evaluator reads them; its mapper would train on the colors' brightness."""
+    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    gray, palette = tmp_path / "gray.png", tmp_path / "palette.png"
+    Image.fromarray(indices).save(gray)
+    image = Image.fromarray(indices).convert("P")
+    image.putdata(indices.flatten().tolist())
+    image.putpalette([255 - value for value in range(12) for _ in range(3)])
+    image.save(palette)
+    assert Image.open(palette).mode == "P"
+    for file in (gray, palette):
+        assert np.array_equal(_read_labels(str(file), (3, 4)), indices)
+        assert np.array_equal(np.array(Image.open(file)), indices)
