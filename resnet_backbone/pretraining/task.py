@@ -217,9 +217,9 @@ def _build_model(
 ) -> tuple[nn.Module, dict[str, bool | float | str]]:
     """Return the network on its device with its initial weights, and the arguments it was built with."""
     model, arguments = build_classifier(cfg, num_classes)
+    allowed = cfg.MODEL.NETWORK.ALLOW_MISSING
     if weights is not None:
         file = cfg.MODEL.WEIGHTS if weights.trainer is None else "the last checkpoint"
-        allowed = cfg.MODEL.NETWORK.ALLOW_MISSING
         logger.info(load_state(model, weights.model, part="network", source=file, may_miss=allowed))
     elif any(isinstance(module, FrozenBatchNorm2d) for module in model.modules()):
         raise ConfigError(

@@ -11,7 +11,10 @@ from tests.reads import another, recorded
 RUNS = [
     ("SOLVER.AMP.ENABLED", True, "MODEL.NETWORK.NAME", ""),
     ("SOLVER.LR_SCHEDULER_NAME", "WarmupPlateauLR", "TEST.EVAL_PERIOD", 1, "SOLVER.WARMUP_ITERS", 2),
-    ("INPUT.CROP.TYPE", "padded", "DATASETS.HOLD_OUT", 8, "INPUT.CROP.SIZE", (36, 36), "INPUT.MIN_SIZE_TEST", 36),
+    (
+        *("INPUT.CROP.TYPE", "padded", "INPUT.PCA_COLOR_STD", 0.0, "DATASETS.HOLD_OUT", 8),
+        *("INPUT.CROP.SIZE", (36, 36), "INPUT.MIN_SIZE_TEST", 36),
+    ),
     ("INPUT.CROP.TYPE", "random_resized", "DATALOADER.ON_CORRUPT", "skip", "SOLVER.CLIP_GRADIENTS.ENABLED", True),
     ("TEST.SCALES", (40, 48)),
 ]
