@@ -131,19 +131,20 @@ def test_intervals_are_of_the_detections(results):
 
 
 def test_settings_that_differ_are_those_of_the_configurations(results):
-    norm, shortcuts, *_ = results["comparisons"]
+    norm, shortcuts, depth, *_ = results["comparisons"]
     assert norm["settings"] == {
         "pretrain": {"SOLVER.BASE_LR": [0.02, 0.05], "SOLVER.CLIP_GRADIENTS.ENABLED": [True, False]},
         "detection": {"SOLVER.BASE_LR": [0.005, 0.01]},
     }
-    assert shortcuts["settings"] == {"pretrain": {}, "detection": {}}
+    assert shortcuts["settings"] == {"pretrain": {}, "detection": {"SOLVER.BASE_LR": [0.005, 0.01]}}
+    assert depth["settings"] == {"pretrain": {}, "detection": {}}
 
 
 def test_settings_that_one_network_is_given_are_among_those_that_differ(run, project, scenes, tmp_path):
-    given = words(tmp_path, scenes, nets=("plain34", "resnet34"))
-    plan = run.parse([*given, "--detection", "resnet34:MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.DEVICE", "cpu"])
-    settings = project["factors"]._settings(plan, "plain34", "resnet34")
-    frozen = plan.config("plain34", plan.steps("plain34", 1)[1]).MODEL.BACKBONE.FREEZE_AT
+    given = words(tmp_path, scenes, nets=("resnet34", "resnet50"))
+    plan = run.parse([*given, "--detection", "resnet50:MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.DEVICE", "cpu"])
+    settings = project["factors"]._settings(plan, "resnet34", "resnet50")
+    frozen = plan.config("resnet34", plan.steps("resnet34", 1)[1]).MODEL.BACKBONE.FREEZE_AT
     assert settings == {"pretrain": {}, "detection": {"MODEL.BACKBONE.FREEZE_AT": [frozen, 0]}}
     assert frozen != 0
 
