@@ -21,11 +21,12 @@ STEPS, CIFAR_STEPS = WARM_UP + ROUNDS * ITERATIONS, WARM_UP + ROUNDS * CIFAR_ITE
 
 
 def tiny(name: str, **changes) -> Task:
-    arguments = {"num_classes": 1000, "config_file": CONFIGS / "imagenet.yaml", "batch": 2, "iterations": ITERATIONS}
+    arguments = {"num_classes": 1000, "config_file": CONFIGS / "imagenet.yaml", "size": 32}
+    arguments |= {"batch": 2, "iterations": ITERATIONS}
     if name.startswith("cifar"):
         cifar = {"num_classes": 10, "config_file": CONFIGS / "cifar10.yaml", "batch": 4}
         arguments |= cifar | {"iterations": CIFAR_ITERATIONS}
-    return Task(network=name, size=32, **arguments | changes)
+    return Task(network=name, **arguments | changes)
 
 
 def conduct(**changes) -> Conduct:
