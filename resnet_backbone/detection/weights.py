@@ -277,18 +277,18 @@ def _read_for_stock(file: str) -> Checkpoint | None:
     try:
         return read_checkpoint(file)
     except CheckpointError:
-        if _keys_of(file) >= {"model", "metadata"}:  # Detectron2 would not notice that it is damaged
+        if {"model", "metadata"} <= set(_peek(file)):  # Detectron2 would not notice that it is damaged
             raise
         return None
 
 
-def _keys_of(file: str) -> set[str]:
-    """Return the keys of a torch file, whose tensors are not read; none if it is no such file."""
+def _peek(file: str) -> dict[str, Any]:
+    """Return the dict in a torch file without reading its tensors; an empty one if it is no such file."""
     try:
         payload = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
-        return set()
-    return set(payload) if isinstance(payload, dict) else set()
+        return {}
+    return payload if isinstance(payload, dict) else {}
 
 
 def _read_file(cfg: CfgNode) -> Checkpoint | None:
@@ -317,11 +317,8 @@ def _identity(file: str) -> tuple[int, ...] | None:
 
 def _is_detectron2_detector(file: str) -> bool:
     """Return whether Detectron2's own trainer wrote `file`, for a model with one of this package's backbones."""
-    try:
-        payload = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
-        return False
-    if not isinstance(payload, dict) or "metadata" in payload or not isinstance(payload.get("model"), dict):
+    payload = _peek(file)
+    if "metadata" in payload or not isinstance(payload.get("model"), dict):
         return False
     return any(name.startswith(("backbone.network.", "backbone.bottom_up.network.")) for name in payload["model"])
 

@@ -79,13 +79,11 @@ class Preemption(HookBase):
             pass
         finally:
             self._waiting = False
-        received = self._agree()
-        if received is not None:
-            self._leave(received)
+        self.leave_if_asked()
         return batch
 
     def leave_if_asked(self) -> None:
-        """Leave after the last iteration, if a signal came during it; call it in all processes."""
+        """Leave if a signal came; call it in all processes, between iterations or after the last one."""
         if (received := self._agree()) is not None:
             self._leave(received)
 
