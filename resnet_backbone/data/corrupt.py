@@ -77,7 +77,7 @@ class CorruptCounter:
         if self.replaced > max(self.limit * self.images, self.TOLERATED if self.limit else 0):
             raise DatasetError(
                 f"{self.replaced} of the {self.images} images loaded so far could not be read and were replaced "
-                f"({100 * self.replaced / self.images:.3g} %, {len(self._known)} different ones); the limit is "
-                f"{100 * self.limit:.3g} %. The last one: {sentence.rstrip('.')}. Repair or remove them "
+                f"({100 * self.replaced / self.images:.3g}%, {len(self._known)} different ones); the limit is "
+                f"{100 * self.limit:.3g}%. The last one: {sentence.rstrip('.')}. Repair or remove them "
                 "(tools/check_dataset.py finds them), or raise DATALOADER.MAX_CORRUPT"
             )

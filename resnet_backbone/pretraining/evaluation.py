@@ -146,7 +146,7 @@ class Evaluator:
         with torch.compiler.set_stance("force_eager"):  # shapes differ from training
             results = self._evaluate(model, self._batches(), images=len(images))
         logger.info(
-            "top-1 %.2f %%, top-5 %.2f %%, cross entropy %.4f of %d images (%s, %s%s)",
+            "top-1 %.2f%%, top-5 %.2f%%, cross entropy %.4f of %d images (%s, %s%s)",
             *results.values(),
             self._crops.description,
             self._precision,

@@ -27,8 +27,8 @@ def test_counter_stops_above_the_limit():
     with pytest.raises(DatasetError) as caught:
         count(1, ["b is empty", "c is empty"])
     message = str(caught.value)
-    assert message.startswith("22 of the 2100 images loaded so far could not be read and were replaced (1.05 %, 3 ")
-    assert all(words in message for words in ("the limit is 1 %", "c is empty", "check_dataset.py", "MAX_CORRUPT"))
+    assert message.startswith("22 of the 2100 images loaded so far could not be read and were replaced (1.05%, 3 ")
+    assert all(words in message for words in ("the limit is 1%", "c is empty", "check_dataset.py", "MAX_CORRUPT"))
 
 
 def test_the_first_few_do_not_stop_a_run():

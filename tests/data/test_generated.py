@@ -131,7 +131,7 @@ def logistic_accuracy(features: np.ndarray, labels: np.ndarray, train: int = 800
 
 
 def test_colors_do_not_tell_the_classes_apart(pictures):
-    """Chance is 12.5 %, with a standard error of 1.7 points on 400 images."""
+    """Chance is 12.5%, with a standard error of 1.7 points on 400 images."""
     images, labels = pictures
     assert logistic_accuracy(color_histograms(images), labels) < 0.18
 

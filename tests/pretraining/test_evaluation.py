@@ -275,7 +275,7 @@ class TestEvaluator:
         evaluator = build_evaluator(cfg, open_source(seven), normalize, ensemble=[Member(model, normalize)])
         with caplog.at_level(logging.INFO):
             results = evaluator(model)
-        assert f"top-1 {results['top1']:.2f} %" in caplog.text
+        assert f"top-1 {results['top1']:.2f}%" in caplog.text
         assert "of 7 images (10 crops, bf16, 2 networks)" in caplog.text
         assert all(isinstance(value, float) for value in results.values())
 

@@ -93,8 +93,8 @@ def test_the_report_says_what_depth_does(project, tmp_path):
         report = project["report"].write_report(write_records(tmp_path / folder, *records))
         assert f"- {expected}" in report
     report = (tmp_path / "as" / "report.md").read_text()
-    assert "- Plain: training error 10.00 % with 20 layers, 14.50 % with 56: +4.50 points." in report
-    assert "- Residual: training error 8.00 % with 20 layers, 5.25 % with 56: -2.75 points." in report
+    assert "- Plain: training error 10.00% with 20 layers, 14.50% with 56: +4.50 points." in report
+    assert "- Residual: training error 8.00% with 20 layers, 5.25% with 56: -2.75 points." in report
 
 
 def test_a_network_with_several_seeds_has_best_mean_and_deviation(project, tmp_path):

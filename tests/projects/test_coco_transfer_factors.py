@@ -211,7 +211,7 @@ def test_without_detections_in_cocos_form_there_are_no_intervals(run, scenes, tm
     assert run.main(given) == 0
     report = capsys.readouterr().out
     assert "plain34 → resnet34" in report and "There are no intervals" in report
-    assert "95 %" not in report
+    assert "95%" not in report
     assert not (tmp_path / "run" / "factors.png").exists()
     (one,) = json.loads((tmp_path / "run" / "results.json").read_text())["comparisons"]
     assert one["AP50"] == 3 and "intervals" not in one
@@ -228,7 +228,7 @@ def test_two_networks_that_differ_in_everything_have_a_sentence_and_no_section(r
     assert run.main(given) == 0
     report = capsys.readouterr().out
     assert "ResNet-101 against VGG-16: +100.0 points of AP50" in report
-    assert "Of 1,000 resamples of the 6 test images, 95 % give differences from +100.0 to +100.0" in report
+    assert "Of 1,000 resamples of the 6 test images, 95% give differences from +100.0 to +100.0" in report
     assert "Factor by factor" not in report
 
 

@@ -72,7 +72,7 @@ def test_into_our_training_and_out_again(tool, shapes, scenes, tmp_path, capsys,
     assert pretrain([*classify, *fed, "SOLVER.MAX_ITER", "0", "TEST.PRECISE_BN.ENABLED", "False"]) == 0
     untouched = json.loads((tuned / "results.json").read_text())
     logged = (direct / "log.txt").read_text()
-    assert f"top-1 {untouched['top1']:.2f} %, top-5 {untouched['top5']:.2f} %" in logged
+    assert f"top-1 {untouched['top1']:.2f}%, top-5 {untouched['top5']:.2f}%" in logged
 
     # One step of a classifier and one of a detector.
     stepped = tmp_path / "stepped"

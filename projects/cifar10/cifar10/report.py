@@ -65,8 +65,8 @@ def depth_sentences(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
         shallow, deep = min(errors), max(errors)
         changes[family] = errors[deep].mean - errors[shallow].mean
         lines.append(
-            f"- {family}: training error {_plus_minus(errors[shallow])} % with {shallow} layers, "
-            f"{_plus_minus(errors[deep])} % with {deep}: {changes[family]:+.2f} points."
+            f"- {family}: training error {_plus_minus(errors[shallow])}% with {shallow} layers, "
+            f"{_plus_minus(errors[deep])}% with {deep}: {changes[family]:+.2f} points."
         )
     if len(changes) == 2:
         plain, residual = changes["Plain"], changes["Residual"]
@@ -159,7 +159,7 @@ def _setup(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
                 f"{settings['iterations']:,} iterations of {settings['batch']} of {settings['training_images']:,} "
                 f"images, learning rate {settings['learning_rate']:g}"
                 + (f" divided by 10 at {steps}" if steps else "")
-                + (f", a tenth until the training error is below {warm_up:g} %" if warm_up else "")
+                + (f", a tenth until the training error is below {warm_up:g}%" if warm_up else "")
                 + f", {settings['precision']}; tested on {settings['test_images']:,} images."
             )
     if (together := max(run["parallel"] for each in runs.values() for run in each)) > 1:

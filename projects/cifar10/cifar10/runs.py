@@ -89,7 +89,7 @@ def _status(plan: Plan, network: str, seed: int) -> str:
     if not curves.training:
         return "preparing"
     iteration, error = curves.training[-1]
-    return f"{iteration} of {plan.config(network, seed=seed).SOLVER.MAX_ITER}, error {error:.1f} %"
+    return f"{iteration} of {plan.config(network, seed=seed).SOLVER.MAX_ITER}, error {error:.1f}%"
 
 
 def _claim(plan: Plan) -> None:

@@ -34,7 +34,7 @@ def _table(comparisons: list[dict[str, Any]]) -> str:
         ]
         for one in comparisons
     ]
-    interval = ["95 % interval"] if "intervals" in comparisons[0] else []
+    interval = ["95% interval"] if "intervals" in comparisons[0] else []
     headers = ["what changes", "networks", "top-1", "AP50", *interval, "AP", *interval, "settings that change too"]
     align = ["left", "left", *["right"] * (len(headers) - 3), "left"]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True, colalign=align)
@@ -61,7 +61,7 @@ def _what_the_table_shows(results: dict[str, Any]) -> str:
     if "test_images" not in results:
         return f"{text}. There are no intervals, because the evaluator wrote no detections in COCO's form."
     return (
-        f"{text}. The interval holds the middle 95 % of the differences over {results['resamples']:,} resamples of the "
+        f"{text}. The interval holds the middle 95% of the differences over {results['resamples']:,} resamples of the "
         f"{results['test_images']:,} test images, drawn with replacement and the same for both networks (Efron, "
         "Tibshirani 1993)."
     )

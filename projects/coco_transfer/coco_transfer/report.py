@@ -115,7 +115,7 @@ def _interval_words(results: dict[str, Any]) -> str:
         return ""
     (low, high), (low_ap, high_ap) = (comparison["intervals"][key] for key in ("AP50", "AP"))
     return (
-        f" Of {results['resamples']:,} resamples of the {results['test_images']:,} test images, 95 % give differences "
+        f" Of {results['resamples']:,} resamples of the {results['test_images']:,} test images, 95% give differences "
         f"from {signed(low)} to {signed(high)} and from {signed(low_ap)} to {signed(high_ap)}."
     )
 

@@ -160,7 +160,7 @@ def _find_in_boxes(
             words += f", which reaches {pixels:g} pixels beyond its image of {width:g}×{height:g}"
         else:
             kind = BOX_EMPTY
-            words += f", which has no area, like more than {100 * EMPTY_SHARE:g} % of the boxes"
+            words += f", which has no area, like more than {100 * EMPTY_SHARE:g}% of the boxes"
         yield Found(int(kept[index]), kind, words)
     for kind, tolerated in (
         (BOX_CLIPPED, usable & (beyond > 1e-6).any(1)),

@@ -13,7 +13,7 @@ from resnet_backbone.detection.data.contents import Contents
 SMALL, LARGE = 32, 96
 MOST = 2**31  # pixels: beyond any image
 MANY = 24  # classes; of more, the text gives the first and the last
-QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
+QUANTILES = {"least": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "most": 1.0}
 
 
 def class_counts(contents: Contents) -> tuple[list[int], list[int]]:

@@ -57,7 +57,7 @@ def test_good_boxes(box):
         ({}, "{}; expected four finite numbers"),
         (None, "has no bbox"),
         ([5, 5, -1, 3], "ends before it begins"),
-        ([5, 5, 0, 3], "has no area, like more than 1 %"),
+        ([5, 5, 0, 3], "has no area, like more than 1%"),
         ([200, 5, 3, 3], "outside its image of 100×80"),
         ([100, 5, 1, 1], "outside its image"),
         ([-3, 5, 30, 30], "reaches 3 pixels beyond its image of 100×80"),
@@ -73,7 +73,7 @@ def test_bad_boxes(box, words):
 
 
 def test_a_box_may_reach_a_little_beyond_its_image():
-    """2 pixels, or 1 % of the side if that is more."""
+    """2 pixels, or 1% of the side if that is more."""
     (kind, count), *none = look(one(bbox=[-2, 0, 104, 82]), one(), one(bbox=[0, 70, 5, 11])).items()
     assert "beyond their image" in kind and count == 2 and not none
     wide = np.array([[1000.0, 80.0]])

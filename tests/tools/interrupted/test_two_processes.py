@@ -96,4 +96,4 @@ def test_two_processes_with_batch_norm_are_killed_and_asked_to_leave(words, tmp_
     evaluation = words(tmp_path / "test", f"--eval-only MODEL.WEIGHTS {whole / 'model_best.pth'}", resume=False)
     status, printed = command(tmp_path / "output.txt", evaluation).end()
     assert status == 0, printed
-    assert f"top-1 {best['top1']:.2f} %, " in printed
+    assert f"top-1 {best['top1']:.2f}%, " in printed
