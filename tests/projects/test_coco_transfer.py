@@ -107,7 +107,7 @@ def test_the_report_shows_a_row_for_each_and_the_papers_numbers(finished):
 
 
 def test_the_figures_are_pictures_with_something_on_them(finished):
-    for name in ("curves.png", "detections.png"):
+    for name in ("curves.png", "detections.jpg"):
         image = cv2.imread(str(finished / name))
         assert min(image.shape[:2]) > 200
         assert image.std() > 5

@@ -187,6 +187,35 @@ def test_the_figure_has_something_on_it(six):
     assert "](factors.png)" in (six / "report.md").read_text()
 
 
+def test_an_image_shows_confident_detections_or_the_best_one(project, tmp_path):
+    scores = {7: [0.2, 0.9, 0.5], 8: [0.1, 0.3, 0.05], 9: [0.49]}
+    items = [
+        {"image_id": image, "category_id": 3, "bbox": [0, 0, 9, 9], "score": score}
+        for image, several in scores.items()
+        for score in several
+    ]
+    (tmp_path / "found.json").write_text(json.dumps(items))
+    found = project["figures"]._detections(tmp_path / "found.json", {3: 1})
+    assert {image: [score for _, _, score in several] for image, several in found.items()} == {
+        7: [0.9, 0.5],
+        8: [0.3],
+        9: [0.49],
+    }
+    assert all(category == 1 for several in found.values() for _, category, _ in several)
+
+
+@pytest.mark.parametrize(("readings", "points"), [(0, 0), (1, 1), (100, 100), (250, 100)])
+def test_long_curves_are_averaged(project, tmp_path, readings, points):
+    lines = [{"iteration": 20 * n, "total_loss": 3.0 - n} for n in range(readings)]
+    (tmp_path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axes = project["figures"].plt.figure().add_subplot()
+    project["figures"]._curve(axes, tmp_path, "total_loss", label="a network")
+    (line,) = axes.get_lines()
+    assert len(line.get_xdata()) == points
+    assert line.get_ydata() == pytest.approx(3.0 - line.get_xdata() / 20)  # a mean over a line lies on it
+    assert readings == 0 or (line.get_xdata()[0] <= 20 and line.get_xdata()[-1] >= 20 * (readings - 2))
+
+
 def test_intervals_are_of_the_mean_over_seeds(run, scenes, tmp_path):
     nets = ("plain34", "resnet34")
     given = words(tmp_path / "run", scenes, "--no-control", "--repeat", "resnet34:2", nets=nets)

@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import matplotlib
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from coco_transfer.plan import Plan
@@ -18,6 +19,7 @@ from resnet_backbone.weights import atomic_write
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+CURVE_POINTS = 100
 SHOWN_IMAGES = 5
 LOWEST_SCORE = 0.5
 TRUTH = "#ffffff"
@@ -51,7 +53,10 @@ def draw_curves(plan: Plan, path: Path) -> None:
 
 
 def draw_detections(plan: Plan, path: Path) -> None:
-    """Draw test images in rows: ground truth, then each network's detections with scores above 0.5."""
+    """Draw test images in rows: ground truth, then each network's detections.
+
+    Those with a score of at least 0.5, or an image's best one if there are none.
+    """
     name = plan.detection_data[1]
     names = datasets.class_names(name, plan.output)
     records = [record for record in DatasetCatalog.get(name) if record.get("annotations")]
@@ -66,14 +71,17 @@ def draw_detections(plan: Plan, path: Path) -> None:
     for net in plan.nets:
         if (file := next(detection_files(plan, net))) is not None:
             rows.append((net, _detections(file, ids)))
+    images = [cv2.cvtColor(cv2.imread(record["file_name"]), cv2.COLOR_BGR2RGB) for record in records]
+    height = 2.6 * max(image.shape[0] / image.shape[1] for image in images) + 0.1
     figure, axes = plt.subplots(
-        len(rows), len(records), figsize=(2.6 * len(records), 2.7 * len(rows)), constrained_layout=True, squeeze=False
+        len(rows), len(records), figsize=(2.6 * len(records), height * len(rows)), layout="constrained", squeeze=False
     )
     for (title, boxes), line in zip(rows, axes, strict=True):
-        for record, ax in zip(records, line, strict=True):
-            ax.imshow(cv2.cvtColor(cv2.imread(record["file_name"]), cv2.COLOR_BGR2RGB))
+        for record, image, ax in zip(records, images, line, strict=True):
+            ax.imshow(image)
             for box, category, score in boxes.get(record["image_id"], ()):
-                _draw_box(ax, box, names[category] + (f" {score:.2f}" if score else ""), f"C{category % 10}")
+                text = names[category] + ("" if score is None else f" {score:.2f}")
+                _draw_box(ax, box, text, f"C{category % 10}")
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(title, fontsize=11)
     _save(figure, path)
@@ -139,20 +147,23 @@ def _draw_arrow(axes: plt.Axes, results: dict[str, Any], comparison: dict[str, A
 
 
 def _curve(axes: plt.Axes, folder: Path, key: str, **style: Any) -> None:
-    """Plot a metric over iterations, as logged; after a resume, an iteration's later reading wins."""
+    """Plot a metric over iterations, averaged to 100 points; after a resume, an iteration's later reading wins."""
     points = {}
     for line in (folder / "metrics.json").read_text().splitlines():
         record = json.loads(line)
         if key in record and math.isfinite(record[key]):
             points[record["iteration"]] = record[key]
-    axes.plot(sorted(points), [points[i] for i in sorted(points)], linewidth=1.4, **style)
+    readings = np.array(sorted(points.items())).reshape(-1, 2)
+    groups = np.array_split(readings, min(len(readings), CURVE_POINTS) or 1)
+    means = np.array([group.mean(axis=0) for group in groups if len(group)]).reshape(-1, 2)
+    axes.plot(*means.T, linewidth=1.4, **style)
 
 
 def _detections(file: Path, ids: dict[int, int]) -> dict[Any, list]:
-    """Read boxes `[x, y, width, height]`, classes and scores by image id."""
+    """Read the boxes `[x, y, width, height]`, classes and scores that are shown, by image id."""
     found = defaultdict(list)
-    for item in json.loads(file.read_text()):
-        if item["score"] >= LOWEST_SCORE:
+    for item in sorted(json.loads(file.read_text()), key=lambda item: -item["score"]):
+        if item["score"] >= LOWEST_SCORE or item["image_id"] not in found:
             category = ids.get(item["category_id"], item["category_id"])
             found[item["image_id"]].append((item["bbox"], category, item["score"]))
     return found
@@ -163,10 +174,11 @@ def _draw_box(ax: plt.Axes, box: list[float], text: str, color: str) -> None:
     ax.add_patch(plt.Rectangle((x, y), width, height, fill=False, edgecolor=TRUTH, linewidth=2.4))
     ax.add_patch(plt.Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=1.4))
     label = {"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85}
-    ax.text(x, y, text, fontsize=6.5, color="white", verticalalignment="bottom", bbox=label, clip_on=True)
+    above = "bottom" if y > 0.08 * ax.get_ylim()[0] else "top"  # a label that the image's edge would cut goes inside
+    ax.text(x, y, text, fontsize=6.5, color="white", verticalalignment=above, bbox=label, clip_on=True)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=80)
+        figure.savefig(file, format=path.suffix.removeprefix("."), dpi=80)
     plt.close(figure)

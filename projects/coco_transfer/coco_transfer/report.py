@@ -55,7 +55,7 @@ def write_report(results: dict[str, Any], path: Path) -> str:
         "paper's column is COCO val (Table 8) and comparable only at full scale." + (OVER_SEEDS if repeated else ""),
         _sentences(results, intervals=not factors),
         "![training curves](curves.png)",
-        "![detections](detections.png)",
+        "![detections](detections.jpg)",
         *factors,
         "## How it was run",
         _setup(results),

@@ -62,7 +62,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     results |= {**compare(ready, results["networks"]), "plan": plan.fixed()}
     write_json(plan.output / "results.json", results)
     draw_curves(ready, plan.output / "curves.png")
-    draw_detections(ready, plan.output / "detections.png")
+    draw_detections(ready, plan.output / "detections.jpg")
     if len(nets) >= FIGURE_FROM:
         draw_factors(results, plan.output / FIGURE)
     report = write_report(results, plan.output / "report.md")
