@@ -81,7 +81,7 @@ def export_detector(weights: str | Path, target: str | Path, *, images: str | No
         raise CheckpointError(
             f"writing {target} needs {error.name}, which is not installed. Run: pip install onnx onnxruntime"
         ) from error
-    # The faster modules have operators of their own, which ONNX lacks.
+    # The graph is that of Detectron2's own modules, whatever the checkpoint was trained with.
     detector = load_detector(weights, opts=("MODEL.ACCELERATE", "False", "MODEL.DEVICE", "cpu", *NO_OPTIONS))
     if detector.metadata is None:
         raise CheckpointError(f"{weights} is not a checkpoint of tools/train_net.py, whose metadata the graph carries.")

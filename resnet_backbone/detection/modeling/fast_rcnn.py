@@ -6,8 +6,10 @@ import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, ImageList, Instances
 
+from resnet_backbone.detection.modeling.torchscript import NotScripted
 
-class FastGeneralizedRCNN(GeneralizedRCNN):
+
+class FastGeneralizedRCNN(NotScripted, GeneralizedRCNN):
     """Detectron2's GeneralizedRCNN with one batch for all images, in channels_last, from pinned memory if they are."""
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -20,6 +22,8 @@ class FastGeneralizedRCNN(GeneralizedRCNN):
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Return the normalized images, padded with zeros at the right and the bottom."""
+        if torch.jit.is_tracing():
+            return super().preprocess_image(batched_inputs)
         images = [record["image"].to(self.device, non_blocking=True) for record in batched_inputs]
         images = [(image - self.pixel_mean) / self.pixel_std for image in images]  # floats, even if all three are not
         sizes = [tuple(image.shape[1:]) for image in images]

@@ -16,12 +16,13 @@ from fvcore.nn import smooth_l1_loss
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnet_backbone.detection.modeling.torchscript import NotScripted
 from resnet_backbone.ops import match, sample
 
 LOG_PERIOD = 20  # iterations between two that log counts, which wait for the device
 
 
-class FixedSize:
+class FixedSize(NotScripted):
     """Something that has a way of training without waiting.
 
     Attributes:

@@ -3,6 +3,7 @@
 import detectron2.layers
 from torch import Tensor, nn
 
+from resnet_backbone.detection.modeling.torchscript import NotScripted
 from resnet_backbone.networks.norms import FrozenBatchNorm2d
 from resnet_backbone.ops import affine, convolve_and_normalize
 
@@ -30,14 +31,14 @@ def _normalized(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-class NormalizedConv2d(nn.Conv2d):
+class NormalizedConv2d(NotScripted, nn.Conv2d):
     """A convolution that includes the frozen batch norm after it, its attribute `norm_after`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _normalized(self, self.norm_after, x)
 
 
-class NormalizedDetectron2Conv2d(detectron2.layers.Conv2d):
+class NormalizedDetectron2Conv2d(NotScripted, detectron2.layers.Conv2d):
     """Detectron2's convolution with frozen batch norm as its `norm`, and possibly an activation."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,17 +16,20 @@ from torchvision.ops import RoIPool
 from resnet_backbone.detection.modeling.fixed_size import FixedSizeSamples
 from resnet_backbone.detection.modeling.normalized_conv import CONVOLUTIONS, FOLDED, FROZEN_NORMS, scale_and_shift
 from resnet_backbone.detection.modeling.res5_heads import NetworkRes5ROIHeads
+from resnet_backbone.detection.modeling.torchscript import NotScripted
 from resnet_backbone.networks.blocks import Bottleneck
 from resnet_backbone.ops import roi_align, roi_pool
 
 
-class SparseROIPooler(ROIPooler):
+class SparseROIPooler(NotScripted, ROIPooler):
     """Detectron2's pooler by `ops.roi_align`: all levels at once, half-precision features without rounded boxes."""
 
     memory_format = torch.contiguous_format
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         """Pool `(R, C, output height, output width)` from maps `(N, C, H, W)`, one a level; boxes are by image."""
+        if torch.jit.is_tracing():
+            return super().forward(x, box_lists)
         return self.pool(x, box_lists).contiguous(memory_format=self.memory_format)
 
     def pool(self, x: list[Tensor], box_lists: list[Boxes], *, step: int = 1) -> Tensor:
@@ -51,10 +54,12 @@ class SparseROIPooler(ROIPooler):
         )
 
 
-class RepeatableRoIPool(RoIPool):
+class RepeatableRoIPool(NotScripted, RoIPool):
     """torchvision's RoIPool by `ops.roi_pool`, which can repeat a GPU's gradient to the bit."""
 
     def forward(self, x: Tensor, rois: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            return super().forward(x, rois)
         size = self.output_size
         return roi_pool(x, rois, (size, size) if isinstance(size, int) else size, self.spatial_scale)
 
@@ -94,6 +99,8 @@ class _Commuted(FixedSizeSamples):
     """C4 heads whose conv5_x begins on the feature map."""
 
     def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
+        if torch.jit.is_tracing():
+            return super()._shared_roi_transform(features, boxes)
         opening = opening_of(self.res5)
         x, height, width = features[0], *self.pooler.output_size
         stride = opening.shortcut.stride[0]

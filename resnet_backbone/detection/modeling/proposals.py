@@ -48,6 +48,8 @@ class FastRPN(FixedSize, RPN):
         Raises:
             FloatingPointError: in training, a proposal is infinite or NaN.
         """
+        if torch.jit.is_tracing():
+            return super().predict_proposals(anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
         scores, boxes, levels = [], [], []
         for level, (anchor, logits, deltas) in enumerate(
             zip(anchors, pred_objectness_logits, pred_anchor_deltas, strict=True)
