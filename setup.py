@@ -61,9 +61,9 @@ setup(
     # Ranges; requirements.txt holds the versions that the tests ran with. Detectron2 0.6 is not on the package index
     # under its own name: tools/install_detectron2.py installs it after these.
     install_requires=[
-        # Below 2.13: CPU-only builds of 2.13.0 are about with which torchvision's wheel cannot load its operators.
-        "torch>=2.6,<2.13",
-        "torchvision>=0.21,<0.28",
+        # Without 2.13: CPU-only builds of 2.13.0 are about with which torchvision's wheel cannot load its operators.
+        "torch>=2.6,!=2.13.*,<2.15",
+        "torchvision>=0.21,!=0.28.*,<0.30",
         "numpy>=2.0,<3",
         "Pillow>=11.0",
         "opencv-python-headless>=4.10",

@@ -1,7 +1,12 @@
 """The shared training loop and everything around it: configuration, hooks, launching and up-front checks."""
 
+import warnings
+
 try:
-    import detectron2
+    with warnings.catch_warnings():
+        # Detectron2 0.6 and fvcore use TorchScript when they are imported, of which torch 2.14 warns.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.* is deprecated")
+        import detectron2.engine
 except ModuleNotFoundError as error:
     if error.name != "detectron2":  # installed, but one of its own dependencies is missing
         raise

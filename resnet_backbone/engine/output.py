@@ -10,7 +10,6 @@ import re
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,8 +142,6 @@ def start_logging(folder: Path) -> None:
         named.handlers = list(handlers)
         named.setLevel(logging.INFO)
         named.propagate = False
-    # torch warns once per function that TorchScript, which Detectron2 0.6 uses at import, is deprecated.
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*", category=DeprecationWarning)
     logger.info(versions())
 
 
