@@ -8,6 +8,8 @@ from resnet_backbone.ops.kernels import kernels_for
 
 # torchvision shifts the classes of fewer boxes apart, which can change the last bit of an overlap.
 FEW = 1000
+# Boxes to look at next while too few are kept. A comparison of so many with 2,000 stays in a core's cache.
+MORE = 128
 
 
 @torch.library.custom_op("resnet_backbone::nms", mutates_args=())
@@ -53,8 +55,9 @@ def _(boxes, scores, classes, threshold, top):
 def batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, *, top: int) -> Tensor:
     """Return the indices of the first `top` boxes that torchvision's `batched_nms` keeps, by descending score.
 
-    Whether a box is kept depends on better ones alone, so the worst need not be looked at: on a CPU, suppression runs
-    on twice as many boxes as are wanted, and on twice as many again until that is enough.
+    Whether a box is kept depends on better ones alone, so the worst need not be looked at. On a CPU, torchvision's
+    suppression runs on twice as many boxes as are wanted. While that is not enough, a few more at a time are compared
+    with those kept, and then with each other.
 
     Args:
         boxes: `(N, 4)` corners.
@@ -65,19 +68,29 @@ def batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float
     if boxes.is_cuda or len(boxes) <= max(FEW, 2 * top):
         return reference.batched_nms(boxes, scores, classes, threshold)[:top]
     order = scores.argsort(descending=True, stable=True)
-    size = 2 * top
-    while True:
-        part = order[:size]
-        kept = _nms_by_class(boxes[part], scores[part], classes[part], threshold)
-        if len(kept) >= top or size >= len(order):
-            return part[kept[:top]]
-        size *= 2
-
-
-def _nms_by_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
-    """Return the kept indices in ascending order."""
+    boxes, scores, classes = boxes[order], scores[order], classes[order]
     kept = torch.zeros_like(classes, dtype=torch.bool)
-    for each in classes.unique():
-        mine = (classes == each).nonzero()[:, 0]
-        kept[mine[reference.nms(boxes[mine], scores[mine], threshold)]] = True
-    return kept.nonzero()[:, 0]
+    start, stop = 0, 2 * top
+    while start < len(order) and kept.sum() < top:
+        for each in classes[start:stop].unique():
+            mine = start + (classes[start:stop] == each).nonzero()[:, 0]
+            if start:
+                better = (kept[:start] & (classes[:start] == each)).nonzero()[:, 0]
+                mine = mine[~_overlap_any(boxes[mine], boxes[better], threshold)]
+            kept[mine[reference.nms(boxes[mine], scores[mine], threshold)]] = True
+        start, stop = stop, stop + MORE
+    return order[kept.nonzero()[:top, 0]]
+
+
+def _overlap_any(boxes: Tensor, others: Tensor, threshold: float) -> Tensor:
+    """Return which of the boxes overlap any of the others by more than a threshold, as torchvision computes it."""
+    left, top, right, bottom = boxes.unbind(1)
+    lefts, tops, rights, bottoms = others[:, :, None].unbind(1)
+    width = torch.minimum(right, rights).sub_(torch.maximum(left, lefts)).clamp_(min=0)
+    height = torch.minimum(bottom, bottoms).sub_(torch.maximum(top, tops)).clamp_(min=0)
+    shared = width.mul_(height)
+    areas = (right - left) * (bottom - top) + (rights - lefts) * (bottoms - tops)
+    overlap = shared.div_(areas.sub_(shared))
+    # It compares in double precision; torch rounds the threshold to the dtype of the boxes, which may make it larger.
+    rounded = torch.tensor(threshold, dtype=boxes.dtype).item()
+    return (overlap >= rounded if rounded > threshold else overlap > rounded).any(dim=0)
