@@ -26,7 +26,6 @@ from torch import nn
 from benchmarks.detectors import DetectionWork, Inputs, Pair, build_pair, difference_of_losses
 from benchmarks.pretrain import Conduct
 from benchmarks.timing import Clock, Comparison, Side
-from resnet_backbone.engine.allocator import keep_freed_memory
 from resnet_backbone.engine.config import CfgNode
 from resnet_backbone.engine.optimizer import build_optimizer
 from resnet_backbone.engine.precision import autocast
@@ -85,8 +84,6 @@ def compare_detectors(
     Raises:
         InputError: an image has fewer proposals than requested, or the batch does not fit in memory.
     """
-    if not conduct.on_gpu:
-        keep_freed_memory()  # as our runs do; no side can have it alone in a process
     for name in names:
         report(name)
         gc.collect()  # a loop and its hooks form a reference cycle that would keep the last detector's memory
