@@ -297,7 +297,10 @@ def test_reduced_decoding_is_left_to_jpegs_and_windows(png):
 
 
 def test_a_workers_memory_does_not_grow_with_what_it_reads(monkeypatch, class_folders, png, private_memory):
-    """Names in Python strings would be copied page by page, here 25 MB."""
+    """Names in Python strings would be copied page by page, here 44 MB.
+
+    A parent with many tests behind it leaves a heap of which 10 MB were seen to be copied.
+    """
     image = png(np.random.default_rng(0), 8, 8)
     monkeypatch.setattr(FolderSource, "read", lambda self, index: image if self.describe(index) else b"")
     names = [f"ant/n{number:09d}_a_name_as_long_as_usual.jpg" for number in range(1_000_000)]
@@ -310,6 +313,6 @@ def test_a_workers_memory_does_not_grow_with_what_it_reads(monkeypatch, class_fo
     next(batches)
     worker = batches._workers[0].pid
     before = private_memory(worker)
-    for _ in range(15):
+    for _ in range(30):
         next(batches)
-    assert private_memory(worker) - before < 4
+    assert private_memory(worker) - before < 20
