@@ -8,8 +8,8 @@ from resnet_backbone.ops.kernels import kernels_for
 
 # torchvision shifts the classes of fewer boxes apart, which can change the last bit of an overlap.
 FEW = 1000
-# Boxes to look at next while too few are kept. A comparison of so many with 2,000 stays in a core's cache.
-MORE = 128
+# Pairs of kept and new boxes to compare at a time: their overlaps stay in a core's cache.
+PAIRS = 2**18
 
 
 @torch.library.custom_op("resnet_backbone::nms", mutates_args=())
@@ -70,15 +70,16 @@ def batched_nms(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float
     order = scores.argsort(descending=True, stable=True)
     boxes, scores, classes = boxes[order], scores[order], classes[order]
     kept = torch.zeros_like(classes, dtype=torch.bool)
-    start, stop = 0, 2 * top
-    while start < len(order) and kept.sum() < top:
+    start, stop, found = 0, 2 * top, 0
+    while start < len(order) and found < top:
         for each in classes[start:stop].unique():
             mine = start + (classes[start:stop] == each).nonzero()[:, 0]
             if start:
                 better = (kept[:start] & (classes[:start] == each)).nonzero()[:, 0]
                 mine = mine[~_overlap_any(boxes[mine], boxes[better], threshold)]
             kept[mine[reference.nms(boxes[mine], scores[mine], threshold)]] = True
-        start, stop = stop, stop + MORE
+        found = int(kept.sum())
+        start, stop = stop, stop + PAIRS // found
     return order[kept.nonzero()[:top, 0]]
 
 
