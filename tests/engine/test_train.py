@@ -361,10 +361,10 @@ class TestResumeOfSomethingElse:
             Run(cfg, tmp_path, resume=True)
 
 
-def test_a_run_of_an_earlier_version_goes_on(cfg, tmp_path):
+def test_a_run_of_an_earlier_version_goes_on_to_the_same_bits(cfg, tmp_path):
     """The file was written after 4 of 10 iterations by commit e53298c, whose loop had other modules.
 
-    The same bits only with its torch (2.11) and its CPU.
+    It was torch 2.11; another version may round otherwise.
     """
     cfg.SOLVER.EMA_DECAY = 0.9
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
@@ -375,6 +375,8 @@ def test_a_run_of_an_earlier_version_goes_on(cfg, tmp_path):
     resumed = Run(cfg, folder, resume=True)
     assert [line["iteration"] for line in metrics(folder)] == [4, 9]
     whole = Run(cfg, tmp_path / "whole")
+    if torch.__version__.startswith("2.11."):
+        assert_same(whole, resumed)
     for one, other in ((whole.model, resumed.model), (whole.result, resumed.result)):
         torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(whole.momenta(), resumed.momenta(), rtol=1e-5, atol=1e-6)
